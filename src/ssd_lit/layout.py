@@ -1,0 +1,103 @@
+"""Where everything of an experiment lies under results/, and the chain of phases of a run.
+
+    results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yaml
+    results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
+    results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json
+        phases/<NN>-<mode>/              last.ckpt, phase.json
+        work/<NN>-<mode>/                the rolling checkpoint of a phase that is not done yet
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssd_lit.config import DataConfig, Experiment, RunConfig, dump
+from ssd_lit.files import read_json, write_if_changed, write_json
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a run has spent since its first step."""
+
+    steps: int = 0
+    sparse_steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """phase.json: what a phase did, why it ended and what comes next."""
+
+    index: int
+    mode: str
+    first_step: int
+    last_step: int
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
+    ended_by: str
+    similarity: list[list[float]] = field(default_factory=list)
+    """[global step, activation pattern similarity] of every check."""
+    next: str | None = None
+    """Mode of the phase that follows, None after the last."""
+    total: Totals = Totals()
+
+    @property
+    def name(self) -> str:
+        return phase_name(self.index, self.mode)
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> "PhaseRecord":
+        """Raises ValueError if the file is missing, cut short or of another shape."""
+        content: dict[str, Any] = read_json(path)
+        try:
+            return cls(**{**content, "total": Totals(**content["total"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a phase record ({error}); delete it and run again") from None
+
+
+def phase_name(index: int, mode: str) -> str:
+    """Folder name of a phase: its place in the run, then its mode."""
+    return f"{index:02d}-{mode}"
+
+
+def phase_dir(run_dir: Path, index: int, mode: str) -> Path:
+    return run_dir / "phases" / phase_name(index, mode)
+
+
+def read_chain(run_dir: Path, first_mode: str, before: int | None = None) -> list[PhaseRecord]:
+    """The phases of a run in order, each named by its predecessor; up to index `before`, or to the last.
+
+    Raises ValueError when one of them is not done.
+    """
+    chain: list[PhaseRecord] = []
+    mode: str | None = first_mode
+    while mode is not None and len(chain) != before:
+        chain.append(PhaseRecord.read(phase_dir(run_dir, len(chain), mode) / "phase.json"))
+        mode = chain[-1].next
+    return chain
+
+
+def data_dir(results: Path, data: DataConfig) -> Path:
+    return results / "data" / f"{data.name}-{data.digest()}"
+
+
+def run_dir(results: Path, run: RunConfig) -> Path:
+    return results / run.experiment / "runs" / run.name
+
+
+def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
+    """Give every run and data set its own resolved config file, touched only if its content changes."""
+    runs = experiment.runs()
+    write_if_changed(results / experiment.experiment / "experiment.yaml", dump(experiment))
+    write_if_changed(data_dir(results, experiment.data) / "config.yaml", dump(experiment.data))
+    for run in runs:
+        write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
+        write_if_changed(run_dir(results, run) / "evaluation.yaml", dump(experiment.evaluation))
+    return runs

@@ -1,0 +1,44 @@
+"""MoEfication as one permutation: neurons move into expert order, and all that belongs to them moves along."""
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.router import expert_centers
+
+
+@torch.no_grad()
+def reorder_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None = None) -> None:
+    """Put neuron `order[i]` at place i: weights, biases and every per-neuron state of the optimiser.
+
+    order: a permutation of 0..F-1. The dense function stays the same. Raises ValueError for anything else,
+    or for an optimiser state that is neither a scalar nor shaped like its parameter.
+    """
+    if not torch.equal(order.sort().values.cpu(), torch.arange(ffn.d_ff)):
+        raise ValueError(f"order is not a permutation of {ffn.d_ff} neurons")
+    for parameter in ffn.neuron_parameters():
+        parameter.copy_(parameter[order])
+        state = optimizer.state.get(parameter, {}) if optimizer else {}
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if value.shape != parameter.shape:
+                raise ValueError(f"optimiser state {name!r} of shape {tuple(value.shape)} has no neuron order")
+            value.copy_(value[order.to(value.device)])
+
+
+@torch.no_grad()
+def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) -> None:
+    """Group neurons by their cluster and give the router the clusters' centres.
+
+    labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Dense mode computes the same
+    function afterwards. Raises ValueError if the clusters are not of equal size.
+    """
+    size = ffn.d_ff // ffn.experts
+    if labels.shape != (ffn.d_ff,) or not torch.equal(
+        labels.cpu().bincount(minlength=ffn.experts), torch.full((ffn.experts,), size)
+    ):
+        raise ValueError(f"labels must put {size} of {ffn.d_ff} neurons into each of {ffn.experts} experts")
+    reorder_neurons(ffn, labels.to(ffn.w_in.device).argsort(stable=True), optimizer)
+    ffn.centers.copy_(expert_centers(ffn.w_in, ffn.experts))
