@@ -207,7 +207,7 @@ class SwitchingConfig(Section):
     """A dense phase ends once the activation pattern similarity reaches this."""
     check_every: Positive = 50
     """Steps between two similarity checks."""
-    sparse_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    sparse_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """r: share of all steps that are sparse."""
     warmup_min_steps: Positive = 100
     """Floor of the first dense phase."""
@@ -287,6 +287,8 @@ class RunConfig(Section):
                 f"switching.dense_min_steps {s.dense_min_steps}: "
                 f"at most switching.dense_max_steps ({s.dense_max_steps})"
             )
+        if round(s.sparse_share * steps) < 1:
+            raise ValueError(f"switching.sparse_share {s.sparse_share}: leaves no sparse step of {steps}")
         if s.warmup_max_steps + s.final_dense_steps >= steps:
             raise ValueError(
                 f"training.steps {steps}: must exceed switching.warmup_max_steps + switching.final_dense_steps "

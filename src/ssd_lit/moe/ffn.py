@@ -67,11 +67,14 @@ class ExpertFFN(nn.Module):
         if self.mode == "dense":
             y = self.activations(x) @ self.w_out
         else:
-            tokens = x.reshape(-1, x.shape[-1])  # [T, D]
-            compute = choose_backend(self.backend, tokens)
-            chosen = top_k_experts(tokens, self.centers, self.top_k)
-            by_expert = (self.experts, -1, x.shape[-1])
-            y = compute(
-                tokens, chosen, self.w_in.view(by_expert), self.b_in.view(self.experts, -1), self.w_out.view(by_expert)
-            ).view_as(x)
+            y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
         return self.dropout(y + self.b_out)
+
+    def _sparse(self, x: Tensor) -> Tensor:
+        compute = choose_backend(self.backend, x)
+        chosen = top_k_experts(x, self.centers, self.top_k)
+        # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
+        w_in, b_in, w_out = (p.to(dtype).unflatten(0, (self.experts, -1)) for p in self.neuron_parameters())
+        return compute(x.to(dtype), chosen, w_in, b_in, w_out)

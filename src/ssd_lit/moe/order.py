@@ -29,16 +29,18 @@ def reorder_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None =
 
 
 @torch.no_grad()
-def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) -> None:
+def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) -> Tensor:
     """Group neurons by their cluster and give the router the clusters' centres.
 
-    labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Dense mode computes the same
-    function afterwards. Raises ValueError if the clusters are not of equal size.
+    labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Returns the order [F] in which the
+    neurons stand now, by their old places. Dense mode computes the same function afterwards. Raises ValueError if the clusters are not of equal size.
     """
     size = ffn.d_ff // ffn.experts
     if labels.shape != (ffn.d_ff,) or not torch.equal(
         labels.cpu().bincount(minlength=ffn.experts), torch.full((ffn.experts,), size)
     ):
         raise ValueError(f"labels must put {size} of {ffn.d_ff} neurons into each of {ffn.experts} experts")
-    reorder_neurons(ffn, labels.to(ffn.w_in.device).argsort(stable=True), optimizer)
+    order = labels.to(ffn.w_in.device).argsort(stable=True)
+    reorder_neurons(ffn, order, optimizer)
     ffn.centers.copy_(expert_centers(ffn.w_in, ffn.experts))
+    return order

@@ -17,13 +17,14 @@ def expert_centers(w_in: Tensor, experts: int) -> Tensor:
 def top_k_experts(x: Tensor, centers: Tensor, k: int) -> Tensor:
     """The k experts with the largest dot product between token and centre: x [T, D] -> [T, K], unordered.
 
-    The choice carries no gradient: expert outputs are not weighted by their scores.
+    The choice carries no gradient (expert outputs are not weighted by their scores) and is made in the
+    centres' precision, under autocast too: neighbouring scores are often close.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         scores = x.to(centers.dtype) @ centers.T  # [T, E]
         return scores.topk(k, dim=-1, sorted=False).indices
 
 
-def oracle_experts(activations: Tensor, experts: int, k: int) -> Tensor:
-    """The k experts with the largest activation mass: activations [T, F] -> [T, K]; the routers' upper bound."""
-    return activations.abs().unflatten(-1, (experts, -1)).sum(-1).topk(k, dim=-1, sorted=False).indices
+def oracle_experts(mass: Tensor, k: int) -> Tensor:
+    """The k experts with the largest activation mass [T, E] -> [T, K]: what a perfect router would choose."""
+    return mass.topk(k, dim=-1, sorted=False).indices

@@ -1,0 +1,39 @@
+"""Lightning's logger interface over what records the points of a run."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class Recorder(Protocol):
+    """Keeps points of a run."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+
+class RecorderLogger(Logger):
+    """Hands metrics to a recorder, from the first process only."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self._recorder = recorder
+
+    @property
+    def name(self) -> str:
+        return "ssd_lit"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        # Lightning also logs what it gathers itself, such as an empty set at the end of an epoch.
+        if metrics and step is not None:
+            self._recorder.log(step, metrics)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The recorder has the whole config already."""

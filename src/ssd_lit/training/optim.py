@@ -1,0 +1,42 @@
+"""AdamW and its learning rate, the same through all phases of a run."""
+
+import math
+from functools import partial
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from ssd_lit.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW with decoupled decay on matrices and embeddings, none on norms and biases (one-dimensional)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:
+    """The learning rate of a step (0-based) as a share of `config.lr`.
+
+    Linear warm-up, then either a cosine to `min_lr_share` at the last step, or a constant rate and a linear
+    decay to `min_lr_share` over the last `decay_share` of all steps.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    low = config.min_lr_share
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    decay_steps = config.decay_share * steps
+    left = max(0, steps - 1 - step)
+    return 1.0 if left >= decay_steps else low + (1 - low) * left / decay_steps
+
+
+def build_scheduler(optimizer: AdamW, config: OptimConfig, steps: int) -> LambdaLR:
+    """`lr_factor` as a scheduler that is stepped once an optimiser step."""
+    return LambdaLR(optimizer, partial(lr_factor, config=config, steps=steps))

@@ -1,0 +1,106 @@
+"""Every method as a schedule of phases: what comes next follows from the settings and the phases done.
+
+    dense     dense
+    ssd       dense until stable, (moefy, sparse, dense)*, the last dense phase being longer, moefy
+    sparse    moefy (at random), sparse
+    posthoc   moefy, on another run's final model
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ssd_lit.config import RunConfig
+from ssd_lit.layout import PhaseRecord, Totals, phase_name
+
+PhaseMode = Literal["dense", "sparse", "moefy"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps in one mode and the rule for its end; `moefy` takes no step."""
+
+    index: int
+    mode: PhaseMode
+    first_step: int
+    max_steps: int = 0
+    at_max: str = "steps"
+    """Why a phase that ran for `max_steps` ended."""
+    min_steps: int = 0
+    tau: float | None = None
+    """End once the activation pattern similarity reaches this and `min_steps` are done."""
+
+    @property
+    def name(self) -> str:
+        return phase_name(self.index, self.mode)
+
+    def ended_by(self, steps: int, similarity: float | None) -> str | None:
+        """Why the phase ends after `steps` of its own, or None; `similarity` of a check made just now, if any."""
+        if steps >= self.max_steps:
+            return self.at_max
+        if self.tau is not None and similarity is not None and similarity >= self.tau and steps >= self.min_steps:
+            return "stable"
+        return None
+
+
+def next_phase(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
+    """The phase that follows `history`, None after the last."""
+    match config.method:
+        case "dense":
+            return None if history else _dense(config, history, config.training.steps, "budget")
+        case "posthoc":
+            return None if history else _moefy(history)
+        case "sparse":
+            if not history:
+                return _moefy(history)
+            return _sparse(config, history, config.training.steps, "budget") if len(history) == 1 else None
+        case "ssd":
+            return _next_of_ssd(config, history)
+
+
+def _next_of_ssd(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
+    s = config.switching
+    total = history[-1].total if history else Totals()
+    left = config.training.steps - total.steps
+    sparse_left = round(s.sparse_share * config.training.steps) - total.sparse_steps
+    # Steps that may still be spent before the final dense phase.
+    before_final = left - s.final_dense_steps
+    if not history:
+        return _dense(config, history, s.warmup_max_steps, "ceiling", s.warmup_min_steps)
+    match history[-1].mode:
+        case "sparse" if sparse_left <= 0 or before_final <= s.dense_min_steps:
+            return _dense(config, history, left, "budget")
+        case "sparse":
+            # One step at least must be left for the sparse phase behind it.
+            ceiling = min(s.dense_max_steps, before_final - 1)
+            return _dense(config, history, ceiling, "ceiling", s.dense_min_steps)
+        case "moefy" if left == 0:
+            return None
+        case "moefy":
+            steps = min(s.sparse_steps, sparse_left, before_final)
+            return _sparse(config, history, steps, "sparse share" if steps == sparse_left else "steps")
+        case _:
+            return _moefy(history)
+
+
+def _dense(
+    config: RunConfig, history: Sequence[PhaseRecord], max_steps: int, at_max: str, min_steps: int | None = None
+) -> Phase:
+    """A dense phase; one with a floor of steps may end early, when the pattern is stable."""
+    first, index = _start(history)
+    tau = None if min_steps is None else config.switching.tau
+    return Phase(index, "dense", first, max_steps, at_max, min_steps or 0, tau)
+
+
+def _sparse(config: RunConfig, history: Sequence[PhaseRecord], max_steps: int, at_max: str) -> Phase:
+    first, index = _start(history)
+    return Phase(index, "sparse", first, max_steps, at_max)
+
+
+def _moefy(history: Sequence[PhaseRecord]) -> Phase:
+    first, index = _start(history)
+    return Phase(index, "moefy", first)
+
+
+def _start(history: Sequence[PhaseRecord]) -> tuple[int, int]:
+    return (history[-1].total.steps if history else 0), len(history)

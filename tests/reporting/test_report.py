@@ -1,0 +1,151 @@
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from ssd_lit.layout import read_chain, run_dir
+from ssd_lit.reporting.figures import write_figures
+from ssd_lit.reporting.findings import findings
+from ssd_lit.reporting.report import write_report
+from ssd_lit.reporting.runs import load_results
+
+PROVENANCE = {
+    "git commit": "0123abc",
+    "packages": {"torch": "2.11.0", "lightning": "2.5.1"},
+    "machine": "1 x <GPU>",
+    "date": "2025-01-02 03:04 UTC",
+}
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """Text, ids and loads of a page; asserts that every tag is closed in turn."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.links, self.loads, self.text = [], [], [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if tag == "a":
+            self.links.append(attributes["href"])
+        else:
+            self.loads += [value for key, value in attrs if key in {"src", "href", "xlink:href", "data", "srcset"}]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def html(two_seeds):
+    write_figures(two_seeds.exp_dir, two_seeds.runs)
+    path = write_report(two_seeds.exp_dir, two_seeds.runs, two_seeds.data_dir, PROVENANCE)
+    return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+def test_every_run_and_its_numbers(page, two_seeds):
+    for result in load_results(two_seeds.exp_dir, two_seeds.runs):
+        assert f"run-{result.name}" in page.ids
+        assert f"runs/{result.name}/" in page.links
+        assert f"{result.evaluation.loss_dense:.4f}" in page.text
+        assert f"{result.ppl_dense:.2f}" in page.text
+        if result.ppl_sparse is not None:
+            assert f"{result.ppl_sparse:.2f}" in page.text
+        first = "dense" if result.config.method in ("dense", "ssd") else "moefy"
+        for phase in read_chain(run_dir(two_seeds.results, result.config), first):
+            assert f"runs/{result.name}/phases/{phase.name}/" in page.links
+
+
+def test_every_finding_leads_to_its_runs(page, two_seeds):
+    for finding in findings(load_results(two_seeds.exp_dir, two_seeds.runs)):
+        assert finding.text in page.text
+        assert all(f"#run-{run}" in page.links for run in finding.runs)
+
+
+def test_links_lead_somewhere(page, two_seeds):
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        elif link != "summary.csv":
+            assert (two_seeds.exp_dir / link).exists()
+
+
+def test_nothing_is_loaded_from_outside(html, page):
+    assert all(target.startswith("#") for target in page.loads)
+    assert not re.search(r"url\((?!#)", html)
+    assert "@import" not in html
+    assert "<script" not in html
+    assert all(not link.startswith(("http", "//")) for link in page.links)
+
+
+def test_ids_are_unique_and_svg_references_resolve(html, page):
+    assert len(page.ids) == len(set(page.ids))
+    targets = re.findall(r"url\(#([^)]*)\)", html) + [target[1:] for target in page.loads]
+    assert targets
+    assert set(targets) <= set(page.ids)
+
+
+def test_text_is_escaped(html, page):
+    assert "<addresses>" not in html
+    assert "Presidential <addresses>" in page.text
+    assert "Post-hoc <MoE>" in page.text
+    assert "What does each method cost & give?" in page.text
+    assert "1 x <GPU>" in page.text
+
+
+def test_data_settings_and_provenance(page):
+    for text in ("public domain", "splits.train.tokens", "switching.tau", "K: experts computed for a token",
+                 "top_k_curve", "0123abc", "packages.torch", "2.11.0"):  # fmt: skip
+        assert text in page.text
+
+
+def test_same_bytes_twice(html, two_seeds):
+    path = write_report(two_seeds.exp_dir, two_seeds.runs, two_seeds.data_dir, PROVENANCE)
+    assert path.read_text() == html
+
+
+def test_card_of_other_keys(make_tree):
+    tree = make_tree((0,), ("dense",))
+    write_figures(tree.exp_dir, tree.runs)
+    (tree.data_dir / "documents" / "card.json").write_text('{"note": "odd", "sources": [{"bytes": "many"}, 3]}')
+    text = Page(write_report(tree.exp_dir, tree.runs, tree.data_dir, {}).read_text()).text
+    assert "odd" in text
+
+
+@pytest.mark.parametrize("missing", ["figures/loss_over_steps.svg", "experiment.yaml"])
+def test_missing_file_is_named(make_tree, missing):
+    tree = make_tree((0,), ("dense",))
+    (tree.exp_dir / missing).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="not found") as error:
+        write_report(tree.exp_dir, tree.runs, tree.data_dir, {})
+    assert str(tree.exp_dir / missing) in str(error.value)
+
+
+def test_reporting_imports_no_training_library():
+    code = (
+        "import sys, ssd_lit.reporting.report, ssd_lit.reporting.summary\n"
+        "print(sorted({'torch', 'lightning', 'mlflow', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
