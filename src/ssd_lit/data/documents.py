@@ -1,0 +1,280 @@
+"""Documents of all sources, cleaned, without duplicates, shuffled and split, in memory that stays bounded.
+
+Everything about a document follows from the hash of its cleaned text: its place in the order, the split it falls
+in, and whether it is kept. So the result depends neither on the order of the sources nor on other documents.
+
+The first pass writes each document to one of 256 buckets by the leading byte of its hash; equal texts meet in one
+bucket. The second pass sorts one bucket at a time, which needs about 1/256 of the corpus in memory.
+"""
+
+import hashlib
+import json
+import re
+import struct
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow
+import pyarrow.parquet
+
+from ssd_lit.config import ConfigError, DataConfig
+from ssd_lit.data.sources import check_source, describe, documents
+from ssd_lit.files import write_json, write_text
+
+SPLITS = ("train", "validation", "test")
+Progress = Callable[[str], None]
+
+_BUCKETS = 256
+_RECORD = struct.Struct("<16sI")
+_ROW_GROUP_BYTES = 4_000_000
+_REPORT_BYTES = 50_000_000
+_UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+_MANY_NEWLINES = re.compile(r"\n(?:[ \t]*\n){2,}")
+
+
+def silent(_: str) -> None:
+    """Progress that nobody hears."""
+
+
+def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Write train, validation and test documents of all sources as `out`/<split>.parquet, and the data card.
+
+    Each file has one column, `text`, one row a document. Returns the card, which is also in `out`/card.json and,
+    for people, card.md; card.json is written last. Needs disk space for the whole text while it works. Raises
+    ConfigError if a source cannot be read, or if a split would be empty.
+    """
+    for source in config.sources:
+        check_source(source)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
+        read = _spill(config, Path(work), progress)
+        kept = _collect(config, Path(work), progress)
+        _check_splits(config, kept)
+        for split in SPLITS:
+            (Path(work) / f"{split}.parquet").replace(out / f"{split}.parquet")
+    card = _card(config, read, kept)
+    write_text(out / "card.md", _card_text(card))
+    write_json(out / "card.json", card)
+    return card
+
+
+def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
+    """The documents of a split in order, a row group (a few megabytes) at a time.
+
+    Raises ValueError if the split's file is missing or damaged.
+    """
+    path = documents_dir / f"{split}.parquet"
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; run the stage that writes it first") from None
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({error}); delete it and run again") from None
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, newlines as \\n and never more than two together, no control characters but \\n and \\t."""
+    text = _UNWANTED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _MANY_NEWLINES.sub("\n\n", unicodedata.normalize("NFC", text)).strip()
+
+
+def split_of(digest: bytes, validation_share: float, test_share: float) -> str:
+    """The split of a document by the second half of its hash; the first half decides the order.
+
+    The held-out splits lie at the two ends, so that changing one share moves nothing between them.
+    """
+    place = int.from_bytes(digest[8:], "big") / 2**64
+    if place < validation_share:
+        return "validation"
+    return "test" if place >= 1 - test_share else "train"
+
+
+@dataclass
+class _Counts:
+    """What came of the documents read."""
+
+    documents: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class _Kept:
+    """The outcome of the second pass."""
+
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    duplicates: int = 0
+    left_out: int = 0
+
+
+@dataclass
+class _Read:
+    """The outcome of the first pass."""
+
+    sources: list[_Counts] = field(default_factory=list)
+    empty: int = 0
+
+
+def _spill(config: DataConfig, work: Path, progress: Progress) -> _Read:
+    """First pass: clean every document and write it, with its hash, to its bucket."""
+    read = _Read()
+    next_report = _REPORT_BYTES
+    with ExitStack() as stack:
+        buckets = [stack.enter_context(_bucket(work, number).open("wb")) for number in range(_BUCKETS)]
+        for source in config.sources:
+            counts = _Counts()
+            read.sources.append(counts)
+            for text in documents(source):
+                content = normalise(text).encode("utf-8")
+                if not content:
+                    read.empty += 1
+                    continue
+                counts.documents += 1
+                counts.bytes += len(content)
+                digest = hashlib.blake2b(content, digest_size=16).digest()
+                buckets[digest[0]].write(_RECORD.pack(digest, len(content)) + content)
+                if sum(one.bytes for one in read.sources) >= next_report:
+                    progress(f"read {next_report // 1_000_000} MB")
+                    next_report += _REPORT_BYTES
+    return read
+
+
+def _collect(config: DataConfig, work: Path, progress: Progress) -> _Kept:
+    """Second pass: bucket by bucket, drop duplicates, sort by hash, write each document to its split."""
+    limit = float("inf") if config.max_megabytes is None else config.max_megabytes * 1e6
+    kept = _Kept()
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(_SplitWriter(work / f"{name}.parquet")) for name in SPLITS}
+        for number in range(_BUCKETS):
+            found = dict(_records(_bucket(work, number), kept))
+            _bucket(work, number).unlink()
+            for digest in sorted(found):
+                if sum(writer.bytes for writer in writers.values()) >= limit:
+                    kept.left_out += 1
+                    continue
+                split = split_of(digest, config.validation_share, config.test_share)
+                writers[split].add(digest, found[digest])
+            if number % 64 == 63:
+                progress(f"sorted {number + 1} of {_BUCKETS} buckets")
+    kept.splits = {name: writer.summary() for name, writer in writers.items()}
+    return kept
+
+
+def _bucket(work: Path, number: int) -> Path:
+    return work / f"bucket-{number:03d}"
+
+
+def _records(bucket: Path, kept: _Kept) -> Iterator[tuple[bytes, bytes]]:
+    """The (hash, text) pairs of a bucket, each text once; counts the rest as duplicates."""
+    content = memoryview(bucket.read_bytes())
+    seen: set[bytes] = set()
+    place = 0
+    while place < len(content):
+        digest, size = _RECORD.unpack_from(content, place)
+        start = place + _RECORD.size
+        place = start + size
+        if digest in seen:
+            kept.duplicates += 1
+            continue
+        seen.add(digest)
+        yield digest, bytes(content[start:place])
+
+
+class _SplitWriter:
+    """Appends documents to one Parquet file, in row groups of a few megabytes."""
+
+    def __init__(self, path: Path) -> None:
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        self._file = pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
+        self._rows: list[bytes] = []
+        self._rows_bytes = 0
+        self._digest = hashlib.sha256()
+        self.documents = 0
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._file.close()
+
+    def add(self, digest: bytes, content: bytes) -> None:
+        """Append a document given as UTF-8, with its hash."""
+        self._rows.append(content)
+        self._rows_bytes += len(content)
+        self._digest.update(digest)
+        self.documents += 1
+        self.bytes += len(content)
+        if self._rows_bytes >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._file.write_table(pyarrow.table({"text": pyarrow.array(self._rows, pyarrow.string())}))
+            self._rows, self._rows_bytes = [], 0
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and a digest over the hashes of the documents in their order."""
+        return {"documents": self.documents, "bytes": self.bytes, "digest": self._digest.hexdigest()}
+
+
+def _check_splits(config: DataConfig, kept: _Kept) -> None:
+    total = sum(split["documents"] for split in kept.splits.values())
+    if not total:
+        raise ConfigError(f"data {config.name!r}: the sources hold no document with text")
+    for name, split in kept.splits.items():
+        if not split["documents"]:
+            remedy = "give more text" if name == "train" else f"give more text or raise {name}_share"
+            raise ConfigError(
+                f"data {config.name!r}: none of {total} documents falls in the {name} split; {remedy}"
+            )
+
+
+def _card(config: DataConfig, read: _Read, kept: _Kept) -> dict[str, Any]:
+    sources = [
+        {**describe(source), "documents": counts.documents, "bytes": counts.bytes}
+        for source, counts in zip(config.sources, read.sources, strict=True)
+    ]
+    return {
+        "name": config.name,
+        "sources": sources,
+        "empty_documents": read.empty,
+        "duplicates": kept.duplicates,
+        "left_out": kept.left_out,
+        "max_megabytes": config.max_megabytes,
+        "validation_share": config.validation_share,
+        "test_share": config.test_share,
+        "splits": kept.splits,
+        "digest": hashlib.sha256(json.dumps(kept.splits, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _card_text(card: dict[str, Any]) -> str:
+    lines = [
+        f"# Text: {card['name']}",
+        "",
+        "| source | documents | MB | what it is | terms |",
+        "|---|---|---|---|---|",
+    ]
+    for source in card["sources"]:
+        name = source.get("name") or source.get("dataset") or ", ".join(source["paths"])
+        counts = f"{source['documents']:,} | {source['bytes'] / 1e6:.1f}"
+        lines.append(f"| {name} | {counts} | {source['description']} | {source['terms']} |")
+    lines += ["", "| split | documents | MB | digest |", "|---|---|---|---|"]
+    for name, split in card["splits"].items():
+        lines.append(f"| {name} | {split['documents']:,} | {split['bytes'] / 1e6:.1f} | {split['digest'][:16]} |")
+    lines += [
+        "",
+        f"Dropped: {card['duplicates']:,} exact duplicates, {card['empty_documents']:,} empty documents; "
+        f"{card['left_out']:,} documents beyond max_megabytes.",
+        "Text is in Unicode NFC without control characters. Splits and order follow from each document's hash.",
+        "",
+    ]
+    return "\n".join(lines)

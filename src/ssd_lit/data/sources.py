@@ -1,0 +1,60 @@
+"""Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ssd_lit.config import FilesSource, HubSource, PackageSource, Source
+from ssd_lit.data.hub import check_hub, hub_documents
+from ssd_lit.data.packages import PACKAGES, check_package, package_documents
+from ssd_lit.data.readers import check_format, read_documents
+from ssd_lit.files import sha256
+
+
+def documents(source: Source) -> Iterator[str]:
+    """The documents of a source, one at a time, in a fixed order. Raises ConfigError if they cannot be read."""
+    match source:
+        case PackageSource():
+            yield from package_documents(source.name)
+        case FilesSource():
+            for path in _files(source):
+                yield from read_documents(path, source.text_key)
+        case HubSource():
+            yield from hub_documents(source)
+
+
+def check_source(source: Source) -> None:
+    """Raise ConfigError for what can be known to fail before any text is read."""
+    match source:
+        case PackageSource():
+            check_package(source.name)
+        case FilesSource():
+            for path in _files(source):
+                check_format(path)
+        case HubSource():
+            check_hub()
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """What the data card says about a source: its settings, what the text is, and under what terms."""
+    card = source.model_dump()
+    match source:
+        case PackageSource():
+            package = PACKAGES[source.name]
+            told = {"version": package.version, "sha256": package.sha256}
+            return {**card, **told, "description": package.description, "terms": package.terms}
+        case FilesSource():
+            files = [
+                {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
+                for path in _files(source)
+            ]
+            return {**card, "files": files, "description": "local files", "terms": "those of the files"}
+        case HubSource():
+            return {**card, "description": "Hugging Face data set", "terms": "those of the data set's own card"}
+
+
+def _files(source: FilesSource) -> list[Path]:
+    """Every file that a pattern matches, once, by name: the order must not depend on the file system."""
+    found = {path for pattern in source.paths for path in glob.glob(pattern, recursive=True)}
+    return [path for path in map(Path, sorted(found)) if path.is_file()]

@@ -1,0 +1,55 @@
+"""Activation pattern similarity: how much the grouping of neurons changed between two moments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows
+
+
+def pattern_similarity(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The adjusted Rand index between two clusterings of the same neurons, averaged over layers.
+
+    Both are lists of labels [F], one for each layer. 1 is the same grouping, 0 what chance gives (SSD,
+    arXiv 2410.03440, section 4).
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    scores = [adjusted_rand_score(a.numpy(), b.numpy()) for a, b in zip(before, after, strict=True)]
+    return float(sum(scores) / len(scores))
+
+
+class PatternTracker:
+    """Clusters the neurons of every layer from time to time and says how similar the last two clusterings are."""
+
+    def __init__(self, n_clusters: int, seed: int):
+        self.labels: list[Tensor] = []
+        """The latest clustering: labels [F] for each layer; empty before the first."""
+        self._n_clusters = n_clusters
+        self._seed = seed
+
+    def update(self, weights: Sequence[Tensor]) -> float | None:
+        """Cluster the input projections [F, D] of all layers, starting from the last clustering.
+
+        Returns the similarity to the last clustering, or None for the first.
+        """
+        before = self.labels or [None] * len(weights)
+        self.labels = [
+            balanced_kmeans(normalised_rows(w), self._n_clusters, init=labels, seed=self._seed).labels
+            for w, labels in zip(weights, before, strict=True)
+        ]
+        return None if before[0] is None else pattern_similarity(before, self.labels)  # type: ignore[arg-type]
+
+    def reorder(self, orders: Sequence[Tensor]) -> None:
+        """Follow neurons that moved: `orders[layer][i]` is the old place of the neuron that stands at i now."""
+        if self.labels:
+            self.labels = [labels[order.cpu()] for labels, order in zip(self.labels, orders, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The labels, as tensors."""
+        return {"labels": [labels.to(torch.int32) for labels in self.labels]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.labels = [labels.long() for labels in state["labels"]]
