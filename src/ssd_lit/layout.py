@@ -14,6 +14,9 @@ from typing import Any
 from ssd_lit.config import DataConfig, Experiment, RunConfig, dump
 from ssd_lit.files import read_json, write_if_changed, write_json
 
+FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "posthoc": "moefy"}
+"""Mode of the first phase of each method."""
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -71,13 +74,13 @@ def phase_dir(run_dir: Path, index: int, mode: str) -> Path:
     return run_dir / "phases" / phase_name(index, mode)
 
 
-def read_chain(run_dir: Path, first_mode: str, before: int | None = None) -> list[PhaseRecord]:
+def read_chain(run_dir: Path, method: str, before: int | None = None) -> list[PhaseRecord]:
     """The phases of a run in order, each named by its predecessor; up to index `before`, or to the last.
 
     Raises ValueError when one of them is not done.
     """
     chain: list[PhaseRecord] = []
-    mode: str | None = first_mode
+    mode: str | None = FIRST_MODE[method]
     while mode is not None and len(chain) != before:
         chain.append(PhaseRecord.read(phase_dir(run_dir, len(chain), mode) / "phase.json"))
         mode = chain[-1].next

@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from ssd_lit.config import ConfigError
 
@@ -47,8 +46,12 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
                 yield from _parquet_rows(path, text_key)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from None
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowInvalid) as error:
-        raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowInvalid) as error:
+        raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _format(path: Path) -> str:
@@ -66,9 +69,8 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
             with lzma.open(path) as file:
                 yield file
         case ".zst":
-            # Tools that compress in parallel write several frames into one file.
-            reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-            with reader as file:
+            # Not the zstandard package: it takes a file that was cut short for a whole one.
+            with pyarrow.CompressedInputStream(str(path), "zstd") as file:
                 yield file
         case _:
             with path.open("rb") as file:

@@ -56,5 +56,5 @@ def describe(source: Source) -> dict[str, Any]:
 
 def _files(source: FilesSource) -> list[Path]:
     """Every file that a pattern matches, once, by name: the order must not depend on the file system."""
-    found = {path for pattern in source.paths for path in glob.glob(pattern, recursive=True)}
+    found = {path for pattern in source.paths for path in glob.glob(pattern, recursive=True)}  # noqa: PTH207
     return [path for path in map(Path, sorted(found)) if path.is_file()]

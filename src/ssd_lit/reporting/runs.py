@@ -11,9 +11,7 @@ import numpy as np
 from ssd_lit.config import RunConfig
 from ssd_lit.files import read_json
 from ssd_lit.layout import PhaseRecord, Totals, read_chain
-from ssd_lit.tracking import read_points
-
-FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "posthoc": "moefy"}
+from ssd_lit.points import read_points
 
 Points = list[tuple[int, float]]
 
@@ -133,7 +131,7 @@ def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def _load(run_dir: Path, run: RunConfig) -> RunResult:
-    chain = read_chain(run_dir, FIRST_MODE[run.method])
+    chain = read_chain(run_dir, run.method)
     evaluation = Evaluation.read(run_dir / "evaluation.json")
     points = {} if run.method == "posthoc" else _read_metrics(run_dir / "metrics.jsonl")
     return RunResult(run, tuple(chain), points, evaluation)

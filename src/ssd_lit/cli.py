@@ -1,0 +1,104 @@
+"""`ssd-lit STAGE ...`: what the workflow calls, and a person can call too.
+
+Libraries that take seconds to import are imported by the stages that need them.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from ssd_lit import stages
+from ssd_lit.config import ConfigError
+
+Stage = Callable[[argparse.Namespace], str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _set_threads(args.threads)
+    title = " ".join([args.stage, *(str(getattr(args, name)) for name in args.shown)])
+    began = time.monotonic()
+    _say(f"{title}: begins")
+    try:
+        outcome = args.run(args)
+    except (ConfigError, ValueError, OSError) as error:
+        _say(f"{title}: failed: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say(f"{title}: interrupted")
+        return 130
+    _say(f"{title}: done in {time.monotonic() - began:.1f} s; {outcome}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssd-lit", description="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
+        epilog="The stages of an experiment, in order: configs, prepare, tokenizer, encode; for each run phases "
+        "(train, moefy) and evaluate; then summarise, figures, report. `ssd-lit STAGE --help` explains one.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+
+    def add(name: str, run: Stage, text: str, *places: tuple[str, str]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text)
+        for place, meaning in places:
+            command.add_argument(place, help=meaning, type=str if place == "phase" else Path)
+        command.add_argument("--threads", type=_positive, default=os.cpu_count(), help="CPU threads (all)")
+        command.set_defaults(run=run, shown=[place for place, _ in places])
+        return command
+
+    data = ("data_dir", "a folder under results/data that holds config.yaml")
+    run_dir = ("run_dir", "results/EXPERIMENT/runs/RUN, which holds config.yaml")
+    phase = ("phase", "a phase by its folder name, such as 02-sparse; the phases before it must be done")
+    exp_dir = ("exp_dir", "results/EXPERIMENT, which holds experiment.yaml")
+    results = ("results", "the results folder")
+
+    configs = add(
+        "configs", stages.configs, "Check an experiment and write the resolved config of its data and runs.",
+        ("experiment", "a YAML file under configs/"),
+    )  # fmt: skip
+    configs.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
+    add("prepare", stages.prepare, "Read, clean, deduplicate and split the text into documents/.", data)
+    add("tokenizer", stages.tokenizer, "Train the tokenizer on the training documents into tokenizer/.", data)
+    add("encode", stages.encode, "Encode all documents into memory-mapped blocks of tokens in tokens/.", data)
+    add("train", stages.train, "Train one dense or sparse phase; goes on where it was interrupted.", run_dir, phase)
+    add("moefy", stages.moefy, "Group the neurons of a checkpoint into experts (MoEfication).", run_dir, phase)
+    add("evaluate", stages.evaluate, "Measure the final model of a run into evaluation.json.", run_dir)
+    add("summarise", stages.summarise, "Write summary.csv, one row a run.", exp_dir)
+    add("figures", stages.figures, "Draw the figures of an experiment.", exp_dir)
+    add("report", stages.report, "Write report.html, and keep report and figures in MLflow.", exp_dir)
+    add("store", stages.store, "Make the MLflow store, once, before jobs share it.", results)
+    ui = add("ui", stages.ui, "Serve the MLflow UI on 127.0.0.1.")
+    ui.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
+    ui.add_argument("--port", type=_positive, default=5000, help="the port (5000)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _set_threads(threads: int) -> None:
+    # Read by the libraries when they are imported: OpenMP and BLAS, and the tokenizer's own pool.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
+
+
+def run() -> NoReturn:
+    """Entry point of the console script."""
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Blocks of tokens, cut from a split's stream on disk without loading it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssd_lit.files import read_json
+
+
+def load_index(tokens_dir: Path) -> dict[str, Any]:
+    """The index that `encode_documents` wrote last. Raises ValueError if it is missing or cut short."""
+    index: dict[str, Any] = read_json(tokens_dir / "index.json")
+    return index
+
+
+class TokenBlocks(Dataset[dict[str, Tensor]]):
+    """The blocks of a split: item i is {"inputs": [S], "targets": [S]}, int64, targets one token ahead.
+
+    Blocks follow each other without overlap; the last target of one is the first input of the next. Raises
+    ValueError if the stream's length is not what the index says.
+    """
+
+    def __init__(self, tokens_dir: Path, split: str) -> None:
+        index = load_index(tokens_dir)
+        self.sequence_length: int = index["sequence_length"]
+        self._blocks: int = index["splits"][split]["blocks"]
+        self._path = tokens_dir / f"{split}.bin"
+        self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
+        self._stream: npt.NDArray[Any] | None = None
+        expected = index["splits"][split]["tokens"] * self._dtype.itemsize
+        if not self._path.is_file() or self._path.stat().st_size != expected:
+            raise ValueError(f"{self._path}: not the {expected} bytes that index.json tells of; encode again")
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    def __getitem__(self, block: int) -> dict[str, Tensor]:
+        if not 0 <= block < self._blocks:
+            raise IndexError(f"block {block} of {self._blocks}")
+        start = block * self.sequence_length
+        tokens = self._tokens()[start : start + self.sequence_length + 1].astype(np.int64)
+        return {"inputs": torch.from_numpy(tokens[:-1]), "targets": torch.from_numpy(tokens[1:])}
+
+    def __getitems__(self, blocks: Sequence[int]) -> list[dict[str, Tensor]]:
+        return [self[block] for block in blocks]
+
+    def _tokens(self) -> npt.NDArray[Any]:
+        if self._stream is None:
+            self._stream = np.memmap(self._path, dtype=self._dtype, mode="r")
+        return self._stream
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would be the whole stream; a worker maps the file again.
+        return {**self.__dict__, "_stream": None}

@@ -1,0 +1,117 @@
+"""Documents as token ids: each split one long stream on disk, from which blocks are cut without padding."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from ssd_lit.config import ConfigError
+from ssd_lit.data.documents import SPLITS, Progress, read_split, silent
+from ssd_lit.data.tokenizer import end_of_text_id, load_tokenizer
+from ssd_lit.files import whole_file, write_json
+
+_REPORT_TOKENS = 10_000_000
+
+
+def encode_documents(
+    documents_dir: Path,
+    tokenizer_dir: Path,
+    out_dir: Path,
+    sequence_length: int,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write `out_dir`/<split>.bin: the token ids of the split's documents, each followed by end-of-text.
+
+    Ids are little-endian uint16, or uint32 from a vocabulary of 65,536 on. Returns the index, which is written to
+    `out_dir`/index.json last: vocab_size, eos_id, dtype, sequence_length; for each split tokens, documents,
+    blocks and sha256; and a digest over all splits. Raises ConfigError if a split is shorter than one block.
+    """
+    index_path = out_dir / "index.json"
+    index_path.unlink(missing_ok=True)  # an old index must not describe new tokens
+    tokenizer = load_tokenizer(tokenizer_dir)
+    eos_id = end_of_text_id(tokenizer_dir)
+    # A tokenizer made elsewhere may have gaps between its ids: what counts is the largest.
+    vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    dtype = np.dtype("<u2" if vocab_size < 65536 else "<u4")
+    splits = {}
+    for name in SPLITS:
+        with whole_file(out_dir / f"{name}.bin") as part, part.open("wb") as file:
+            stream = _Stream(file, dtype, eos_id)
+            for encodings in _encoded(tokenizer, read_split(documents_dir, name)):
+                stream.append(encodings)
+                if stream.unreported >= _REPORT_TOKENS:
+                    progress(f"encoded {stream.tokens / 1e6:.0f} M tokens of {name}")
+                    stream.unreported = 0
+        splits[name] = _summary(name, stream, sequence_length)
+    index = {
+        "vocab_size": vocab_size,
+        "eos_id": eos_id,
+        "dtype": dtype.name,
+        "sequence_length": sequence_length,
+        "splits": splits,
+        "digest": hashlib.sha256("".join(split["sha256"] for split in splits.values()).encode()).hexdigest(),
+    }
+    write_json(index_path, index)
+    return index
+
+
+def _encoded(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[Encoding]]:
+    """The encodings of each batch, in order; the next batch is encoded while the caller works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        ready: Future[list[Encoding]] | None = None
+        for texts in batches:
+            following = pool.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+            if ready is not None:
+                yield ready.result()
+            ready = following
+        if ready is not None:
+            yield ready.result()
+
+
+class _Stream:
+    """The token ids of one split on their way to a file, counted and hashed."""
+
+    def __init__(self, file: BinaryIO, dtype: "np.dtype[Any]", eos_id: int) -> None:
+        self._file = file
+        self._dtype = dtype
+        self._end = (eos_id,)
+        self._sha256 = hashlib.sha256()
+        self.documents = 0
+        self.tokens = 0
+        self.unreported = 0
+        """Tokens since the last word on progress."""
+
+    def append(self, encodings: list[Encoding]) -> None:
+        ids = chain.from_iterable(chain(encoding.ids, self._end) for encoding in encodings)
+        tokens = np.fromiter(ids, dtype=self._dtype)
+        content = tokens.tobytes()
+        self._file.write(content)
+        self._sha256.update(content)
+        self.documents += len(encodings)
+        self.tokens += len(tokens)
+        self.unreported += len(tokens)
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def _summary(split: str, stream: _Stream, sequence_length: int) -> dict[str, Any]:
+    # A block of S tokens needs S + 1: the last one is only a target.
+    blocks = (stream.tokens - 1) // sequence_length
+    if blocks < 1:
+        raise ConfigError(
+            f"the {split} split has {stream.tokens} tokens, less than one block of sequence_length "
+            f"{sequence_length} (+ 1): give more text, a larger share for this split or shorter blocks"
+        )
+    return {
+        "tokens": stream.tokens,
+        "documents": stream.documents,
+        "blocks": blocks,
+        "sha256": stream.sha256,
+    }

@@ -1,0 +1,68 @@
+"""The tokens as Lightning sees them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
+
+Batches = DataLoader[dict[str, Tensor]]
+
+
+class TokenData(LightningDataModule):
+    """Blocks for training, from the trainer's global step on, and for validation.
+
+    A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which
+    reads its own part. The trainer needs use_distributed_sampler=False and, as one training batch belongs to one
+    global step, no gradient accumulation.
+    """
+
+    def __init__(
+        self, tokens_dir: Path, *, batch_size: int, validation_blocks: int, seed: int, workers: int
+    ) -> None:
+        super().__init__()
+        self.tokens_dir = tokens_dir
+        self.batch_size = batch_size
+        self.validation_blocks = validation_blocks
+        self.seed = seed
+        self.workers = workers
+
+    def train_dataloader(self) -> Batches:
+        """Endless; starts at the step the trainer stands at. Raises ValueError if devices do not divide B."""
+        blocks = TokenBlocks(self.tokens_dir, "train")
+        rank, world_size = self._place()
+        start = self.trainer.global_step if self.trainer else 0
+        return self._loader(blocks, StepBatches(len(blocks), self.batch_size, self.seed, start, rank, world_size))
+
+    def val_dataloader(self) -> Batches:
+        """The same evenly spaced blocks each time, every block read by one device.
+
+        Raises ValueError if there are more devices than blocks.
+        """
+        blocks = TokenBlocks(self.tokens_dir, "validation")
+        rank, world_size = self._place()
+        chosen = spread_blocks(len(blocks), self.validation_blocks)
+        if len(chosen) < world_size:
+            raise ValueError(f"{len(chosen)} validation blocks are too few for {world_size} devices")
+        return self._loader(blocks, in_batches(chosen[rank::world_size], max(1, self.batch_size // world_size)))
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, world size) of this process."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, blocks: TokenBlocks, batches: Iterable[list[int]]) -> Batches:
+        return DataLoader(
+            blocks,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+            # Its own: a new iterator would otherwise draw a number from the global generator, and a run that was
+            # interrupted makes more iterators than one that was not.
+            generator=torch.Generator(),
+        )

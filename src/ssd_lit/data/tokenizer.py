@@ -1,0 +1,116 @@
+"""The tokenizer: a byte-level BPE trained on the training split, or one taken from a folder."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ssd_lit.config import ConfigError, TokenizerConfig
+from ssd_lit.data.documents import read_split
+from ssd_lit.files import read_json, whole_file, write_json
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which Hugging Face's `from_pretrained` reads too.
+
+    The vocabulary is smaller than asked for if the text has too few different words. Raises ConfigError if the
+    tokenizer of config.folder cannot be read or has no end-of-text token.
+    """
+    if config.folder is not None:
+        _copy(Path(config.folder), out_dir)
+        return
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        # All 256 bytes, whether seen or not, so that any text can be encoded.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_megabytes(documents_dir, config.train_megabytes), trainer)
+    with whole_file(out_dir / "tokenizer.json") as part:
+        tokenizer.save(str(part))
+    _write_config(out_dir, END_OF_TEXT)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a folder, neither padding nor cutting, for which special tokens inside text are just text.
+
+    Raises ValueError if it is missing or damaged.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; run the stage that writes it first")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_of_text_id(directory: Path) -> int:
+    """The id of the token that ends each document, in a folder that `train_tokenizer` wrote."""
+    token = _named_end_of_text(directory)
+    found = None if token is None else load_tokenizer(directory).token_to_id(token)
+    if found is None:
+        raise ValueError(f"{directory}: the tokenizer has no end-of-text token")
+    return int(found)
+
+
+def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str]]:
+    """Whole documents from the start of the training split, whose order is random already."""
+    left = megabytes * 1e6
+    for group in read_split(documents_dir, "train"):
+        taken: list[str] = []
+        for text in group:
+            if left <= 0:
+                break
+            taken.append(text)
+            left -= len(text.encode("utf-8"))
+        yield taken
+        if left <= 0:
+            return
+
+
+def _copy(folder: Path, out_dir: Path) -> None:
+    try:
+        vocabulary = load_tokenizer(folder).get_vocab(with_added_tokens=True)
+    except ValueError as error:
+        raise ConfigError(f"tokenizer.folder: {error}") from None
+    token = _named_end_of_text(folder) or END_OF_TEXT
+    if token not in vocabulary:
+        raise ConfigError(
+            f"tokenizer.folder: {folder} has no end-of-text token; "
+            f"name one as eos_token in its tokenizer_config.json, or have {END_OF_TEXT} in the vocabulary"
+        )
+    with whole_file(out_dir / "tokenizer.json") as part:
+        shutil.copyfile(folder / "tokenizer.json", part)
+    _write_config(out_dir, token)
+
+
+def _named_end_of_text(folder: Path) -> str | None:
+    """The eos_token in the folder's tokenizer_config.json: a string, or an object with the string as content."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    token: Any = read_json(path).get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _write_config(out_dir: Path, end_of_text: str) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end_of_text,
+        "bos_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(out_dir / "tokenizer_config.json", config)

@@ -1,0 +1,47 @@
+"""Where results come from: code, packages and machine."""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "scikit-learn", "snakemake", "mlflow")
+
+
+def git_commit(folder: Path = Path(__file__).parent) -> str:
+    """The commit of the code, with `-dirty` if files differ from it; `unknown` outside a repository."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told.stdout.strip()
+
+
+def provenance() -> dict[str, object]:
+    """Commit, versions, machine and time of writing."""
+    return {
+        "commit": git_commit(),
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": {
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "cores": psutil.cpu_count(),
+            "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+            "processor": _processor(),
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

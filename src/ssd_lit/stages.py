@@ -1,0 +1,235 @@
+"""The stages of the DAG: each finds its inputs by the layout, does its work, and says in a few words what came of it."""
+
+import argparse
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from ssd_lit.config import ConfigError, RunConfig, load_data, load_evaluation, load_experiment, load_run
+from ssd_lit.files import read_json, write_json
+from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, read_chain, write_configs
+
+if TYPE_CHECKING:
+    from ssd_lit.tracking import RunTracker
+    from ssd_lit.training.schedule import Phase
+
+
+def configs(args: argparse.Namespace) -> str:
+    runs = write_configs(load_experiment(args.experiment), args.results)
+    return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
+
+
+def prepare(args: argparse.Namespace) -> str:
+    from ssd_lit.data.documents import prepare_documents
+
+    card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
+    return ", ".join(f"{name} {split['documents']:,} documents" for name, split in card["splits"].items())
+
+
+def tokenizer(args: argparse.Namespace) -> str:
+    from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
+
+    config = load_data(args.data_dir / "config.yaml").tokenizer
+    train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
+    return f"{load_tokenizer(args.data_dir / 'tokenizer').get_vocab_size():,} entries"
+
+
+def encode(args: argparse.Namespace) -> str:
+    from ssd_lit.data.encode import encode_documents
+
+    config = load_data(args.data_dir / "config.yaml")
+    folder = args.data_dir
+    index = encode_documents(folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print)
+    return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())
+
+
+def train(args: argparse.Namespace) -> str:
+    """Train one phase; a phase that is done already stays as it is."""
+    import torch
+
+    from ssd_lit.training.phase import train_phase, work_dir
+
+    torch.set_num_threads(args.threads)
+    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    with _alone(run_dir):
+        phase, history = _open_phase(run_dir, config, args.phase)
+        if _is_done(run_dir, phase):
+            return "it was done already; remove its phase.json to run it again"
+        work = work_dir(run_dir, phase)
+        resume_step = None if (work / "rolling.ckpt").exists() else phase.first_step
+        if resume_step is not None:
+            _forget_phases_from(run_dir, phase.index)
+        with _tracker(run_dir, config, phase.name, resume_step) as tracker:
+            record = train_phase(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
+            tracker.outcome(
+                {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
+                {"mode": record.mode, "ended_by": record.ended_by},
+            )
+        record.write(phase_dir(run_dir, phase.index, phase.mode) / "phase.json")
+        shutil.rmtree(work)
+    return f"steps {record.first_step} to {record.last_step}, ended by {record.ended_by}; next: {record.next or 'none'}"
+
+
+def moefy(args: argparse.Namespace) -> str:
+    """MoEfy a checkpoint; a phase that is done already stays as it is."""
+    import torch
+
+    from ssd_lit.training.moefication import moefy_phase
+
+    torch.set_num_threads(args.threads)
+    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    with _alone(run_dir):
+        phase, history = _open_phase(run_dir, config, args.phase)
+        if _is_done(run_dir, phase):
+            return "it was done already; remove its phase.json to run it again"
+        _forget_phases_from(run_dir, phase.index)
+        with _tracker(run_dir, config, phase.name, phase.first_step if history else None) as tracker:
+            record = moefy_phase(
+                run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config)
+            )
+            tracker.outcome({"seconds": record.seconds}, {"mode": "moefy", "ended_by": record.ended_by})
+        record.write(phase_dir(run_dir, phase.index, phase.mode) / "phase.json")
+    return f"{config.moe.experts} experts a layer; next: {record.next or 'none'}"
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    import torch
+
+    from ssd_lit.evaluation.run import evaluate_run
+
+    torch.set_num_threads(args.threads)
+    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    chain = read_chain(run_dir, config.method)
+    with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
+        settings = load_evaluation(run_dir / "evaluation.yaml")
+        found = evaluate_run(run_dir, config, settings, chain, _tokens(run_dir, config))
+        modes = {mode: found[f"loss_{mode}"] for mode in ("dense", "sparse") if found[f"loss_{mode}"] is not None}
+        tracker.outcome(
+            {f"eval/loss_{mode}": loss for mode, loss in modes.items()}
+            | {f"eval/perplexity_{mode}": math.exp(loss) for mode, loss in modes.items()}
+            | {"eval/active_neurons": found["active_neurons"]},
+            run_step=chain[-1].total.steps,
+        )
+    write_json(run_dir / "evaluation.json", found)
+    return ", ".join(f"{mode} perplexity {math.exp(loss):.2f}" for mode, loss in modes.items())
+
+
+def summarise(args: argparse.Namespace) -> str:
+    from ssd_lit.reporting.summary import write_summary
+
+    return str(write_summary(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml").runs()))
+
+
+def figures(args: argparse.Namespace) -> str:
+    from ssd_lit.reporting.figures import write_figures
+
+    written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml").runs())
+    return f"{len(written)} files in {args.exp_dir / 'figures'}"
+
+
+def report(args: argparse.Namespace) -> str:
+    from ssd_lit.provenance import provenance
+    from ssd_lit.reporting.report import write_report
+    from ssd_lit.tracking import log_report
+
+    experiment = load_experiment(args.exp_dir / "experiment.yaml")
+    results = args.exp_dir.resolve().parent
+    path = write_report(args.exp_dir, experiment.runs(), data_dir(results, experiment.data), provenance())
+    log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
+    log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
+    return str(path)
+
+
+def store(args: argparse.Namespace) -> str:
+    from ssd_lit.tracking import ensure_store, masked, tracking_uri
+
+    ensure_store(args.results)
+    return masked(tracking_uri(args.results))
+
+
+def ui(args: argparse.Namespace) -> str:
+    import socket
+
+    from ssd_lit.tracking import serve
+
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", args.port)) == 0:
+            raise ConfigError(f"port {args.port} is taken; give another with --port")
+    command = serve(args.results, args.port)
+    print(f"MLflow UI: http://127.0.0.1:{args.port} (Ctrl-C ends it)", flush=True)
+    os.execvp(command[0], command)
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock: an earlier workflow that was killed may have left a stage of this run at work."""
+    lock = FileLock(run_dir / ".lock")
+    while True:
+        try:
+            lock.acquire(timeout=30)
+            break
+        except Timeout:
+            print(f"{run_dir}: another process works on this run; waiting for it", flush=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open_phase(run_dir: Path, config: RunConfig, name: str) -> tuple["Phase", list[PhaseRecord]]:
+    """The phase of that name and the records of those before it; ValueError if the run has no such phase."""
+    from ssd_lit.training.schedule import next_phase
+
+    number = name.split("-")[0]
+    if not number.isdigit():
+        raise ConfigError(f"phase {name!r}: expected a number and a mode, such as 02-sparse")
+    history = read_chain(run_dir, config.method, before=int(number))
+    phase = next_phase(config, history)
+    if phase is None or phase.name != name:
+        raise ConfigError(f"phase {name!r}: run {config.name} goes on with {phase.name if phase else 'no phase'}")
+    return phase, history
+
+
+def _is_done(run_dir: Path, phase: "Phase") -> bool:
+    return (phase_dir(run_dir, phase.index, phase.mode) / "phase.json").exists()
+
+
+def _forget_phases_from(run_dir: Path, index: int) -> None:
+    """Remove what followed from an earlier run of the phase that begins now."""
+    for folder in [*(run_dir / "phases").glob("*-*"), *(run_dir / "work").glob("*-*")]:
+        if int(folder.name.split("-")[0]) > index:
+            shutil.rmtree(folder)
+
+
+def _starting_point(run_dir: Path, config: RunConfig) -> tuple[Path, Totals] | None:
+    """The final checkpoint of the run that this one starts from, and what it has spent."""
+    if config.starts_from is None:
+        return None
+    other = run_dir.parent / config.starts_from
+    last = read_chain(other, load_run(other / "config.yaml").method)[-1]
+    return phase_dir(other, last.index, last.mode) / "last.ckpt", last.total
+
+
+def _tracker(run_dir: Path, config: RunConfig, stage: str, resume_step: int | None) -> "RunTracker":
+    from ssd_lit.provenance import git_commit
+    from ssd_lit.tracking import RunTracker
+
+    digest = read_json(_tokens(run_dir, config) / "index.json")["digest"]
+    return RunTracker(
+        run_dir, config, _results(run_dir),
+        stage=stage, data_digest=digest[:36], commit=git_commit(), resume_step=resume_step,
+    )  # fmt: skip
+
+
+def _tokens(run_dir: Path, config: RunConfig) -> Path:
+    return data_dir(_results(run_dir), config.data) / "tokens"
+
+
+def _results(run_dir: Path) -> Path:
+    return run_dir.resolve().parents[2]

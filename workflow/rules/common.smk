@@ -1,0 +1,61 @@
+# The experiment: read and checked before anything runs, resolved into one config file for each run.
+import sys
+from pathlib import Path
+
+from ssd_lit.config import ConfigError, load_experiment
+from ssd_lit.layout import FIRST_MODE, PhaseRecord, data_dir, phase_name, run_dir, write_configs
+
+RESULTS = Path(config.get("results", "results"))
+
+
+def experiment_file():
+    """configs/NAME.yaml for `--config experiment=NAME`, or the file itself if a path is given."""
+    name = str(config.get("experiment", "default"))
+    return Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
+
+
+try:
+    EXPERIMENT = load_experiment(experiment_file())
+except ConfigError as error:
+    sys.exit(f"ssd_lit: {error}")
+
+RUNS = {run.name: run for run in write_configs(EXPERIMENT, RESULTS)}
+DATA = data_dir(RESULTS, EXPERIMENT.data)
+HERE = RESULTS / EXPERIMENT.experiment
+SUMMARY, REPORT = HERE / "summary.csv", HERE / "report.html"
+FIGURES = ["loss_over_steps", "loss_over_flops", "active_neurons", "similarity", "perplexity_over_k"]
+
+# Runs are independent: those that train share the cores evenly.
+TRAINING = [run for run in RUNS.values() if run.method != "posthoc"]
+RUN_THREADS = max(1, workflow.cores // max(1, len(TRAINING))) if workflow.cores else 1
+
+
+wildcard_constraints:
+    run="|".join(RUNS),
+    index=r"\d\d",
+    mode="dense|sparse",
+
+
+def chain(run, before=None):
+    """Phases of a run that are done, by asking each for the next; waits in the DAG for one that is not."""
+    done, mode = [], FIRST_MODE[RUNS[run].method]
+    while mode is not None and len(done) != before:
+        place = {"run": run, "index": f"{len(done):02d}"}
+        rule = checkpoints.moefy if mode == "moefy" else checkpoints.train
+        record = rule.get(**place, **({} if mode == "moefy" else {"mode": mode})).output.record
+        done.append(Path(record).parent)
+        mode = PhaseRecord.read(Path(record)).next
+    return done
+
+
+def phase_before(wildcards):
+    """The phase that a phase goes on from; for the first, the final one of the run it starts from, if any."""
+    index = int(wildcards.index)
+    if index:
+        return chain(wildcards.run, before=index)[-1] / "last.ckpt"
+    other = RUNS[wildcards.run].starts_from
+    return chain(other)[-1] / "last.ckpt" if other else []
+
+
+def final_phase(wildcards):
+    return chain(wildcards.run)[-1] / "last.ckpt"

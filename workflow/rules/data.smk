@@ -1,0 +1,45 @@
+# Text to tokens, once for all runs.
+
+
+rule prepare:
+    input:
+        DATA / "config.yaml",
+    output:
+        directory(DATA / "documents"),
+    log:
+        DATA / "logs/prepare.log",
+    benchmark:
+        DATA / "benchmarks/prepare.tsv"
+    threads: workflow.cores or 1
+    shell:
+        "ssd-lit prepare {DATA} --threads {threads} 2>&1 | tee {log}"
+
+
+rule tokenizer:
+    input:
+        rules.prepare.output,
+    output:
+        directory(DATA / "tokenizer"),
+    log:
+        DATA / "logs/tokenizer.log",
+    benchmark:
+        DATA / "benchmarks/tokenizer.tsv"
+    threads: workflow.cores or 1
+    shell:
+        "ssd-lit tokenizer {DATA} --threads {threads} 2>&1 | tee {log}"
+
+
+rule encode:
+    input:
+        rules.prepare.output,
+        rules.tokenizer.output,
+    output:
+        index=DATA / "tokens/index.json",
+        tokens=expand(DATA / "tokens/{split}.bin", split=["train", "validation", "test"]),
+    log:
+        DATA / "logs/encode.log",
+    benchmark:
+        DATA / "benchmarks/encode.tsv"
+    threads: workflow.cores or 1
+    shell:
+        "ssd-lit encode {DATA} --threads {threads} 2>&1 | tee {log}"

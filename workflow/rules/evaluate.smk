@@ -1,0 +1,18 @@
+# What the final model of a run can do.
+
+
+rule evaluate:
+    input:
+        settings=HERE / "runs/{run}/evaluation.yaml",
+        weights=final_phase,
+    output:
+        HERE / "runs/{run}/evaluation.json",
+    log:
+        HERE / "runs/{run}/logs/evaluate.log",
+    benchmark:
+        HERE / "runs/{run}/benchmarks/evaluate.tsv"
+    threads: RUN_THREADS
+    params:
+        run=lambda wildcards: HERE / "runs" / wildcards.run,
+    shell:
+        "ssd-lit evaluate {params.run} --threads {threads} 2>&1 | tee {log}"

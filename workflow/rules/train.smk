@@ -1,0 +1,52 @@
+# The phases of a run. How many there are and when each ends, the run decides: phase.json names the next one.
+
+
+rule store:
+    output:
+        touch(RESULTS / ".mlflow-ready"),
+    log:
+        RESULTS / "logs/store.log",
+    benchmark:
+        RESULTS / "logs/store.tsv"
+    shell:
+        "ssd-lit store {RESULTS} 2>&1 | tee {log}"
+
+
+checkpoint train:
+    input:
+        config=HERE / "runs/{run}/config.yaml",
+        tokens=rules.encode.output.index,
+        store=ancient(rules.store.output),
+        before=phase_before,
+    output:
+        weights=HERE / "runs/{run}/phases/{index}-{mode}/last.ckpt",
+        record=HERE / "runs/{run}/phases/{index}-{mode}/phase.json",
+    log:
+        HERE / "runs/{run}/logs/{index}-{mode}.log",
+    benchmark:
+        HERE / "runs/{run}/benchmarks/{index}-{mode}.tsv"
+    threads: RUN_THREADS
+    params:
+        run=lambda wildcards: HERE / "runs" / wildcards.run,
+    shell:
+        "ssd-lit train {params.run} {wildcards.index}-{wildcards.mode} --threads {threads} 2>&1 | tee -a {log}"
+
+
+checkpoint moefy:
+    input:
+        config=HERE / "runs/{run}/config.yaml",
+        tokens=rules.encode.output.index,
+        store=ancient(rules.store.output),
+        before=phase_before,
+    output:
+        weights=HERE / "runs/{run}/phases/{index}-moefy/last.ckpt",
+        record=HERE / "runs/{run}/phases/{index}-moefy/phase.json",
+    log:
+        HERE / "runs/{run}/logs/{index}-moefy.log",
+    benchmark:
+        HERE / "runs/{run}/benchmarks/{index}-moefy.tsv"
+    threads: RUN_THREADS
+    params:
+        run=lambda wildcards: HERE / "runs" / wildcards.run,
+    shell:
+        "ssd-lit moefy {params.run} {wildcards.index}-moefy --threads {threads} 2>&1 | tee -a {log}"
