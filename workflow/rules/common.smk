@@ -36,13 +36,13 @@ wildcard_constraints:
     mode="dense|sparse",
 
 
-def chain(run, before=None):
+def phases_of(run, before=None):
     """Phases of a run that are done, by asking each for the next; waits in the DAG for one that is not."""
     done, mode = [], FIRST_MODE[RUNS[run].method]
     while mode is not None and len(done) != before:
         place = {"run": run, "index": f"{len(done):02d}"}
-        rule = checkpoints.moefy if mode == "moefy" else checkpoints.train
-        record = rule.get(**place, **({} if mode == "moefy" else {"mode": mode})).output.record
+        stage = checkpoints.moefy if mode == "moefy" else checkpoints.train
+        record = stage.get(**place, **({} if mode == "moefy" else {"mode": mode})).output.record
         done.append(Path(record).parent)
         mode = PhaseRecord.read(Path(record)).next
     return done
@@ -52,10 +52,10 @@ def phase_before(wildcards):
     """The phase that a phase goes on from; for the first, the final one of the run it starts from, if any."""
     index = int(wildcards.index)
     if index:
-        return chain(wildcards.run, before=index)[-1] / "last.ckpt"
+        return phases_of(wildcards.run, before=index)[-1] / "last.ckpt"
     other = RUNS[wildcards.run].starts_from
-    return chain(other)[-1] / "last.ckpt" if other else []
+    return phases_of(other)[-1] / "last.ckpt" if other else []
 
 
 def final_phase(wildcards):
-    return chain(wildcards.run)[-1] / "last.ckpt"
+    return phases_of(wildcards.run)[-1] / "last.ckpt"

@@ -11,6 +11,8 @@ from ssd_lit.models.language_model import LanguageModel
 
 PREFIX = "model."  # The model is `Pretraining.model`, so its weights carry this prefix in a checkpoint.
 
+SWITCH_STATE = "PhaseSwitch"  # The phase switch keeps its state under this key of a checkpoint's callbacks.
+
 
 def build_model(config: RunConfig, *, vocab_size: int, end_of_text: int) -> LanguageModel:
     """The run's model with fresh weights, a function of its config and seed."""

