@@ -29,6 +29,9 @@ FIGURES = ["loss_over_steps", "loss_over_flops", "active_neurons", "similarity",
 TRAINING = [run for run in RUNS.values() if run.method != "posthoc"]
 RUN_THREADS = max(1, workflow.cores // max(1, len(TRAINING))) if workflow.cores else 1
 
+# A run of many phases is a long chain of jobs: where cores are few, it goes first.
+PRIORITY = {name: 10 if run.method == "ssd" else 5 if run.method == "dense" else 0 for name, run in RUNS.items()}
+
 
 wildcard_constraints:
     run="|".join(RUNS),

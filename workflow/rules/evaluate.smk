@@ -12,6 +12,7 @@ rule evaluate:
     benchmark:
         HERE / "runs/{run}/benchmarks/evaluate.tsv"
     threads: RUN_THREADS
+    priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:

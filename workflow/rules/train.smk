@@ -26,6 +26,7 @@ checkpoint train:
     benchmark:
         HERE / "runs/{run}/benchmarks/{index}-{mode}.tsv"
     threads: RUN_THREADS
+    priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
@@ -46,6 +47,7 @@ checkpoint moefy:
     benchmark:
         HERE / "runs/{run}/benchmarks/{index}-moefy.tsv"
     threads: RUN_THREADS
+    priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
