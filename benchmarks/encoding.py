@@ -2,10 +2,10 @@
 
     python benchmarks/encoding.py [--rounds 9] [--megabytes 10] [--memory-megabytes 300]
 
-Ours reads Parquet, encodes, appends end-of-text, packs, hashes and writes to disk. The library's figure is one call
-of `Tokenizer.encode_batch_fast` over all texts, which lie in memory already, or the same texts in our batches,
-whichever is faster. All are timed in turns, and the ratio is the median of the rounds' ratios, so that other work on
-the machine hits both alike. Besides, the peak memory of preparing and encoding a synthetic corpus is measured in
+Ours reads Parquet, encodes, appends end-of-text, packs, hashes and writes to disk. The library's figure is one
+call of `Tokenizer.encode_batch_fast` over all texts, which lie in memory already, or the same texts in our batches,
+whichever is faster. All are timed in turns, and the ratio is the median of the rounds' ratios, so that other work
+on the machine hits both alike. Besides, the peak memory of preparing and encoding a synthetic corpus is measured in
 processes of their own. Exits with 1 below 0.80 of the library's speed, or if memory exceeds its bound.
 """
 
@@ -32,8 +32,8 @@ from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
 from ssd_lit.files import write_json
 
 LEAST_RATIO = 0.80
-MEMORY_BOUND = 0.5
-"""Peak memory over that of the imports, as a share of the corpus."""
+MEMORY_BOUND = 200.0
+"""Megabytes that a stage may take beyond its imports; must be less than the corpus to mean anything."""
 RESULT = Path(__file__).parent / "results" / "encoding.json"
 
 
@@ -92,9 +92,7 @@ def measure_speed(work: Path, megabytes: float, rounds: int) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     index = load_index(work / "tokens")
     fastest = min((name for name in ways if name.startswith("library")), key=medians.__getitem__)
-    ratios = [
-        library / ours for library, ours in zip(seconds[fastest], seconds["ours, the whole stage"], strict=True)
-    ]
+    ratios = [library / ours for library, ours in zip(seconds[fastest], seconds["ours, the whole stage"], strict=True)]
     return {
         "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
         "documents": len(texts),
@@ -123,7 +121,7 @@ def memory_of_stages(megabytes: int) -> list[dict[str, Any]]:
                     "corpus_megabytes": megabytes,
                     "imports_megabytes": before,
                     "peak_megabytes": peak - before,
-                    "bound_megabytes": megabytes * MEMORY_BOUND,
+                    "bound_megabytes": MEMORY_BOUND,
                 }
             )
     return found
@@ -141,9 +139,7 @@ def measure_memory(stage_and_folder: str, megabytes: int) -> None:
         config = DataConfig.model_validate({"name": "synthetic", "sources": sources})
         prepare_documents(config, folder / "documents")
     else:
-        train_tokenizer(
-            TokenizerConfig(vocab_size=512, train_megabytes=1), folder / "documents", folder / "tokenizer"
-        )
+        train_tokenizer(TokenizerConfig(vocab_size=512, train_megabytes=1), folder / "documents", folder / "tokenizer")
         encode_documents(folder / "documents", folder / "tokenizer", folder / "tokens", sequence_length=128)
     print(before, peak_megabytes())
 
@@ -166,9 +162,7 @@ def write_synthetic(path: Path, megabytes: int) -> None:
 
 def machine() -> dict[str, Any]:
     def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], capture_output=True, text=True, cwd=RESULT.parents[2]
-        ).stdout.strip()
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=RESULT.parents[2]).stdout.strip()
 
     return {
         "processor": processor(),
@@ -182,9 +176,7 @@ def machine() -> dict[str, Any]:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def rows(speed: dict[str, Any]) -> Iterator[str]:

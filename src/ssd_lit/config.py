@@ -57,7 +57,8 @@ class FilesSource(Section):
     @model_validator(mode="after")
     def _paths_match(self) -> Self:
         for pattern in self.paths:
-            if not glob.glob(pattern, recursive=True):
+            # Path.glob takes no absolute patterns.
+            if not glob.glob(pattern, recursive=True):  # noqa: PTH207
                 raise ValueError(f"no file matches {pattern!r}")
         return self
 
@@ -154,9 +155,7 @@ class MoEConfig(Section):
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(
-                f"top_k {self.top_k} is more than experts {self.experts}; allowed: 1 to {self.experts}"
-            )
+            raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}; allowed: 1 to {self.experts}")
         return self
 
 
@@ -334,9 +333,7 @@ class Experiment(Section):
         if arm.start_from is not None and arm.method != "posthoc":
             raise ConfigError(f"arms.{name}.start_from: only method posthoc starts from another arm")
         if arm.start_from is not None and arm.start_from not in _arms_with_weights(self):
-            raise ConfigError(
-                f"arms.{name}.start_from: given {arm.start_from!r}; allowed: {_arms_with_weights(self)}"
-            )
+            raise ConfigError(f"arms.{name}.start_from: given {arm.start_from!r}; allowed: {_arms_with_weights(self)}")
         sections = {
             key: {**copy.deepcopy(getattr(self, key)), **copy.deepcopy(getattr(arm, key))}
             for key in ("model", "moe", "optim", "training", "switching")

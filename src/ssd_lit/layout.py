@@ -1,10 +1,10 @@
 """Where everything of an experiment lies under results/, and the chain of phases of a run.
 
-    results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yaml
-    results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
-    results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json
-        phases/<NN>-<mode>/              last.ckpt, phase.json
-        work/<NN>-<mode>/                the rolling checkpoint of a phase that is not done yet
+results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yaml
+results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
+results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json
+    phases/<NN>-<mode>/              last.ckpt, phase.json
+    work/<NN>-<mode>/                the rolling checkpoint of a phase that is not done yet
 """
 
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""The stages of the DAG: each finds its inputs by the layout, does its work, and says in a few words what came of it."""
+"""The stages of the DAG: each finds its inputs by the layout, does its work and says in a few words what came."""
 
 import argparse
 import math
@@ -45,7 +45,9 @@ def encode(args: argparse.Namespace) -> str:
 
     config = load_data(args.data_dir / "config.yaml")
     folder = args.data_dir
-    index = encode_documents(folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print)
+    index = encode_documents(
+        folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
+    )
     return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())
 
 

@@ -145,14 +145,18 @@ class RunTracker:
         client.set_terminated(book.run_id, "RUNNING")
         for old in book.superseded:
             client.set_tag(old, "superseded_by", book.run_id)
-            for child in client.search_runs([experiment], f"tags.`{PARENT}` = '{old}'"):
-                client.delete_run(child.info.run_id)
+            for stage in client.search_runs([experiment], f"tags.`{PARENT}` = '{old}'"):
+                client.delete_run(stage.info.run_id)
             client.delete_run(old)
         book.superseded.clear()
         book.save()
         _log_params(client, book.run_id, self._config)
         self._log_data(client)
-        child_tags = {"stage": self._stage, PARENT: book.run_id, "mlflow.runName": f"{self._config.name} {self._stage}"}
+        child_tags = {
+            "stage": self._stage,
+            PARENT: book.run_id,
+            "mlflow.runName": f"{self._config.name} {self._stage}",
+        }
         child = _find_or_create(
             client, experiment, book.stages.get(self._stage), f"{book.key}/{self._stage}", child_tags
         )
@@ -186,9 +190,13 @@ class RunTracker:
     def _send(self, client: "MlflowClient") -> None:
         from mlflow.entities import Metric
 
+        assert self._book.run_id is not None
+
         points, end = points_from(self._path, self._book.sent)
         metrics = [
-            Metric(name, value, point["time"], point["step"]) for point in points for name, value in point["values"].items()
+            Metric(name, value, point["time"], point["step"])
+            for point in points
+            for name, value in point["values"].items()
         ]
         for i in range(0, len(metrics), BATCH):
             # Sent twice, a point is the same row of the store: a kill before `save` adds nothing.
@@ -200,6 +208,7 @@ class RunTracker:
     def _conclude(self, client: "MlflowClient") -> None:
         if self._monitor is not None:
             self._monitor.finish()
+        assert self._book.run_id is not None
         child = self._book.stages[self._stage]
         for name, text in self._stage_tags.items():
             client.set_tag(child, name, text)
@@ -225,7 +234,7 @@ class _Book:
     def open(cls, path: Path) -> Self:
         if path.exists():
             return cls(path, read_json(path))
-        fresh = {"key": uuid.uuid4().hex, "run_id": None, "sent": 0, "stages": {}, "superseded": []}
+        fresh: dict[str, Any] = {"key": uuid.uuid4().hex, "run_id": None, "sent": 0, "stages": {}, "superseded": []}
         book = cls(path, fresh)
         book.save()
         return book
@@ -300,7 +309,7 @@ def _find_or_create(
     return str(client.create_run(experiment, tags={**tags, KEY: key}).info.run_id)
 
 
-def _log_once(client: "MlflowClient", run_id: str | None, metrics: Mapping[str, float], step: int) -> None:
+def _log_once(client: "MlflowClient", run_id: str, metrics: Mapping[str, float], step: int) -> None:
     """Log metrics, but for those whose latest value it is already: a stage that ran twice adds no points."""
     known = client.get_run(run_id).data.metrics
     for name, value in metrics.items():

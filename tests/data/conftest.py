@@ -18,9 +18,7 @@ Prepare = Callable[..., Path]
 
 def _some_texts(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return [
-        f"{seed}.{i} " + " ".join(draw.choices(SENTENCE.split(), k=draw.randint(5, 200))) for i in range(count)
-    ]
+    return [f"{seed}.{i} " + " ".join(draw.choices(SENTENCE.split(), k=draw.randint(5, 200))) for i in range(count)]
 
 
 def _prepare(folder: Path, texts: list[str], **settings: object) -> Path:

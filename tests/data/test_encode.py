@@ -64,9 +64,7 @@ def test_large_ids_take_four_bytes(corpus: Path, tmp_path: Path) -> None:
 def test_split_shorter_than_a_block_is_named_and_leaves_no_index(corpus: Path, tmp_path: Path) -> None:
     encode_documents(corpus / "documents", corpus / "tokenizer", tmp_path, sequence_length=16)
     # The train split is long enough for such blocks, the validation split is not.
-    with pytest.raises(
-        ConfigError, match=r"the validation split has .* less than one block of sequence_length 9999"
-    ):
+    with pytest.raises(ConfigError, match=r"the validation split has .* less than one block of sequence_length 9999"):
         encode_documents(corpus / "documents", corpus / "tokenizer", tmp_path, sequence_length=9999)
     assert not (tmp_path / "index.json").exists()
 

@@ -109,13 +109,9 @@ def test_ranks_share_each_training_batch(corpus: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_read_each_validation_block_once(corpus: Path, world_size: int) -> None:
     modules = ranks(corpus, world_size, batch_size=12)
-    read = [
-        tuple(row.tolist()) for module in modules for batch in module.val_dataloader() for row in batch["inputs"]
-    ]
+    read = [tuple(row.tolist()) for module in modules for batch in module.val_dataloader() for row in batch["inputs"]]
     blocks = TokenBlocks(corpus / "tokens", "validation")
-    assert sorted(read) == sorted(
-        tuple(blocks[block]["inputs"].tolist()) for block in spread_blocks(len(blocks), 10)
-    )
+    assert sorted(read) == sorted(tuple(blocks[block]["inputs"].tolist()) for block in spread_blocks(len(blocks), 10))
 
 
 def test_batch_that_devices_do_not_divide(corpus: Path) -> None:

@@ -14,9 +14,7 @@ from ssd_lit.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, 
 def save_foreign(folder: Path, vocabulary: list[str], **config: object) -> TokenizerConfig:
     """A word tokenizer as somebody else may have made it, that pads and cuts."""
     folder.mkdir(exist_ok=True)
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0])
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=5)

@@ -12,8 +12,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tenso
     t, d, e, h, k = shape
     g = torch.Generator().manual_seed(seed)
     x, w_in, b_in, w_out = (
-        torch.randn(*size, generator=g, dtype=dtype).requires_grad_()
-        for size in ((t, d), (e, h, d), (e, h), (e, h, d))
+        torch.randn(*size, generator=g, dtype=dtype).requires_grad_() for size in ((t, d), (e, h, d), (e, h), (e, h, d))
     )
     # Some expert often gets no token at all.
     chosen = torch.stack([torch.randperm(e, generator=g)[:k] for _ in range(t)])

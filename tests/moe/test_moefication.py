@@ -35,8 +35,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 def moefy_all(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
     return [
-        moefy(ffn, balanced_kmeans(normalised_rows(ffn.w_in), EXPERTS, seed=1).labels, optimizer)
-        for ffn in model.ffns
+        moefy(ffn, balanced_kmeans(normalised_rows(ffn.w_in), EXPERTS, seed=1).labels, optimizer) for ffn in model.ffns
     ]
 
 

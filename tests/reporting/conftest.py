@@ -121,9 +121,7 @@ def _write_metrics(path: Path, run: RunConfig, chain: list[PhaseRecord], final: 
     lines: list[dict[str, Any]] = []
     for step in range(10, STEPS + 1, 10):
         phase = next(record for record in chain if step <= record.last_step and record.steps)
-        loss = (
-            final + 4.3 * math.exp(-step / 60) + (0.08 if phase.mode == "sparse" and run.method == "ssd" else 0.0)
-        )
+        loss = final + 4.3 * math.exp(-step / 60) + (0.08 if phase.mode == "sparse" and run.method == "ssd" else 0.0)
         values = {"train/loss": loss + 0.05 * math.sin(7.0 * step + run.seed), "train/flops": 1e9 * step}
         if step % 20 == 0:
             values["validation/loss"] = loss + 0.02

@@ -31,7 +31,7 @@ Progress = Callable[[str], None]
 
 _BUCKETS = 256
 _RECORD = struct.Struct("<16sI")
-_ROW_GROUP_BYTES = 2_000_000
+_ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
 _UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _MANY_NEWLINES = re.compile(r"\n(?:[ \t]*\n){2,}")
@@ -64,7 +64,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
 
 
 def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
-    """The documents of a split in order, a row group (about 2 MB) at a time.
+    """The documents of a split in order, a row group (about 1 MB) at a time.
 
     Raises ValueError if the split's file is missing or damaged.
     """
@@ -187,7 +187,7 @@ def _records(bucket: Path, kept: _Kept) -> Iterator[tuple[bytes, bytes]]:
 
 
 class _SplitWriter:
-    """Appends documents to one Parquet file, in row groups of about 2 MB."""
+    """Appends documents to one Parquet file, in row groups of about 1 MB."""
 
     def __init__(self, path: Path) -> None:
         schema = pyarrow.schema([("text", pyarrow.string())])
@@ -232,9 +232,7 @@ def _check_splits(config: DataConfig, kept: _Kept) -> None:
     for name, split in kept.splits.items():
         if not split["documents"]:
             remedy = "give more text" if name == "train" else f"give more text or raise {name}_share"
-            raise ConfigError(
-                f"data {config.name!r}: none of {total} documents falls in the {name} split; {remedy}"
-            )
+            raise ConfigError(f"data {config.name!r}: none of {total} documents falls in the {name} split; {remedy}")
 
 
 def _card(config: DataConfig, read: _Read, kept: _Kept) -> dict[str, Any]:

@@ -22,9 +22,7 @@ class TokenData(LightningDataModule):
     global step, no gradient accumulation.
     """
 
-    def __init__(
-        self, tokens_dir: Path, *, batch_size: int, validation_blocks: int, seed: int, workers: int
-    ) -> None:
+    def __init__(self, tokens_dir: Path, *, batch_size: int, validation_blocks: int, seed: int, workers: int) -> None:
         super().__init__()
         self.tokens_dir = tokens_dir
         self.batch_size = batch_size

@@ -46,8 +46,7 @@ def describe(source: Source) -> dict[str, Any]:
             return {**card, **told, "description": package.description, "terms": package.terms}
         case FilesSource():
             files = [
-                {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
-                for path in _files(source)
+                {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)} for path in _files(source)
             ]
             return {**card, "files": files, "description": "local files", "terms": "those of the files"}
         case HubSource():

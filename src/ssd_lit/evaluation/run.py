@@ -87,7 +87,7 @@ def _recall(model: LanguageModel, batches: DataLoader[Any], k: int) -> list[floa
     recalls = [
         [routing_recall(ffn, x) for ffn, x in zip(model.ffns, seen, strict=True)] for seen in _inputs(model, batches)
     ]
-    return torch.tensor(recalls).mean(dim=0).tolist()  # type: ignore[no-any-return]
+    return torch.tensor(recalls).mean(dim=0).tolist()
 
 
 def _inputs(model: LanguageModel, batches: DataLoader[Any]) -> list[list[Tensor]]:

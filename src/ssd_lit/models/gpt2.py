@@ -1,5 +1,7 @@
 """GPT-2: a causal decoder whose FFN lives in one module a layer, as two Conv1D (transposed linear) maps."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
@@ -31,15 +33,13 @@ def build(config: ModelConfig, *, vocab_size: int, context: int, end_of_text: in
 
 
 @torch.no_grad()
-def swap_ffns(backbone: nn.Module, moe: MoEConfig) -> list[ExpertFFN]:
+def swap_ffns(backbone: Any, moe: MoEConfig) -> list[ExpertFFN]:
     """Replace the FFN of every layer by an ExpertFFN that holds the same weights; returns them, first layer first."""
     swapped = []
     for block in backbone.transformer.h:
         mlp = block.mlp
         d_model, d_ff = mlp.c_fc.weight.shape
-        ffn = ExpertFFN(
-            d_model, d_ff, experts=moe.experts, top_k=moe.top_k, dropout=mlp.dropout.p, backend=moe.backend
-        )
+        ffn = ExpertFFN(d_model, d_ff, experts=moe.experts, top_k=moe.top_k, dropout=mlp.dropout.p, backend=moe.backend)
         ffn.w_in.copy_(mlp.c_fc.weight.T)
         ffn.b_in.copy_(mlp.c_fc.bias)
         ffn.w_out.copy_(mlp.c_proj.weight)

@@ -4,6 +4,7 @@ k-means with an exact balanced assignment, as MoEfication groups neurons (arXiv 
 does at every switch (arXiv 2410.03440, section 4). Shape letters: n rows, D columns, E clusters.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ def balanced_assignment(cost: Floats) -> Labels:
         _cheapest_moves(cost, labels, a, move, row)
     for _ in range(int(np.maximum(count - size, 0).sum())):
         path = _shortest_path(move, count > size, count < size)
-        moved = [row[a, b] for a, b in zip(path, path[1:], strict=False)]
+        moved = [row[a, b] for a, b in pairwise(path)]
         labels[moved] = path[1:]
         for a in path:
             _cheapest_moves(cost, labels, a, move, row)

@@ -68,7 +68,8 @@ class ExpertFFN(nn.Module):
             y = self.activations(x) @ self.w_out
         else:
             y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
-        return self.dropout(y + self.b_out)
+        out: Tensor = self.dropout(y + self.b_out)
+        return out
 
     def _sparse(self, x: Tensor) -> Tensor:
         compute = choose_backend(self.backend, x)

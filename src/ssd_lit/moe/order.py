@@ -33,7 +33,8 @@ def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) ->
     """Group neurons by their cluster and give the router the clusters' centres.
 
     labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Returns the order [F] in which the
-    neurons stand now, by their old places. Dense mode computes the same function afterwards. Raises ValueError if the clusters are not of equal size.
+    neurons stand now, by their old places. Dense mode computes the same function afterwards. Raises
+    ValueError if the clusters are not of equal size.
     """
     size = ffn.d_ff // ffn.experts
     if labels.shape != (ffn.d_ff,) or not torch.equal(

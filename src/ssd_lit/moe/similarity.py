@@ -35,12 +35,13 @@ class PatternTracker:
 
         Returns the similarity to the last clustering, or None for the first.
         """
-        before = self.labels or [None] * len(weights)
+        before = self.labels
+        starts: Sequence[Tensor | None] = before or [None] * len(weights)
         self.labels = [
             balanced_kmeans(normalised_rows(w), self._n_clusters, init=labels, seed=self._seed).labels
-            for w, labels in zip(weights, before, strict=True)
+            for w, labels in zip(weights, starts, strict=True)
         ]
-        return None if before[0] is None else pattern_similarity(before, self.labels)  # type: ignore[arg-type]
+        return pattern_similarity(before, self.labels) if before else None
 
     def reorder(self, orders: Sequence[Tensor]) -> None:
         """Follow neurons that moved: `orders[layer][i]` is the old place of the neuron that stands at i now."""

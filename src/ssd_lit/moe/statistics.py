@@ -1,5 +1,7 @@
 """How sparse an FFN is on given tokens, and how evenly its experts are used."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def active_ratio(ffn: ExpertFFN, x: Tensor) -> float:
         chosen = top_k_experts(x, ffn.centers, ffn.top_k)
         on = torch.zeros(len(x), ffn.experts, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
         fires = fires.unflatten(-1, (ffn.experts, -1)) & on[:, :, None]
-    return fires.sum().item() / (len(x) * ffn.d_ff)
+    return float(fires.sum()) / (len(x) * ffn.d_ff)
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def load_entropy(load: Tensor) -> float:
     """Entropy of an expert load [E] over that of an even one: 1 is perfect balance, 0 a single expert."""
     share = load.double() / load.sum()
     entropy = -torch.special.xlogy(share, share).sum()
-    return entropy.item() / max(torch.log(torch.tensor(float(len(load)))).item(), 1e-12)
+    return float(entropy) / max(math.log(len(load)), 1e-12)
 
 
 @torch.no_grad()
@@ -44,4 +46,4 @@ def routing_recall(ffn: ExpertFFN, x: Tensor) -> float:
     mass = ffn.activations(x).unflatten(-1, (ffn.experts, -1)).sum(-1)  # [T, E]
     found = mass.gather(1, top_k_experts(x, ffn.centers, ffn.top_k)).sum()
     best = mass.gather(1, oracle_experts(mass, ffn.top_k)).sum()
-    return (found / best.clamp_min(torch.finfo(best.dtype).tiny)).item()
+    return float(found / best.clamp_min(torch.finfo(best.dtype).tiny))

@@ -138,9 +138,7 @@ def _cost(arm: Arm, arms: Sequence[Arm]) -> Finding:
         )
         tokens, their_tokens = (_measured(one, lambda run: float(run.total.tokens)).mean for one in (arm, dense))
         if tokens != their_tokens:
-            text += (
-                f" They did not train on the same text: {scaled(tokens)} against {scaled(their_tokens)} tokens."
-            )
+            text += f" They did not train on the same text: {scaled(tokens)} against {scaled(their_tokens)} tokens."
         return Finding(f"{arm.label}: cost", text, _names(arm, dense))
     return Finding(f"{arm.label}: cost", f"{text} and took {seconds.text(duration)}.", _names(arm))
 
@@ -229,11 +227,7 @@ def _switches(arm: Arm) -> Finding:
 
 def _first_switch(record: PhaseRecord, tau: float) -> str:
     last = f"similarity {record.similarity[-1][1]:.2f}" if record.similarity else "similarity not measured"
-    why = (
-        "as the pattern was stable"
-        if record.ended_by == "stable"
-        else f"not by stability but by {record.ended_by}"
-    )
+    why = "as the pattern was stable" if record.ended_by == "stable" else f"not by stability but by {record.ended_by}"
     return f"after {record.steps} steps {why}, {last} against tau {tau:g}"
 
 
@@ -253,9 +247,7 @@ def _limits(arms: Sequence[Arm]) -> list[Finding]:
     seeds = sorted({len(arm.runs) for arm in arms} - {1})
     if seeds:
         count = listed([str(number) for number in seeds])
-        limits.append(
-            f"Numbers are means over {count} seeds, the lowest and highest in brackets where they differ."
-        )
+        limits.append(f"Numbers are means over {count} seeds, the lowest and highest in brackets where they differ.")
     return [Finding("How far this goes", " ".join(limits), ())]
 
 

@@ -37,7 +37,5 @@ class ActivationMonitor(Callback):
                 values[f"experts/load_entropy/layer_{layer:02d}"] = load_entropy(load)
                 values[f"experts/load_max/layer_{layer:02d}"] = load.max().item()
                 values[f"experts/load_min/layer_{layer:02d}"] = load.min().item()
-        mean = trainer.strategy.reduce(
-            torch.tensor(list(values.values()), device=module.device), reduce_op="mean"
-        )
+        mean = trainer.strategy.reduce(torch.tensor(list(values.values()), device=module.device), reduce_op="mean")
         module.record(dict(zip(values, mean.tolist(), strict=True)))

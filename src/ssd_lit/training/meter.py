@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from ssd_lit.config import RunConfig
 from ssd_lit.layout import Totals
 from ssd_lit.models.flops import PEAK_FLOPS, training_flops
+from ssd_lit.moe.ffn import Mode
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.schedule import Phase
 
@@ -66,7 +67,5 @@ class Meter(Callback):
 
 def phase_flops(config: RunConfig, phase: Phase, vocab_size: int) -> float:
     """Training FLOPs of one token in that phase."""
-    mode = "sparse" if phase.mode == "sparse" else "dense"
-    return training_flops(
-        config.model, config.moe, mode, vocab_size=vocab_size, context=config.data.sequence_length
-    )
+    mode: Mode = "sparse" if phase.mode == "sparse" else "dense"
+    return training_flops(config.model, config.moe, mode, vocab_size=vocab_size, context=config.data.sequence_length)

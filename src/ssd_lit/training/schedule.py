@@ -1,9 +1,9 @@
 """Every method as a schedule of phases: what comes next follows from the settings and the phases done.
 
-    dense     dense
-    ssd       dense until stable, (moefy, sparse, dense)*, the last dense phase being longer, moefy
-    sparse    moefy (at random), sparse
-    posthoc   moefy, on another run's final model
+dense     dense
+ssd       dense until stable, (moefy, sparse, dense)*, the last dense phase being longer, moefy
+sparse    moefy (at random), sparse
+posthoc   moefy, on another run's final model
 """
 
 from collections.abc import Sequence

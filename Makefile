@@ -1,0 +1,30 @@
+# make reproduce   install, then take the default experiment from text to report
+# make test        install, then linters, types, tests and a tiny experiment for real
+# make ui          the MLflow UI on 127.0.0.1
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: reproduce test ui install
+
+reproduce: install
+	snakemake
+
+test: install
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+ui: install
+	ssd-lit ui
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@

@@ -1,0 +1,100 @@
+"""A tiny experiment on text written here, shared by the tests that need a real run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ssd_lit.cli import main
+from ssd_lit.config import RunConfig, load_experiment
+from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_dir
+
+# One thread everywhere: what is compared bit for bit must not depend on who else works on the machine.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+def write_text_files(folder: Path, documents: int = 400) -> None:
+    """Sentences of a small grammar: there is something to learn."""
+    rng = np.random.default_rng(0)
+    nouns, verbs = ["river", "senate", "actor", "harvest", "engine"], ["moves", "praises", "forgets", "carries"]
+    text = [
+        " ".join(f"the {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} {n}." for _ in range(12))
+        for n in range(documents)
+    ]
+    (folder / "text.txt").write_text("\n\n".join(text), encoding="utf-8")
+
+
+def tiny_experiment(folder: Path, **changes: Any) -> Path:
+    """Write text and a config for it into the folder; `changes` replace whole sections."""
+    write_text_files(folder)
+    content = {
+        "experiment": "tiny",
+        "description": "A test.",
+        "data": {
+            "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
+            "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
+        },
+        "model": {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.1},
+        "moe": {"experts": 4, "top_k": 2},
+        "optim": {"lr": 1e-2, "warmup_steps": 3},
+        "training": {
+            "steps": 40, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+            "checkpoint_every": 4,
+        },
+        "switching": {
+            "tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,
+            "sparse_steps": 8, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8,
+        },
+        "evaluation": {"blocks": 8, "top_k_curve": [1, 2, 4]},
+        "arms": {
+            "dense": {"method": "dense"}, "ssd": {"method": "ssd"}, "sparse": {"method": "sparse"},
+            "posthoc": {"method": "posthoc", "start_from": "dense"},
+        },
+    }  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**content, **changes}), encoding="utf-8")
+    return path
+
+
+class Bench:
+    """An experiment with its data prepared, driven stage by stage as a person would."""
+
+    def __init__(self, folder: Path, **changes: Any):
+        self.results = folder / "results"
+        config = tiny_experiment(folder, **changes)
+        self.stage("configs", config, "--results", self.results)
+        self.data = next((self.results / "data").iterdir())
+        for stage in ("prepare", "tokenizer", "encode"):
+            self.stage(stage, self.data)
+        self.runs: dict[str, RunConfig] = {run.arm: run for run in load_experiment(config).runs()}
+
+    def stage(self, *arguments: object) -> None:
+        assert main([*map(str, arguments), *([] if arguments[0] == "ui" else ["--threads", "1"])]) == 0
+
+    def dir(self, arm: str) -> Path:
+        return run_dir(self.results, self.runs[arm])
+
+    def phases(self, arm: str, stop_after: int | None = None) -> list[PhaseRecord]:
+        """Run the phases of an arm that are not done, in order."""
+        mode: str | None = FIRST_MODE[self.runs[arm].method]
+        done: list[PhaseRecord] = []
+        while mode is not None and len(done) != stop_after:
+            folder = phase_dir(self.dir(arm), len(done), mode)
+            if not (folder / "phase.json").exists():
+                stage = "moefy" if mode == "moefy" else "train"
+                self.stage(stage, self.dir(arm), phase_name(len(done), mode))
+            done.append(PhaseRecord.read(folder / "phase.json"))
+            mode = done[-1].next
+        return done
+
+    def last_checkpoint(self, arm: str) -> Path:
+        last = self.phases(arm)[-1]
+        return phase_dir(self.dir(arm), last.index, last.mode) / "last.ckpt"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)

@@ -1,0 +1,39 @@
+import itertools
+
+import pytest
+import torch
+
+from ssd_lit.config import OptimConfig
+from ssd_lit.training.optim import build_optimizer, build_scheduler, lr_factor
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    decayed, plain = build_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[1].weight)}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert len(plain["params"]) == 3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_the_rate_rises_to_one_and_falls_to_its_floor_at_the_last_step(schedule: str) -> None:
+    config = OptimConfig(schedule=schedule, warmup_steps=10, min_lr_share=0.1, decay_share=0.25)  # type: ignore[arg-type]
+    factors = [lr_factor(step, config=config, steps=100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == pytest.approx(1.0)
+    assert factors[99] == pytest.approx(0.1)
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(factors[9:]))
+    if schedule == "wsd":
+        assert factors[60] == 1.0
+    else:
+        assert factors[55] == pytest.approx(0.55, abs=0.02)
+
+
+def test_the_scheduler_follows_the_factor() -> None:
+    config = OptimConfig(lr=2e-3, warmup_steps=4)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    scheduler = build_scheduler(optimizer, config, steps=20)
+    for step in range(20):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * lr_factor(step, config=config, steps=20))
+        optimizer.step()
+        scheduler.step()

@@ -1,0 +1,140 @@
+"""Real phases of real runs, on a model of a few thousand weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ssd_lit.points import read_points
+from tests.conftest import Bench
+
+TIMES = {"train/tokens_per_second"}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(checkpoint, weights_only=True)
+    flat = dict(content["state_dict"])
+    for i, state in content["optimizer_states"][0]["state"].items():
+        flat |= {f"{i}/{name}": value for name, value in state.items()}
+    return flat
+
+
+def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    return {name: curve for name, curve in read_points(run_dir / "metrics.jsonl").items() if name not in TIMES}
+
+
+def kill_when(command: list[str], reached: Path, least_step: int) -> None:
+    """Start the command, and kill it once it has logged a step of at least that number."""
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if reached.exists() and any(f'"step": {s},' in reached.read_text() for s in range(least_step, least_step + 9)):
+            break
+        time.sleep(0.002)
+    assert process.poll() is None, "the phase ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_not(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    longer = {"steps": 240, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+              "checkpoint_every": 4}  # fmt: skip
+    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 60,
+                 "sparse_steps": 96, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 60}  # fmt: skip
+    whole = Bench(tmp_path / "a", training=longer, switching=switching)
+    broken = Bench(tmp_path / "b", training=longer, switching=switching)
+    whole.phases("ssd")
+
+    run = broken.dir("ssd")
+    program = [sys.executable, "-c", "from ssd_lit.cli import run; run()"]
+    for index, name in ((0, "00-dense"), (2, "02-sparse")):
+        first = broken.phases("ssd", stop_after=index)[-1].total.steps if index else 0
+        kill_when([*program, "train", str(run), name, "--threads", "1"], run / "metrics.jsonl", first + 21)
+        assert not (run / "phases" / name / "phase.json").exists()
+        assert (run / "work" / name / "rolling.ckpt").exists()
+
+    expected, got = weights(whole.last_checkpoint("ssd")), weights(broken.last_checkpoint("ssd"))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert curves(whole.dir("ssd")) == curves(run)
+    assert not any((run / "work").iterdir())
+
+
+def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:
+    chain = bench.phases("ssd")
+    modes = [record.mode for record in chain]
+    assert modes[:4] == ["dense", "moefy", "sparse", "dense"]
+    assert modes[-2:] == ["dense", "moefy"]
+    total = chain[-1].total
+    assert total.steps == 40
+    assert total.sparse_steps == sum(r.steps for r in chain if r.mode == "sparse") == 16
+    assert total.tokens == 40 * 4 * 16
+    assert chain[-1].ended_by == "moefied"
+    dense = bench.phases("dense")
+    assert dense[0].ended_by == "budget"
+    # A sparse step costs less, a dense step the same.
+    assert total.flops < dense[0].total.flops
+    per_dense_step = dense[0].flops / 40
+    for record in chain:
+        if record.mode == "dense":
+            assert record.flops == record.steps * per_dense_step
+    points = read_points(bench.dir("ssd") / "metrics.jsonl")
+    assert points["train/flops"][-1] == (40, total.flops)
+    assert points["validation/loss"][-1][0] == 40
+    assert {"activation/active_ratio/layer_01", "experts/load_entropy/layer_01", "activation/similarity"} <= set(points)
+
+
+def test_moefication_of_a_checkpoint_moves_neurons_and_keeps_the_function(bench: Bench) -> None:
+    phases = bench.dir("ssd") / "phases"
+    chain = bench.phases("ssd", stop_after=2)
+    before, after = (torch.load(phases / r.name / "last.ckpt", weights_only=True)["state_dict"] for r in chain)
+    name = "model.backbone.transformer.h.0.mlp"
+    x = torch.randn(9, 16, dtype=torch.double)
+    y = [
+        torch.relu(x @ s[f"{name}.w_in"].double().T + s[f"{name}.b_in"].double()) @ s[f"{name}.w_out"].double()
+        for s in (before, after)
+    ]
+    assert not torch.equal(before[f"{name}.w_in"], after[f"{name}.w_in"])
+    torch.testing.assert_close(y[0], y[1], rtol=0, atol=1e-12)
+
+
+def test_posthoc_reuses_the_dense_model_and_what_it_cost(bench: Bench) -> None:
+    dense = bench.phases("dense")
+    (record,) = bench.phases("posthoc")
+    assert (record.steps, record.total.steps, record.total.flops) == (0, 40, dense[-1].total.flops)
+    a, b = (torch.load(bench.last_checkpoint(arm), weights_only=True)["state_dict"] for arm in ("dense", "posthoc"))
+    name = "model.backbone.transformer.h.1.mlp.b_in"
+    assert torch.equal(a[name].sort().values, b[name].sort().values)
+    assert torch.equal(a["model.backbone.transformer.wte.weight"], b["model.backbone.transformer.wte.weight"])
+
+
+def test_training_lowers_the_loss_in_both_modes(bench: Bench) -> None:
+    for arm in ("dense", "sparse"):
+        bench.phases(arm)
+        losses = [value for _, value in read_points(bench.dir(arm) / "metrics.jsonl")["validation/loss"]]
+        assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_phase_that_is_done_stays_and_one_out_of_turn_is_refused(bench: Bench, capsys) -> None:  # type: ignore[no-untyped-def]
+    from ssd_lit.cli import main
+
+    bench.phases("ssd", stop_after=1)
+    checkpoint = bench.dir("ssd") / "phases/00-dense/last.ckpt"
+    before = checkpoint.stat().st_mtime_ns
+    bench.stage("train", bench.dir("ssd"), "00-dense")
+    assert checkpoint.stat().st_mtime_ns == before
+    assert main(["train", str(bench.dir("ssd")), "01-dense"]) == 1
+    assert "goes on with 01-moefy" in capsys.readouterr().err
+
+
+def test_bf16_and_dropout_train(tmp_path: Path) -> None:
+    training = {"steps": 12, "batch_size": 4, "precision": "bf16", "log_every": 3, "validate_every": 6,
+                "validation_blocks": 4, "checkpoint_every": 4}  # fmt: skip
+    bench = Bench(tmp_path, training=training, arms={"sparse": {"method": "sparse"}})
+    assert bench.phases("sparse")[-1].total.steps == 12
