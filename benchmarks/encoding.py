@@ -3,10 +3,10 @@
     python benchmarks/encoding.py [--rounds 9] [--megabytes 10] [--memory-megabytes 300]
 
 Ours reads Parquet, encodes, appends end-of-text, packs, hashes and writes to disk. The library's figure is one
-call of `Tokenizer.encode_batch_fast` over all texts, which lie in memory already, or the same texts in our batches,
-whichever is faster. All are timed in turns, and the ratio is the median of the rounds' ratios, so that other work
-on the machine hits both alike. Besides, the peak memory of preparing and encoding a synthetic corpus is measured in
-processes of their own. Exits with 1 below 0.80 of the library's speed, or if memory exceeds its bound.
+call of `Tokenizer.encode_batch_fast` over all texts, which lie in memory already, or the same texts in our
+batches, whichever is faster. All are timed in turns, and the ratio is the median of the rounds' ratios, so that
+other work on the machine hits both alike. Besides, the peak memory of preparing and encoding a synthetic corpus is
+measured in processes of their own. Exits with 1 below 0.80 of the library's speed, or if memory exceeds its bound.
 """
 
 import argparse

@@ -344,7 +344,9 @@ class Experiment(Section):
         }  # fmt: skip
 
         def where(location: tuple[str, ...]) -> str:
-            overridden = len(location) > 1 and location[1] in getattr(arm, location[0], {})
+            changes = getattr(arm, location[0], {}) if location else {}
+            # A rule about a whole section has no key of its own: the arm is to blame if it touched the section.
+            overridden = bool(changes) and (len(location) == 1 or location[1] in changes)
             return ".".join((f"arms.{name}", *location) if overridden or not location else location)
 
         return _checked(RunConfig, resolved, where)

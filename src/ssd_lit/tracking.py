@@ -177,13 +177,14 @@ class RunTracker:
         client.log_inputs(self._book.run_id, [DatasetInput(data, [tag])])
 
     def _watch_system(self) -> None:
-        import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-        mlflow.set_tracking_uri(tracking_uri(self._results))
         self._monitor = SystemMetricsMonitor(
-            self._book.run_id, sampling_interval=5, samples_before_logging=1, resume_logging=True
+            self._book.run_id,
+            sampling_interval=5,
+            resume_logging=True,
+            tracking_uri=tracking_uri(self._results),
         )
         self._monitor.start()
 

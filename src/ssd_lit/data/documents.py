@@ -3,8 +3,8 @@
 Everything about a document follows from the hash of its cleaned text: its place in the order, the split it falls
 in, and whether it is kept. So the result depends neither on the order of the sources nor on other documents.
 
-The first pass writes each document to one of 256 buckets by the leading byte of its hash; equal texts meet in one
-bucket. The second pass sorts one bucket at a time, which needs about 1/256 of the corpus in memory.
+The first pass writes each document to one of 128 buckets by the leading bits of its hash; equal texts meet in one
+bucket. The second pass sorts one bucket at a time, which needs about 1/128 of the corpus in memory.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ssd_lit.files import write_json, write_text
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str], None]
 
-_BUCKETS = 256
+_BUCKETS = 128  # open at once: some systems allow 256 files
 _RECORD = struct.Struct("<16sI")
 _ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
@@ -138,7 +138,7 @@ def _spill(config: DataConfig, work: Path, progress: Progress) -> _Read:
                 counts.documents += 1
                 counts.bytes += len(content)
                 digest = hashlib.blake2b(content, digest_size=16).digest()
-                buckets[digest[0]].write(_RECORD.pack(digest, len(content)) + content)
+                buckets[digest[0] * _BUCKETS // 256].write(_RECORD.pack(digest, len(content)) + content)
                 if sum(one.bytes for one in read.sources) >= next_report:
                     progress(f"read {next_report // 1_000_000} MB")
                     next_report += _REPORT_BYTES
@@ -160,7 +160,7 @@ def _collect(config: DataConfig, work: Path, progress: Progress) -> _Kept:
                     continue
                 split = split_of(digest, config.validation_share, config.test_share)
                 writers[split].add(digest, found[digest])
-            if number % 64 == 63:
+            if number % 32 == 31:
                 progress(f"sorted {number + 1} of {_BUCKETS} buckets")
     kept.splits = {name: writer.summary() for name, writer in writers.items()}
     return kept

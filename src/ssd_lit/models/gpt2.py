@@ -40,6 +40,7 @@ def swap_ffns(backbone: Any, moe: MoEConfig) -> list[ExpertFFN]:
         mlp = block.mlp
         d_model, d_ff = mlp.c_fc.weight.shape
         ffn = ExpertFFN(d_model, d_ff, experts=moe.experts, top_k=moe.top_k, dropout=mlp.dropout.p, backend=moe.backend)
+        ffn.to(mlp.c_fc.weight)  # its dtype and device
         ffn.w_in.copy_(mlp.c_fc.weight.T)
         ffn.b_in.copy_(mlp.c_fc.bias)
         ffn.w_out.copy_(mlp.c_proj.weight)

