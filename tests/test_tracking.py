@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def test_with_the_server_away_points_wait_and_go_later(
     import ssd_lit.tracking
 
     monkeypatch.setattr(ssd_lit.tracking, "CLOSE_SECONDS", 2.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if answering:
@@ -131,6 +133,9 @@ def test_with_the_server_away_points_wait_and_go_later(
         with tracker(tmp_path, store) as t:
             for step in range(1, 500):
                 t.log(step, {"train/loss": float(step)})
+    for thread in threading.enumerate():
+        if thread.name == "mlflow":  # a process would end here; in a test the sender must
+            thread.join()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with tracker(tmp_path, store, "01-sparse"):
         pass
