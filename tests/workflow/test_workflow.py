@@ -1,0 +1,155 @@
+"""The workflow for real: the shipped quick experiment from text to report, and one that is killed on its way."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from ssd_lit.files import read_json
+from ssd_lit.tracking import tracking_uri
+from tests.conftest import Bench, tiny_experiment
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def command(experiment: str | Path, results: Path, *arguments: str) -> list[str]:
+    # A fixed number of cores gives every run one thread, as the comparisons bit for bit need.
+    return [
+        sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"experiment={experiment}", f"results={results}",
+        *arguments,
+    ]  # fmt: skip
+
+
+def snakemake(experiment: str | Path, results: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        command(experiment, results, *arguments), cwd=ROOT, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    results = tmp_path_factory.mktemp("quick")
+    snakemake("quick", results)
+    return results
+
+
+def test_the_quick_experiment_reaches_its_report(quick: Path) -> None:
+    here = quick / "quick"
+    with (here / "summary.csv").open() as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["dense", "ssd", "sparse", "posthoc"]
+    assert all(int(row["steps"]) == 120 for row in rows.values())
+    assert float(rows["ssd"]["sparse_fraction"]) == pytest.approx(0.4, abs=0.01)
+    assert (
+        float(rows["sparse"]["train_flops"]) < float(rows["ssd"]["train_flops"]) < float(rows["dense"]["train_flops"])
+    )
+    # Text, not noise: well below the uniform guess of 512 entries.
+    assert all(float(row["val_ppl_dense"]) < 300 for row in rows.values())
+    html = (here / "report.html").read_text(encoding="utf-8")
+    assert all(f"{arm}-seed0" in html for arm in rows)
+    assert len(list((here / "figures").iterdir())) == 15
+    for run in (here / "runs").iterdir():
+        assert list((run / "logs").iterdir())
+        assert list((run / "benchmarks").iterdir())
+
+
+def test_mlflow_holds_one_run_for_each_run_with_all_its_points(quick: Path) -> None:
+    client = MlflowClient(tracking_uri(quick))
+    experiment = client.get_experiment_by_name("quick")
+    runs = [r for r in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in r.data.tags]
+    assert sorted(r.info.run_name for r in runs) == [
+        "dense-seed0",
+        "posthoc-seed0",
+        "report",
+        "sparse-seed0",
+        "ssd-seed0",
+    ]
+    (ssd,) = [r for r in runs if r.info.run_name == "ssd-seed0"]
+    recorded = [json.loads(line) for line in (quick / "quick/runs/ssd-seed0/metrics.jsonl").read_text().splitlines()]
+    expected = sorted((p["step"], p["values"]["train/loss"]) for p in recorded if "train/loss" in p["values"])
+    assert sorted((m.step, m.value) for m in client.get_metric_history(ssd.info.run_id, "train/loss")) == expected
+    assert expected[-1][0] == 120
+    evaluation = read_json(quick / "quick/runs/ssd-seed0/evaluation.json")
+    assert ssd.data.metrics["eval/loss_sparse"] == evaluation["loss_sparse"]
+    assert any(name.startswith("system/") for name in ssd.data.metrics)
+
+
+def test_a_second_call_finds_nothing_to_do_and_one_stage_can_be_asked_for(quick: Path) -> None:
+    assert "Nothing to be done" in snakemake("quick", quick)
+    planned = snakemake("quick", quick, "-n", "--forcerun", "evaluate")
+    assert "evaluate" in planned
+    assert "checkpoint train" not in planned
+    weights = next((quick / "quick/runs/dense-seed0/phases").iterdir()) / "last.ckpt"
+    before = weights.stat().st_mtime_ns
+    (quick / "quick/summary.csv").unlink()
+    snakemake("quick", quick, str(quick / "quick/summary.csv"))
+    assert (quick / "quick/summary.csv").exists()
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_snakemake_makes_its_own_archive(quick: Path, tmp_path: Path) -> None:
+    snakemake("quick", quick, "--report", str(tmp_path / "archive.html"))
+    assert "Activation pattern similarity" in (tmp_path / "archive.html").read_text(encoding="utf-8")
+
+
+def test_a_mistake_stops_the_workflow_in_two_lines(tmp_path: Path) -> None:
+    config = tiny_experiment(tmp_path, moe={"experts": 5, "top_k": 2})
+    done = subprocess.run(
+        command(config, tmp_path / "results"), cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False
+    )
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "profile" not in line]
+    assert len(told) <= 2
+    assert "d_ff 32 is not divisible by moe.experts 5" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """The whole process group dies at once, as when a machine goes down."""
+    training = {"steps": 120, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+                "checkpoint_every": 4}  # fmt: skip
+    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.5, "warmup_min_steps": 4, "warmup_max_steps": 8,
+                 "sparse_steps": 60, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
+    config = tiny_experiment(tmp_path, training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
+    results = tmp_path / "killed"
+    rolling = results / "tiny/runs/ssd-seed0/work/02-sparse/rolling.ckpt"
+    process = subprocess.Popen(
+        command(config, results), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not rolling.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    snakemake(config, results)
+
+    (tmp_path / "whole").mkdir()
+    shutil.copy(tmp_path / "text.txt", tmp_path / "whole")
+    whole = Bench(tmp_path / "whole", training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
+    expected = torch.load(whole.last_checkpoint("ssd"), weights_only=True)["state_dict"]
+    run = results / "tiny/runs/ssd-seed0"
+    chain = sorted((run / "phases").iterdir())
+    got = torch.load(chain[-1] / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+    client = MlflowClient(tracking_uri(results))
+    experiment = client.get_experiment_by_name("tiny")
+    runs = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == "ssd-seed0"]
+    assert len(runs) == 1
+    steps = [m.step for m in client.get_metric_history(runs[0].info.run_id, "train/loss")]
+    assert sorted(steps) == sorted(set(steps))
+    assert max(steps) == 120
