@@ -209,6 +209,9 @@ class RunTracker:
     def _conclude(self, client: "MlflowClient") -> None:
         if self._monitor is not None:
             self._monitor.finish()
+            # What a stage shorter than the sampling interval has collected is sent too.
+            self._monitor.publish_metrics(self._monitor.aggregate_metrics())
+            self._monitor.mlflow_logger.flush()
         assert self._book.run_id is not None
         child = self._book.stages[self._stage]
         for name, text in self._stage_tags.items():

@@ -72,8 +72,7 @@ def test_every_run_and_its_numbers(page, two_seeds):
         assert f"{result.ppl_dense:.2f}" in page.text
         if result.ppl_sparse is not None:
             assert f"{result.ppl_sparse:.2f}" in page.text
-        first = "dense" if result.config.method in ("dense", "ssd") else "moefy"
-        for phase in read_chain(run_dir(two_seeds.results, result.config), first):
+        for phase in read_chain(run_dir(two_seeds.results, result.config), result.config.method):
             assert f"runs/{result.name}/phases/{phase.name}/" in page.links
 
 

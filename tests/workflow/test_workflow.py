@@ -25,8 +25,8 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}
 def command(experiment: str | Path, results: Path, *arguments: str) -> list[str]:
     # A fixed number of cores gives every run one thread, as the comparisons bit for bit need.
     return [
-        sys.executable, "-m", "snakemake", "--cores", "2", "--config", f"experiment={experiment}", f"results={results}",
-        *arguments,
+        sys.executable, "-m", "snakemake", *arguments,
+        "--cores", "2", "--config", f"experiment={experiment}", f"results={results}",
     ]  # fmt: skip
 
 
