@@ -12,7 +12,7 @@ from ssd_lit.cli import main
 from ssd_lit.config import RunConfig, load_experiment
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_dir
 
-# One thread everywhere: what is compared bit for bit must not depend on who else works on the machine.
+# Before any test imports MLflow: it reports its use to its makers by default.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 
@@ -72,6 +72,7 @@ class Bench:
         self.runs: dict[str, RunConfig] = {run.arm: run for run in load_experiment(config).runs()}
 
     def stage(self, *arguments: object) -> None:
+        # One thread: what is compared bit for bit must not depend on the number of cores.
         assert main([*map(str, arguments), *([] if arguments[0] == "ui" else ["--threads", "1"])]) == 0
 
     def dir(self, arm: str) -> Path:

@@ -31,8 +31,12 @@ LONGEST_WAIT = 60.0
 CLOSE_SECONDS = 15.0
 KEY, PARENT = "ssd_lit.key", "mlflow.parentRunId"
 
-# Read by MLflow's own HTTP client; its defaults retry for minutes.
-for _name, _value in {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}.items():
+# Read by MLflow itself. By default it retries for minutes, and reports its use to its makers.
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}.items():
     os.environ.setdefault(_name, _value)
 
 
