@@ -88,6 +88,9 @@ def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:
     assert points["train/flops"][-1] == (40, total.flops)
     assert points["validation/loss"][-1][0] == 40
     assert {"activation/active_ratio/layer_01", "experts/load_entropy/layer_01", "activation/similarity"} <= set(points)
+    # A moment is compared with an earlier one, never with itself.
+    checks = [step for record in chain for step, _ in record.similarity]
+    assert checks == sorted(set(checks))
 
 
 def test_moefication_of_a_checkpoint_moves_neurons_and_keeps_the_function(bench: Bench) -> None:

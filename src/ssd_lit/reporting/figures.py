@@ -29,9 +29,9 @@ FIGURES = {
     "loss_over_steps": FigureKind(
         loss_figures.over_steps,
         "Validation loss over steps",
-        "Validation loss (lines) and training loss (faint) over the global step; right: the last part, "
-        "enlarged. The lanes below show each run's phases, filled where sparse; the same stretches are shaded in "
-        "the plot for runs that alternate.",
+        "Validation loss (lines) and training loss (faint) over the global step, each in the mode that the model is "
+        "training in; right: the last part, enlarged. The lanes below show each run's phases, filled where sparse; the "
+        "same stretches are shaded in the plot for runs that alternate.",
     ),
     "loss_over_flops": FigureKind(
         loss_figures.over_flops,

@@ -48,7 +48,7 @@ def moefy_phase(
     # Another run's clusters may be of another number; its labels are no start for ours.
     if history and switch is not None:
         tracker.load_state_dict(switch["tracker"])
-    labels, similarity = _experts(config, tracker, [ffn.w_in for ffn in model.ffns], phase)
+    labels, similarity = _experts(config, tracker, [ffn.w_in for ffn in model.ffns], phase, history)
 
     optimizer = build_optimizer(model, config.optim)
     if "optimizer_states" in checkpoint:
@@ -68,7 +68,7 @@ def moefy_phase(
 
 
 def _experts(
-    config: RunConfig, tracker: PatternTracker, weights: list[Tensor], phase: Phase
+    config: RunConfig, tracker: PatternTracker, weights: list[Tensor], phase: Phase, history: list[PhaseRecord]
 ) -> tuple[list[Tensor], list[list[float]]]:
     """The expert of every neuron, layer by layer, and the check of similarity that came with it, if any."""
     if config.moe.construction == "random" or config.method == "sparse":
@@ -78,5 +78,9 @@ def _experts(
         return [
             random_balanced(len(w), config.moe.experts, seed=seed) for w, seed in zip(weights, seeds, strict=True)
         ], []
+    checks = history[-1].similarity if history else []
+    if checks and checks[-1][0] == phase.first_step:
+        # The phase before ended with a check: these very weights are clustered already.
+        return tracker.labels, []
     found = tracker.update(weights)
     return tracker.labels, [] if found is None else [[phase.first_step, found]]
