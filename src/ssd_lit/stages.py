@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def configs(args: argparse.Namespace) -> str:
-    runs = write_configs(load_experiment(args.experiment), args.results)
+    from ssd_lit.data.sources import check_sources
+
+    experiment = load_experiment(args.experiment)
+    check_sources(experiment.data.sources)
+    runs = write_configs(experiment, args.results)
     return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
 
 

@@ -105,15 +105,20 @@ def test_snakemake_makes_its_own_archive(quick: Path, tmp_path: Path) -> None:
     assert "Activation pattern similarity" in (tmp_path / "archive.html").read_text(encoding="utf-8")
 
 
-def test_a_mistake_stops_the_workflow_in_two_lines(tmp_path: Path) -> None:
-    config = tiny_experiment(tmp_path, moe={"experts": 5, "top_k": 2})
+@pytest.mark.parametrize("mistake", ["d_ff 32 is not divisible by moe.experts 5", "no text in"])
+def test_a_mistake_stops_the_workflow_in_two_lines(tmp_path: Path, mistake: str) -> None:
+    if mistake == "no text in":
+        config = tiny_experiment(tmp_path)
+        (tmp_path / "text.txt").write_text(" \n\n")
+    else:
+        config = tiny_experiment(tmp_path, moe={"experts": 5, "top_k": 2})
     done = subprocess.run(
         command(config, tmp_path / "results"), cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False
     )
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if "profile" not in line]
     assert len(told) <= 2
-    assert "d_ff 32 is not divisible by moe.experts 5" in done.stderr
+    assert mistake in done.stderr
     assert not (tmp_path / "results").exists()
 
 

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 from ssd_lit.config import ConfigError, load_experiment
+from ssd_lit.data.sources import check_sources
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, data_dir, phase_name, run_dir, write_configs
 
 RESULTS = Path(config.get("results", "results"))
@@ -16,11 +17,13 @@ def experiment_file():
 
 try:
     EXPERIMENT = load_experiment(experiment_file())
+    DATA = data_dir(RESULTS, EXPERIMENT.data)
+    if not (DATA / "documents").exists():
+        check_sources(EXPERIMENT.data.sources)
 except ConfigError as error:
     sys.exit(f"ssd_lit: {error}")
 
 RUNS = {run.name: run for run in write_configs(EXPERIMENT, RESULTS)}
-DATA = data_dir(RESULTS, EXPERIMENT.data)
 HERE = RESULTS / EXPERIMENT.experiment
 SUMMARY, REPORT = HERE / "summary.csv", HERE / "report.html"
 FIGURES = ["loss_over_steps", "loss_over_flops", "active_neurons", "similarity", "perplexity_over_k"]

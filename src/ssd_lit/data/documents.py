@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ssd_lit.config import ConfigError, DataConfig
-from ssd_lit.data.sources import check_source, describe, documents
+from ssd_lit.data.sources import check_sources, describe, documents
 from ssd_lit.files import write_json, write_text
 
 SPLITS = ("train", "validation", "test")
@@ -48,8 +48,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
     for people, card.md; card.json is written last. Needs disk space for the whole text while it works. Raises
     ConfigError if a source cannot be read, or if a split would be empty.
     """
-    for source in config.sources:
-        check_source(source)
+    check_sources(config.sources)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
         read = _spill(config, Path(work), progress)

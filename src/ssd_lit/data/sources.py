@@ -1,11 +1,11 @@
 """Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.config import FilesSource, HubSource, PackageSource, Source
+from ssd_lit.config import ConfigError, FilesSource, HubSource, PackageSource, Source
 from ssd_lit.data.hub import check_hub, hub_documents
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
 from ssd_lit.data.readers import check_format, read_documents
@@ -24,16 +24,16 @@ def documents(source: Source) -> Iterator[str]:
             yield from hub_documents(source)
 
 
-def check_source(source: Source) -> None:
-    """Raise ConfigError for what can be known to fail before any text is read."""
-    match source:
-        case PackageSource():
-            check_package(source.name)
-        case FilesSource():
-            for path in _files(source):
-                check_format(path)
-        case HubSource():
-            check_hub()
+def check_sources(sources: Sequence[Source]) -> None:
+    """Raise ConfigError for what can be known to fail without reading all the text: before any work begins."""
+    for source in sources:
+        match source:
+            case PackageSource():
+                check_package(source.name)
+            case FilesSource():
+                _check_files(source)
+            case HubSource():
+                check_hub()
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -51,6 +51,15 @@ def describe(source: Source) -> dict[str, Any]:
             return {**card, "files": files, "description": "local files", "terms": "those of the files"}
         case HubSource():
             return {**card, "description": "Hugging Face data set", "terms": "those of the data set's own card"}
+
+
+def _check_files(source: FilesSource) -> None:
+    """Read up to the first text: empty files, a wrong text_key or a damaged first file show there."""
+    files = _files(source)
+    for path in files:
+        check_format(path)
+    if not any(text.strip() for path in files for text in read_documents(path, source.text_key)):
+        raise ConfigError(f"data.sources: no text in {', '.join(source.paths)}")
 
 
 def _files(source: FilesSource) -> list[Path]:

@@ -129,10 +129,11 @@ def _fit(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back Lightning's greetings and its advice on settings that we chose."""
+    """Keep back Lightning's greetings, its advice on settings that we chose, and warnings that only it can heed."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of an old name in torch
         yield
