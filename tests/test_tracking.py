@@ -117,6 +117,18 @@ def test_steps_trained_anew_replace_the_old_run(store: Path, tmp_path: Path) -> 
     assert replaced.data.tags["superseded_by"] == new
 
 
+def test_a_new_run_takes_over_the_stages_before_the_one_that_is_run_anew(store: Path, tmp_path: Path) -> None:
+    for stage, step in (("00-dense", 1), ("01-moefy", 1), ("02-sparse", 2), ("evaluate", 2)):
+        with tracker(tmp_path, store, stage) as t:
+            t.log(step, {"train/loss": 1.0})
+    with tracker(tmp_path, store, "02-sparse", resume_step=1):
+        pass
+    (new,) = active_runs(store, tmp_path)
+    client = MlflowClient(tracking_uri(store))
+    children = client.search_runs([client.get_run(new).info.experiment_id], f"tags.`mlflow.parentRunId` = '{new}'")
+    assert sorted(c.data.tags["stage"] for c in children) == ["00-dense", "01-moefy", "02-sparse"]
+
+
 @pytest.mark.parametrize("answering", [False, True], ids=["nobody listens", "a server that never answers"])
 def test_with_the_server_away_points_wait_and_go_later(
     answering: bool, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -189,6 +189,8 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     """torch.compile the forward pass and loss."""
+    devices: Positive = 1
+    """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load data; 0 reads in the training process."""
     log_every: Positive = 10
@@ -269,6 +271,11 @@ class RunConfig(Section):
         if self.optim.warmup_steps >= self.training.steps:
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps}: must be below training.steps {self.training.steps}"
+            )
+        if self.training.batch_size % self.training.devices:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} is not divisible by "
+                f"training.devices {self.training.devices}"
             )
         if self.method == "ssd":
             self._check_switching()

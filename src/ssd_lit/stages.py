@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from ssd_lit.config import ConfigError, RunConfig, load_data, load_evaluation, load_experiment, load_run
-from ssd_lit.files import read_json, write_json
+from ssd_lit.config import ConfigError, RunConfig, dump, load_data, load_evaluation, load_experiment, load_run
+from ssd_lit.files import read_json, write_json, write_text
 from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, read_chain, write_configs
 
 if TYPE_CHECKING:
@@ -59,20 +59,29 @@ def train(args: argparse.Namespace) -> str:
     """Train one phase; a phase that is done already stays as it is."""
     import torch
 
-    from ssd_lit.training.phase import train_phase, work_dir
+    from ssd_lit.training.phase import close_phase, is_first_process, train_phase, work_dir
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    tokens = _tokens(run_dir, config)
+    torch.set_num_threads(max(1, args.threads // config.training.devices))
+    if not is_first_process():
+        phase, history = _open_phase(run_dir, config, args.phase)
+        train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        return "trained beside the first process, which keeps the records"
     with _alone(run_dir):
         phase, history = _open_phase(run_dir, config, args.phase)
         if _is_done(run_dir, phase):
             return "it was done already; remove its phase.json to run it again"
         work = work_dir(run_dir, phase)
-        resume_step = None if (work / "rolling.ckpt").exists() else phase.first_step
-        if resume_step is not None:
+        interrupted = _holds(work / "config.yaml", dump(config))
+        if not interrupted:
+            shutil.rmtree(work, ignore_errors=True)
             _forget_phases_from(run_dir, phase.index)
-        with _tracker(run_dir, config, phase.name, resume_step) as tracker:
-            record = train_phase(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
+        with _tracker(run_dir, config, phase.name, None if interrupted else phase.first_step) as tracker:
+            # From here on the recorded points beyond the phase's first step are those of this config.
+            write_text(work / "config.yaml", dump(config))
+            train_phase(run_dir, config, phase, history, tokens, tracker)
+            record = close_phase(run_dir, config, phase, history, tokens)
             tracker.outcome(
                 {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
                 {"mode": record.mode, "ended_by": record.ended_by},
@@ -200,6 +209,10 @@ def _open_phase(run_dir: Path, config: RunConfig, name: str) -> tuple["Phase", l
     if phase is None or phase.name != name:
         raise ConfigError(f"phase {name!r}: run {config.name} goes on with {phase.name if phase else 'no phase'}")
     return phase, history
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 def _is_done(run_dir: Path, phase: "Phase") -> bool:

@@ -82,7 +82,7 @@ class RunTracker:
         self._path = run_dir / "metrics.jsonl"
         self._book = _Book.open(run_dir / "mlflow.json")
         if resume_step is not None and drop_points_after(self._path, resume_step):
-            self._book.supersede()
+            self._book.supersede(stage)
         self._points = PointLog(self._path)
         self._metrics: dict[str, float] = {}
         self._stage_tags: dict[str, str] = {}
@@ -148,6 +148,8 @@ class RunTracker:
             client.set_tag(book.run_id, name, value)
         client.set_terminated(book.run_id, "RUNNING")
         for old in book.superseded:
+            for child in book.stages.values():
+                client.set_tag(child, PARENT, book.run_id)
             client.set_tag(old, "superseded_by", book.run_id)
             for stage in client.search_runs([experiment], f"tags.`{PARENT}` = '{old}'"):
                 client.delete_run(stage.info.run_id)
@@ -251,10 +253,12 @@ class _Book:
         names = ("key", "run_id", "sent", "stages", "superseded")
         write_json(self._path, {name: getattr(self, name) for name in names})
 
-    def supersede(self) -> None:
+    def supersede(self, stage: str) -> None:
+        """Begin a new run, which takes over the stages before `stage`; by name, phases sort in their order."""
         if self.run_id is not None:
             self.superseded.append(self.run_id)
-        self.key, self.run_id, self.sent, self.stages = uuid.uuid4().hex, None, 0, {}
+        self.key, self.run_id, self.sent = uuid.uuid4().hex, None, 0
+        self.stages = {name: child for name, child in self.stages.items() if name < stage}
         self.save()
 
 

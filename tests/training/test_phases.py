@@ -9,9 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ssd_lit.files import read_json
+from ssd_lit.layout import PhaseRecord
 from ssd_lit.points import read_points
-from tests.conftest import Bench
+from tests.conftest import Bench, tiny_experiment
 
+PROGRAM = str(Path(sys.executable).with_name("ssd-lit"))
 TIMES = {"train/tokens_per_second"}
 
 
@@ -52,10 +55,9 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
     whole.phases("ssd")
 
     run = broken.dir("ssd")
-    program = [sys.executable, "-c", "from ssd_lit.cli import run; run()"]
     for index, name in ((0, "00-dense"), (2, "02-sparse")):
         first = broken.phases("ssd", stop_after=index)[-1].total.steps if index else 0
-        kill_when([*program, "train", str(run), name, "--threads", "1"], run / "metrics.jsonl", first + 21)
+        kill_when([PROGRAM, "train", str(run), name, "--threads", "1"], run / "metrics.jsonl", first + 21)
         assert not (run / "phases" / name / "phase.json").exists()
         assert (run / "work" / name / "rolling.ckpt").exists()
 
@@ -64,6 +66,76 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert curves(whole.dir("ssd")) == curves(run)
     assert not any((run / "work").iterdir())
+
+
+def test_a_run_killed_before_its_first_checkpoint_stays_one_run(tmp_path: Path) -> None:
+    training = {"steps": 200, "batch_size": 4, "log_every": 3, "validate_every": 300, "validation_blocks": 6,
+                "checkpoint_every": 300}  # fmt: skip
+    bench = Bench(tmp_path, training=training, arms={"sparse": {"method": "sparse"}})
+    bench.phases("sparse", stop_after=1)
+    run = bench.dir("sparse")
+    kill_when([PROGRAM, "train", str(run), "01-sparse", "--threads", "1"], run / "metrics.jsonl", 21)
+    assert not (run / "work/01-sparse/rolling.ckpt").exists()
+    before = read_json(run / "mlflow.json")
+    bench.phases("sparse")
+    after = read_json(run / "mlflow.json")
+    assert after["key"] == before["key"]
+    assert before["run_id"] in (None, after["run_id"])
+    assert "00-moefy" in after["stages"]
+    steps = [step for step, _ in read_points(run / "metrics.jsonl")["train/loss"]]
+    assert steps == [*range(3, 200, 3), 200]
+
+
+def test_a_config_changed_after_an_interruption_starts_the_phase_anew(tmp_path: Path) -> None:
+    training = {"steps": 200, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+                "checkpoint_every": 4}  # fmt: skip
+    arms = {"dense": {"method": "dense"}}
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "whole").mkdir()
+    bench = Bench(tmp_path / "changed", training=training, arms=arms)
+    run = bench.dir("dense")
+    kill_when([PROGRAM, "train", str(run), "00-dense", "--threads", "1"], run / "metrics.jsonl", 21)
+    assert (run / "work/00-dense/rolling.ckpt").exists()
+    other = {"training": {**training, "steps": 40}, "optim": {"lr": 5e-3, "warmup_steps": 3}, "arms": arms}
+    changed = tiny_experiment(tmp_path / "changed", **other)
+    bench.stage("configs", changed, "--results", bench.results)
+    bench.phases("dense")
+    whole = Bench(tmp_path / "whole", **other)
+    expected, got = weights(whole.last_checkpoint("dense")), weights(bench.last_checkpoint("dense"))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert curves(whole.dir("dense")) == curves(run)
+
+
+def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
+    """Sums of gradients and of losses round differently, and no more."""
+    model = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0}
+    arms = {name: {"method": name} for name in ("dense", "sparse")}
+    found = {}
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        training = {"steps": 24, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 7,
+                    "checkpoint_every": 4, "devices": devices}  # fmt: skip
+        bench = Bench(folder, training=training, model=model, arms=arms)
+        for arm, phase in (("dense", "00-dense"), ("sparse", "01-sparse")):
+            bench.phases(arm, stop_after=int(phase[:2]))
+            run = bench.dir(arm)
+            subprocess.run([PROGRAM, "train", str(run), phase, "--threads", "2"], check=True, timeout=300)
+            record = PhaseRecord.read(run / "phases" / phase / "phase.json")
+            found[devices, arm] = record, curves(run)
+    for arm in arms:
+        (record, expected), (other, got) = found[1, arm], found[2, arm]
+        assert (record.steps, record.tokens, record.flops) == (other.steps, other.tokens, other.flops)
+        assert expected.keys() == got.keys()
+        for name in ("train/loss", "train/lr", "train/flops", "validation/loss", "activation/active_ratio/layer_01"):
+            assert [step for step, _ in expected[name]] == [step for step, _ in got[name]]
+            torch.testing.assert_close(
+                torch.tensor([v for _, v in got[name]]), torch.tensor([v for _, v in expected[name]]),
+                rtol=1e-4, atol=1e-4,
+            )  # fmt: skip
+    similarity = [found[devices, "dense"][0].similarity for devices in (1, 2)]
+    assert similarity[0]
+    assert similarity[0] == similarity[1]
 
 
 def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:

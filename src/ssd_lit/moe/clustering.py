@@ -135,10 +135,13 @@ def _refine(rows: Floats, centers: Floats) -> tuple[Labels, Floats, float]:
 
 def _kmeans_centers(rows: Floats, n_clusters: int, seed: int) -> Floats:
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     # More clusters than distinct rows makes k-means warn; the balanced assignment does not mind.
     distinct = min(n_clusters, len(np.unique(rows, axis=0)))
-    found: Floats = KMeans(distinct, n_init=1, random_state=seed).fit(rows).cluster_centers_
+    # Threads would add up their parts of a centre in the order in which they finish.
+    with threadpool_limits(1, user_api="openmp"):
+        found: Floats = KMeans(distinct, n_init=1, random_state=seed).fit(rows).cluster_centers_
     return np.concatenate([found, np.repeat(found[:1], n_clusters - distinct, axis=0)])
 
 

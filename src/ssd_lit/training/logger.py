@@ -14,9 +14,9 @@ class Recorder(Protocol):
 
 
 class RecorderLogger(Logger):
-    """Hands metrics to a recorder, from the first process only."""
+    """Hands metrics to a recorder, from the first process only; the others have none."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: Recorder | None):
         super().__init__()
         self._recorder = recorder
 
@@ -31,7 +31,7 @@ class RecorderLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         # Lightning also logs what it gathers itself, such as an empty set at the end of an epoch.
-        if metrics and step is not None:
+        if self._recorder is not None and metrics and step is not None:
             self._recorder.log(step, metrics)
 
     @rank_zero_only

@@ -38,8 +38,10 @@ class PhaseSwitch(Callback):
         step = trainer.global_step
         similarity = None
         if self.phase.mode == "dense" and step % self._check_every == 0:
-            # Every process holds the same weights and finds the same clusters.
-            similarity = self.tracker.update([ffn.w_in for ffn in module.model.ffns])
+            if trainer.is_global_zero:
+                similarity = self.tracker.update([ffn.w_in for ffn in module.model.ffns])
+            # One process decides, and the checkpoint holds its clusterings: none may go on where another stops.
+            similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:
                 self.similarity.append([step, similarity])
                 module.record({"activation/similarity": similarity})
