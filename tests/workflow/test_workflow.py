@@ -100,6 +100,17 @@ def test_a_second_call_finds_nothing_to_do_and_one_stage_can_be_asked_for(quick:
     assert weights.stat().st_mtime_ns == before
 
 
+def test_a_phase_killed_between_its_two_files_is_run_again(quick: Path, tmp_path: Path) -> None:
+    run = quick / "quick/runs/ssd-seed0"
+    record, evaluation = max((run / "phases").iterdir()) / "phase.json", run / "evaluation.json"
+    for file in (record, evaluation):
+        shutil.move(file, tmp_path / file.name)
+    planned = snakemake("quick", quick, "-n", str(evaluation))
+    for file in (record, evaluation):
+        shutil.move(tmp_path / file.name, file)
+    assert "checkpoint moefy" in planned
+
+
 def test_snakemake_makes_its_own_archive(quick: Path, tmp_path: Path) -> None:
     snakemake("quick", quick, "--report", str(tmp_path / "archive.html"))
     assert "Activation pattern similarity" in (tmp_path / "archive.html").read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
 # The phases of a run. How many there are and when each ends, the run decides: phase.json names the next one.
+# It is the last file that a phase writes, and stands first among the outputs: Snakemake asks for the first one to learn
+# whether a checkpoint is done.
 
 
 rule store:
@@ -19,8 +21,8 @@ checkpoint train:
         store=ancient(rules.store.output),
         before=phase_before,
     output:
-        weights=HERE / "runs/{run}/phases/{index}-{mode}/last.ckpt",
         record=HERE / "runs/{run}/phases/{index}-{mode}/phase.json",
+        weights=HERE / "runs/{run}/phases/{index}-{mode}/last.ckpt",
     log:
         HERE / "runs/{run}/logs/{index}-{mode}.log",
     benchmark:
@@ -40,8 +42,8 @@ checkpoint moefy:
         store=ancient(rules.store.output),
         before=phase_before,
     output:
-        weights=HERE / "runs/{run}/phases/{index}-moefy/last.ckpt",
         record=HERE / "runs/{run}/phases/{index}-moefy/phase.json",
+        weights=HERE / "runs/{run}/phases/{index}-moefy/last.ckpt",
     log:
         HERE / "runs/{run}/logs/{index}-moefy.log",
     benchmark:

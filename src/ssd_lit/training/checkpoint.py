@@ -29,7 +29,7 @@ def build_model(config: RunConfig, *, vocab_size: int, end_of_text: int) -> Lang
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, tensors and plain values only; ValueError if it is missing or broken."""
     if not path.exists():
-        raise ValueError(f"{path}: not found; run the phase that writes it first")
+        raise ValueError(f"{path}: not found; run the phase that writes it (delete its phase.json if that is there)")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
