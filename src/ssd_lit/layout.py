@@ -4,7 +4,7 @@ results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yam
 results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
 results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json
     phases/<NN>-<mode>/              last.ckpt, phase.json
-    work/<NN>-<mode>/                a phase that is not done yet: its config and rolling checkpoint
+    work/<NN>-<mode>/                the phase at work, or the last one: its config and rolling checkpoint
 """
 
 from dataclasses import asdict, dataclass, field

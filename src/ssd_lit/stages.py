@@ -73,11 +73,11 @@ def train(args: argparse.Namespace) -> str:
         if _is_done(run_dir, phase):
             return "it was done already; remove its phase.json to run it again"
         work = work_dir(run_dir, phase)
-        interrupted = _holds(work / "config.yaml", dump(config))
-        if not interrupted:
+        begun = _holds(work / "config.yaml", dump(config))
+        if not begun:
             shutil.rmtree(work, ignore_errors=True)
-            _forget_phases_from(run_dir, phase.index)
-        with _tracker(run_dir, config, phase.name, None if interrupted else phase.first_step) as tracker:
+        _forget_others(run_dir, phase.index)
+        with _tracker(run_dir, config, phase.name, None if begun else phase.first_step) as tracker:
             # From here on the recorded points beyond the phase's first step are those of this config.
             write_text(work / "config.yaml", dump(config))
             train_phase(run_dir, config, phase, history, tokens, tracker)
@@ -87,7 +87,6 @@ def train(args: argparse.Namespace) -> str:
                 {"mode": record.mode, "ended_by": record.ended_by},
             )
         record.write(phase_dir(run_dir, phase.index, phase.mode) / "phase.json")
-        shutil.rmtree(work)
     return f"steps {record.first_step} to {record.last_step}, ended by {record.ended_by}; next: {record.next or 'none'}"
 
 
@@ -103,7 +102,7 @@ def moefy(args: argparse.Namespace) -> str:
         phase, history = _open_phase(run_dir, config, args.phase)
         if _is_done(run_dir, phase):
             return "it was done already; remove its phase.json to run it again"
-        _forget_phases_from(run_dir, phase.index)
+        _forget_others(run_dir, phase.index)
         with _tracker(run_dir, config, phase.name, phase.first_step if history else None) as tracker:
             record = moefy_phase(
                 run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config)
@@ -122,6 +121,7 @@ def evaluate(args: argparse.Namespace) -> str:
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     chain = read_chain(run_dir, config.method)
     with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
+        shutil.rmtree(run_dir / "work", ignore_errors=True)
         settings = load_evaluation(run_dir / "evaluation.yaml")
         found = evaluate_run(run_dir, config, settings, chain, _tokens(run_dir, config))
         modes = {mode: found[f"loss_{mode}"] for mode in ("dense", "sparse") if found[f"loss_{mode}"] is not None}
@@ -219,10 +219,17 @@ def _is_done(run_dir: Path, phase: "Phase") -> bool:
     return (phase_dir(run_dir, phase.index, phase.mode) / "phase.json").exists()
 
 
-def _forget_phases_from(run_dir: Path, index: int) -> None:
-    """Remove what followed from an earlier run of the phase that begins now."""
-    for folder in [*(run_dir / "phases").glob("*-*"), *(run_dir / "work").glob("*-*")]:
+def _forget_others(run_dir: Path, index: int) -> None:
+    """Remove what followed from an earlier run of the phase that begins now, and the work of all other phases.
+
+    A phase keeps its work until the next stage begins: killed before Snakemake knows that it is done, it need not
+    train again.
+    """
+    for folder in (run_dir / "phases").glob("*-*"):
         if int(folder.name.split("-")[0]) > index:
+            shutil.rmtree(folder)
+    for folder in (run_dir / "work").glob("*-*"):
+        if int(folder.name.split("-")[0]) != index:
             shutil.rmtree(folder)
 
 

@@ -1,6 +1,7 @@
 """Real phases of real runs, on a model of a few thousand weights."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,22 @@ def test_a_run_killed_before_its_first_checkpoint_stays_one_run(tmp_path: Path) 
     assert "00-moefy" in after["stages"]
     steps = [step for step, _ in read_points(run / "metrics.jsonl")["train/loss"]]
     assert steps == [*range(3, 200, 3), 200]
+
+
+def test_a_phase_that_is_done_need_not_train_again_until_the_next_stage_begins(bench: Bench) -> None:
+    """Killed before Snakemake knows that a phase is done, the workflow removes its outputs and asks for it again."""
+    run = bench.dir("dense")
+    bench.phases("dense")
+    book = read_json(run / "mlflow.json")
+    before, points = weights(bench.last_checkpoint("dense")), (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "phases/00-dense")
+    bench.phases("dense")
+    after = weights(bench.last_checkpoint("dense"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (run / "metrics.jsonl").read_bytes() == points
+    assert read_json(run / "mlflow.json") == book
+    bench.stage("evaluate", run)
+    assert not (run / "work").exists()
 
 
 def test_a_config_changed_after_an_interruption_starts_the_phase_anew(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def close_phase(
 
 
 def work_dir(run_dir: Path, phase: Phase) -> Path:
-    """Where a phase keeps what it needs to go on after an interruption; gone once the phase is done."""
+    """Where a phase keeps what it needs to go on after an interruption; gone once the next stage begins."""
     return run_dir / "work" / phase.name
 
 
