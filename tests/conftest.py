@@ -14,6 +14,8 @@ from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_d
 
 # Before any test imports MLflow: it reports its use to its makers by default.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+# Runs are compared bit for bit, which holds on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def write_text_files(folder: Path, documents: int = 400) -> None:
