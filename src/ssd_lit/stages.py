@@ -59,7 +59,8 @@ def train(args: argparse.Namespace) -> str:
     """Train one phase; a phase that is done already stays as it is."""
     import torch
 
-    from ssd_lit.training.phase import close_phase, is_first_process, train_phase, work_dir
+    from ssd_lit.training.phase import close_phase, train_phase, work_dir
+    from ssd_lit.training.trainer import is_first_process
 
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     tokens = _tokens(run_dir, config)

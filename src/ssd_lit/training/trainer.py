@@ -1,0 +1,82 @@
+"""The Lightning trainer of a phase, on one device or several."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from ssd_lit.config import RunConfig
+from ssd_lit.training.activation_monitor import ActivationMonitor
+from ssd_lit.training.logger import Recorder, RecorderLogger
+from ssd_lit.training.meter import Meter
+from ssd_lit.training.phase_switch import PhaseSwitch
+from ssd_lit.training.progress import Progress
+from ssd_lit.training.rolling_checkpoint import RollingCheckpoint
+from ssd_lit.training.schedule import Phase
+
+PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+def build_trainer(config: RunConfig, phase: Phase, meter: Meter, recorder: Recorder | None, rolling: Path) -> Trainer:
+    """The trainer of one phase, which its phase switch ends; `rolling` is where it saves its state.
+
+    Fitting starts a process for each further device. Raises ValueError if the machine has too few GPUs.
+    """
+    training = config.training
+    if torch.cuda.is_available() and training.devices > torch.cuda.device_count():
+        raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    return Trainer(
+        # The phase switch ends the phase, and nothing else.
+        max_epochs=-1,
+        devices=training.devices,
+        # No buffer changes within a phase, and a validation may be longer in one process than in another.
+        strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
+        # A cluster gives a stage one task: Lightning would take that for the number of processes.
+        plugins=[LightningEnvironment()],
+        precision=PRECISION[training.precision],
+        gradient_clip_val=config.optim.grad_clip,
+        val_check_interval=training.validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=RecorderLogger(recorder),
+        callbacks=[
+            # In this order at the end of a step: decide, measure, show, and save what is then known.
+            PhaseSwitch(phase, config),
+            meter,
+            ActivationMonitor(training.log_every),
+            Progress(config.name, phase, meter),
+            RollingCheckpoint(rolling, training.checkpoint_every, training.validate_every),
+        ],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=rolling.parent,
+    )
+
+
+def is_first_process() -> bool:
+    """Whether this process keeps the records; false in those that the trainer started for further devices."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back Lightning's greetings, its advice on settings that we chose, and warnings that only it can heed."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
+        warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # older releases of torch know no other name
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of an old name in torch
+        yield
