@@ -87,7 +87,7 @@ class Bench:
         while mode is not None and len(done) != stop_after:
             folder = phase_dir(self.dir(arm), len(done), mode)
             if not (folder / "phase.json").exists():
-                stage = "moefy" if mode == "moefy" else "train"
+                stage = {"moefy": "moefy", "router": "route"}.get(mode, "train")
                 self.stage(stage, self.dir(arm), phase_name(len(done), mode))
             done.append(PhaseRecord.read(folder / "phase.json"))
             mode = done[-1].next

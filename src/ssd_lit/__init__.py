@@ -1,3 +1,38 @@
 """Switchable Sparse-Dense Learning (ICML 2024, arXiv 2410.03440) as an experiment suite."""
 
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
 __version__ = "0.1.0"
+
+
+def load(
+    folder: str | PathLike[str],
+    *,
+    mode: Literal["dense", "sparse"] = "dense",
+    top_k: int | None = None,
+    backend: str = "auto",
+) -> Any:
+    """The Transformers model of a folder that `ssd-lit moefy --model` or `ssd-lit export` wrote, in either mode.
+
+    In sparse mode a token runs through `top_k` experts of each FFN, the number that the folder names if None; `backend`
+    says how they are computed. Reads safetensors only and runs nothing of the folder. Raises ValueError for a folder
+    without experts, and for a mode, top_k or backend that it does not have.
+    """
+    from ssd_lit.models.folder import open_folder
+
+    return open_folder(Path(folder), mode=mode, top_k=top_k, backend=backend)
+
+
+def set_mode(model: "nn.Module", mode: Literal["dense", "sparse"], top_k: int | None = None) -> None:
+    """Switch a model that `load` gave to another mode, or to `top_k` experts a token; nothing is copied.
+
+    With None it keeps the number it had. Raises ValueError for a model without experts, or a top_k it does not have.
+    """
+    from ssd_lit.models.folder import set_mode
+
+    set_mode(model, mode, top_k)

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
-from ssd_lit import stages
-from ssd_lit.config import ConfigError
+from ssd_lit import exchange, stages
+from ssd_lit.config import ConfigError, Construction
 
 Stage = Callable[[argparse.Namespace], str]
 
@@ -24,7 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     _set_threads(args.threads)
-    title = " ".join([args.stage, *(str(getattr(args, name)) for name in args.shown)])
+    if not sys.stderr.isatty():
+        # Ours too are for a terminal only.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    told = [str(value) for name in args.shown if (value := getattr(args, name)) is not None]
+    title = " ".join([args.stage, *told])
     began = time.monotonic()
     _say(f"{title}: begins")
     try:
@@ -43,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssd-lit", description="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
         epilog="The stages of an experiment, in order: configs, prepare, tokenizer, encode; for each run phases "
-        "(train, moefy) and evaluate; then summarise, figures, report. `ssd-lit STAGE --help` explains one.",
+        "(train, moefy, route), evaluate and analyse; then summarise, figures, report. `ssd-lit STAGE --help` explains one.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
 
@@ -70,16 +74,38 @@ def _parser() -> argparse.ArgumentParser:
     add("tokenizer", stages.tokenizer, "Train the tokenizer on the training documents into tokenizer/.", data)
     add("encode", stages.encode, "Encode all documents into memory-mapped blocks of tokens in tokens/.", data)
     add("train", stages.train, "Train one dense or sparse phase; goes on where it was interrupted.", run_dir, phase)
-    add("moefy", stages.moefy, "Group the neurons of a checkpoint into experts (MoEfication).", run_dir, phase)
+    _add_moefy(add("moefy", exchange.moefy, "Group the neurons of a model into experts (MoEfication)."), run_dir, phase)
+    add("route", stages.route, "Train the routers of a MoEfied model, and no other weight.", run_dir, phase)
     add("evaluate", stages.evaluate, "Measure the final model of a run into evaluation.json.", run_dir)
+    add("analyse", stages.analyse, "Compare a run's snapshots and watch its experts, into analysis/.", run_dir)
     add("summarise", stages.summarise, "Write summary.csv, one row a run.", exp_dir)
     add("figures", stages.figures, "Draw the figures of an experiment.", exp_dir)
     add("report", stages.report, "Write report.html, and keep report and figures in MLflow.", exp_dir)
     add("store", stages.store, "Make the MLflow store, once, before jobs share it.", results)
+    out = add("export", exchange.export, "Write a run's final model as a Hugging Face checkpoint folder.", run_dir)
+    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     ui = add("ui", stages.ui, "Serve the MLflow UI on 127.0.0.1.")
     ui.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
     ui.add_argument("--port", type=_positive, default=5000, help="the port (5000)")
     return parser
+
+
+def _add_moefy(command: argparse.ArgumentParser, *places: tuple[str, str]) -> None:
+    """The two forms of `moefy`: a phase of a run, which its config describes, or any checkpoint folder."""
+    command.usage = "%(prog)s RUN_DIR PHASE | --model DIR --experts E --top-k K --out DIR [options]"
+    for place, meaning in places:
+        command.add_argument(place, nargs="?", help=meaning, type=str if place == "phase" else Path)
+    add = command.add_argument_group("a checkpoint folder instead of a run").add_argument
+    add("--model", type=Path, metavar="DIR", help="a gpt2, bert, t5 or llama checkpoint in safetensors")
+    add("--experts", type=_positive, metavar="E", help="experts of one FFN; must divide its neurons")
+    add("--top-k", type=_positive, metavar="K", help="experts a token in sparse mode, unless told otherwise")
+    add("--out", type=Path, metavar="DIR", help="the new folder")
+    add("--construction", choices=get_args(Construction), help="how neurons are grouped (kmeans)")
+    add("--router", choices=("center", "random", "mass", "norm"), help="what chooses experts (center)")
+    add("--seed", type=int, help="of construction and router (0)")
+    add("--text", type=Path, metavar="FILE", help="what kmeans_activations, coactivation, mass and norm look at")
+    add("--calibration-tokens", type=_positive, metavar="T", help="tokens of it that are read (8192)")
+    command.set_defaults(shown=[*(place for place, _ in places), "model"])
 
 
 def _positive(text: str) -> int:

@@ -1,31 +1,35 @@
 """Typed, strict settings: every key, its meaning and its default in one place.
 
 An experiment is a YAML file under configs/: sections for data, model, optimisation and so on, then a list of
-arms, each a method with its own changes to those sections. `load_experiment` reads and checks one;
-`Experiment.runs` resolves it to one `RunConfig` for each arm and seed.
+arms, each a method with its own changes to those sections; it may be laid over other files, its `base`.
+`load_experiment` reads and checks one; `Experiment.runs` resolves it to one `RunConfig` for each arm and seed.
 """
 
 import copy
 import difflib
 import glob
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ssd_lit.checkpoint_folder import checkpoint_shape
+from ssd_lit.yaml_file import ConfigError as ConfigError
+from ssd_lit.yaml_file import read_with_bases, read_yaml
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Method = Literal["dense", "ssd", "sparse", "posthoc"]
-
-
-class ConfigError(ValueError):
-    """A mistake in a config, in words for the person who wrote it."""
+Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
+Family = Literal["gpt2", "bert", "t5", "llama"]
+Construction = Literal["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"]
 
 
 class Section(BaseModel):
@@ -86,16 +90,32 @@ class TokenizerConfig(Section):
     """A byte-level BPE: trained on the training split, or taken from a folder."""
 
     vocab_size: Annotated[int, Field(ge=257)] = 4096
-    """Entries of the trained vocabulary, the end-of-text token included; 256 of them are the bytes."""
+    """Entries of the trained vocabulary, special tokens included; 256 of them are the bytes."""
     train_megabytes: Annotated[float, Field(gt=0)] = 16.0
     """How much of the training text the merges are learnt from."""
+    mask_token: bool = False
+    """A [MASK] entry, for masked language models."""
+    sentinels: Annotated[int, Field(ge=0)] = 0
+    """Entries <extra_id_0>, <extra_id_1>, ... that stand for cut-out spans, for span corruption."""
     folder: str | None = None
-    """Take `tokenizer.json` from this folder and train nothing."""
+    """Take `tokenizer.json` from this folder, with the special tokens it has, and train nothing."""
 
     @model_validator(mode="after")
     def _folder_exists(self) -> Self:
         if self.folder is not None and not (Path(self.folder) / "tokenizer.json").is_file():
             raise ValueError(f"no tokenizer.json in folder {self.folder!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _special_tokens_fit(self) -> Self:
+        if self.folder is not None and (self.mask_token or self.sentinels):
+            raise ValueError("mask_token and sentinels: not with folder, whose vocabulary has its own or none")
+        smallest = 257 + self.mask_token + self.sentinels
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size {self.vocab_size}: must be at least {smallest}, for 256 bytes, the end-of-text token, "
+                f"mask_token {str(self.mask_token).lower()} and {self.sentinels} sentinels"
+            )
         return self
 
 
@@ -120,24 +140,52 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The backbone's shape."""
+    """The backbone: its shape, and where its first weights come from."""
 
-    family: Literal["gpt2"] = "gpt2"
+    family: Family = "gpt2"
+    """gpt2 and llama predict the next token, bert masked tokens, t5 cut-out spans."""
+    pretrained: str | None = None
+    """Start from this checkpoint folder (safetensors, as Hugging Face writes it); the shape is then the folder's."""
     layers: Positive = 4
-    """L: Transformer blocks."""
+    """L: Transformer blocks; of t5 as many in the encoder and in the decoder."""
     d_model: Positive = 128
     """D: model width."""
     heads: Positive = 4
     d_ff: Positive = 512
     """F: neurons of one FFN."""
-    activation: Literal["relu"] = "relu"
+    activation: Literal["relu", "relu2", "gelu", "gelu_new", "silu"] = "relu"
+    """relu2 is the square of ReLU. With llama, whose FFNs are gated, relu makes ReGLU and silu SwiGLU."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """llama has none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_shape_of_the_checkpoint(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("pretrained"), str):
+            return content
+        shape = checkpoint_shape(Path(content["pretrained"]))
+        for key, value in shape.items():
+            if content.get(key, value) != value:
+                raise ValueError(f"{key} {content[key]!r}: the checkpoint in {content['pretrained']} has {value!r}")
+        return {**content, **shape}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.d_model % self.heads:
             raise ValueError(f"heads {self.heads} does not divide d_model {self.d_model}")
         return self
+
+
+class KSchedule(Section):
+    """How many experts a token runs through, over the steps of a training."""
+
+    kind: Literal["constant", "linear", "cosine", "step"] = "constant"
+    start: Positive = 1
+    """k at the first step."""
+    end: Positive | None = None
+    """k at the last step; top_k if null."""
+    stairs: Positive = 4
+    """step only: number of equal stretches."""
 
 
 class MoEConfig(Section):
@@ -147,8 +195,26 @@ class MoEConfig(Section):
     """E: experts of one FFN; must divide d_ff."""
     top_k: Positive = 6
     """K: experts computed for a token in sparse mode."""
-    construction: Literal["kmeans", "random"] = "kmeans"
-    """How neurons are grouped: balanced k-means over the normalised input rows, or at random."""
+    k_schedule: KSchedule = KSchedule()
+    """K through sparse phases, over all steps of the training; constant is top_k."""
+    construction: Construction = "kmeans"
+    """How neurons are grouped: balanced k-means over the normalised input rows or over activations, clusters of the
+    co-activation graph, at random, or as they stand. Fresh weights know the last two only."""
+    calibration_blocks: Positive = 32
+    """Training blocks on which activations are taken, for the constructions that need them."""
+    router: Literal["center", "random", "learned"] = "center"
+    """What chooses experts in sparse phases: their centres, a frozen random projection, or a gate that is trained."""
+    balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    z_weight: Annotated[float, Field(ge=0)] = 0.001
+    """Weights of the load-balancing loss and the z-loss of a learned router."""
+    trained_router: Literal["mass", "norm"] | None = None
+    """After the last phase, train a small MLP to choose instead: on the experts' activation mass, or output norm."""
+    router_hidden: Positive = 64
+    """Width of that MLP."""
+    router_steps: Positive = 200
+    router_lr: Annotated[float, Field(gt=0)] = 1e-3
+    permute_optimizer: bool = True
+    """Whether Adam's moments move with their neurons at MoEfication; false is for showing what that is worth."""
     backend: Literal["auto", "masked", "loop", "grouped"] = "auto"
     """How the sparse FFN is computed; all agree, they differ in speed."""
 
@@ -156,6 +222,10 @@ class MoEConfig(Section):
     def _k_fits(self) -> Self:
         if self.top_k > self.experts:
             raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}; allowed: 1 to {self.experts}")
+        for key in ("start", "end"):
+            k = getattr(self.k_schedule, key)
+            if k is not None and k > self.experts:
+                raise ValueError(f"k_schedule.{key} {k} is more than experts {self.experts}")
         return self
 
 
@@ -199,6 +269,8 @@ class TrainingConfig(Section):
     """Blocks read at each validation during training."""
     checkpoint_every: Positive = 50
     """Steps between rolling checkpoints of a phase."""
+    snapshot_every: Positive | None = None
+    """Steps between snapshots of the FFNs' input weights, from which pairs of moments are compared; null keeps none."""
 
 
 class SwitchingConfig(Section):
@@ -222,6 +294,8 @@ class SwitchingConfig(Section):
     """Its ceiling."""
     final_dense_steps: Positive = 100
     """Dense steps kept for the end."""
+    switch_points: list[Positive] | None = None
+    """Instead of all that: the global steps at which the mode changes, from dense to sparse and back in turn."""
 
 
 class EvaluationConfig(Section):
@@ -231,6 +305,21 @@ class EvaluationConfig(Section):
     """Validation blocks scored (all, if there are fewer)."""
     top_k_curve: list[Positive] = Field(default=[1, 2, 4, 6, 8, 12, 16], min_length=1)
     """Values of k at which sparse mode is scored; those above `experts` are left out."""
+    thresholds: list[Share] = []
+    """Dynamic k: every expert whose predicted norm is at least this share of the best one's (trained routers only)."""
+
+
+class AnalysisConfig(Section):
+    """What the analyses of a run look at, beside its evaluation."""
+
+    blocks: Positive = 64
+    """Validation blocks on which experts are watched."""
+    experts: list[Positive] = Field(default=[8, 16, 32], min_length=1)
+    """Numbers of clusters with which pairs of snapshots are compared; those that do not divide d_ff are left out."""
+    constructions: list[Construction] = Field(default=["kmeans", "kmeans_activations"], min_length=1)
+    """Clusterings with which they are compared."""
+    tokens: Positive = 8
+    """Tokens named for each expert."""
 
 
 class Arm(Section):
@@ -240,7 +329,13 @@ class Arm(Section):
     label: str | None = None
     """Name in figures and tables; the arm's key if left out."""
     start_from: str | None = None
-    """posthoc: the arm whose final model is MoEfied."""
+    """posthoc: the arm whose final model is MoEfied; sparse: the dense arm whose neurons become experts before the
+    training; upcycle: the dense arm whose FFNs are copied."""
+    match_flops: str | None = None
+    """dense: train for as many steps as the FLOPs of this arm pay for, instead of training.steps."""
+    grid: dict[str, list[Any]] = {}
+    """Settings by dotted key, such as moe.top_k, each with its values: the arm becomes one for every combination. By
+    the name of a section, mappings of settings that change together; the first names the cell."""
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}
     optim: dict[str, Any] = {}
@@ -257,6 +352,11 @@ class RunConfig(Section):
     label: str
     seed: Annotated[int, Field(ge=0)]
     start_from: str | None = None
+    match_flops: str | None = None
+    shares_warmup: str | None = None
+    """The run whose first phase is this one's too, step for step: it is trained once."""
+    grid: dict[str, Any] = {}
+    """The settings that set this arm apart from others of its grid."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
@@ -277,12 +377,49 @@ class RunConfig(Section):
                 f"training.batch_size {self.training.batch_size} is not divisible by "
                 f"training.devices {self.training.devices}"
             )
+        self._check_experts()
+        self._check_objective()
         if self.method == "ssd":
             self._check_switching()
         return self
 
+    def _check_experts(self) -> None:
+        moe, method = self.moe, self.method
+        if moe.router == "learned" and method in ("ssd", "posthoc"):
+            raise ValueError(f"moe.router 'learned': not with method {method}; allowed: center, random")
+        if moe.router == "center" and method == "upcycle":
+            raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: learned, random")
+        if moe.trained_router is not None and method not in ("ssd", "posthoc"):
+            raise ValueError(f"moe.trained_router: only methods ssd and posthoc train one afterwards, not {method}")
+        if self.from_scratch and moe.construction not in ("random", "contiguous"):
+            raise ValueError(
+                f"moe.construction {moe.construction!r}: fresh weights have no pattern to group by; "
+                "allowed: random, contiguous"
+            )
+
+    def _check_objective(self) -> None:
+        tokenizer, family = self.data.tokenizer, self.model.family
+        if tokenizer.folder is not None:
+            return
+        if family == "bert" and not tokenizer.mask_token:
+            raise ValueError("model.family bert: needs data.tokenizer.mask_token: true")
+        spans = max(1, round(round(0.15 * self.data.sequence_length) / 3))
+        if family == "t5" and tokenizer.sentinels < spans:
+            raise ValueError(
+                f"model.family t5: blocks of {self.data.sequence_length} tokens lose {spans} spans, "
+                f"so data.tokenizer.sentinels must be at least {spans}; given {tokenizer.sentinels}"
+            )
+
     def _check_switching(self) -> None:
         s, steps = self.switching, self.training.steps
+        if s.switch_points is not None:
+            points = [0, *s.switch_points, steps]
+            if len(s.switch_points) % 2 or any(a >= b for a, b in pairwise(points)):
+                raise ValueError(
+                    f"switching.switch_points {s.switch_points}: expected an even number of growing steps "
+                    f"below training.steps {steps}, so that the last phase is dense"
+                )
+            return
         if s.warmup_min_steps > s.warmup_max_steps:
             raise ValueError(
                 f"switching.warmup_min_steps {s.warmup_min_steps}: "
@@ -302,6 +439,11 @@ class RunConfig(Section):
             )
 
     @property
+    def from_scratch(self) -> bool:
+        """Whether experts are made of weights that were never trained."""
+        return self.method == "sparse" and self.start_from is None and self.model.pretrained is None
+
+    @property
     def name(self) -> str:
         """Folder name of the run."""
         return f"{self.arm}-seed{self.seed}"
@@ -310,6 +452,19 @@ class RunConfig(Section):
     def starts_from(self) -> str | None:
         """Folder name of the run whose final model this one starts from."""
         return None if self.start_from is None else f"{self.start_from}-seed{self.seed}"
+
+    @property
+    def matches(self) -> str | None:
+        """Folder name of the run whose FLOPs this one may spend."""
+        return None if self.match_flops is None else f"{self.match_flops}-seed{self.seed}"
+
+    def warmup(self) -> str:
+        """All that decides the first phase of an ssd run: two runs with the same text train it alike."""
+        s = self.switching
+        keys = (s.tau, s.check_every, s.warmup_min_steps, s.warmup_max_steps)
+        ends = keys if s.switch_points is None else (s.check_every, s.switch_points[0])
+        sections = [part.model_dump() for part in (self.data, self.model, self.optim, self.training)]
+        return json.dumps([self.seed, sections, self.moe.experts, self.moe.router, ends], sort_keys=True)
 
 
 class Experiment(Section):
@@ -327,27 +482,35 @@ class Experiment(Section):
     training: dict[str, Any] = {}
     switching: dict[str, Any] = {}
     evaluation: EvaluationConfig = EvaluationConfig()
+    analysis: AnalysisConfig | None = None
+    """Look into the models as well; null leaves the analyses out."""
     arms: dict[Name, Arm] = Field(min_length=1)
 
     def runs(self) -> list[RunConfig]:
         """Every run, arm by arm, seed by seed; raises ConfigError at the first mistake of an arm."""
-        return [self._resolve(arm, seed) for arm in self.arms for seed in self.seeds]
+        arms = {name: one for key in self.arms for name, one in cells(key, self.arms[key]).items()}
+        runs = [self._resolve(name, arm, values, seed) for name, (arm, values) in arms.items() for seed in self.seeds]
+        first: dict[str, str] = {}
+        for index, run in enumerate(runs):
+            if run.method == "ssd":
+                owner = first.setdefault(run.warmup(), run.name)
+                if owner != run.name:
+                    runs[index] = run.model_copy(update={"shares_warmup": owner})
+        return runs
 
-    def _resolve(self, name: str, seed: int) -> RunConfig:
-        arm = self.arms[name]
-        if arm.method == "posthoc" and arm.start_from is None:
-            raise ConfigError(f"arms.{name}.start_from: missing; allowed: {_arms_with_weights(self)}")
-        if arm.start_from is not None and arm.method != "posthoc":
-            raise ConfigError(f"arms.{name}.start_from: only method posthoc starts from another arm")
-        if arm.start_from is not None and arm.start_from not in _arms_with_weights(self):
-            raise ConfigError(f"arms.{name}.start_from: given {arm.start_from!r}; allowed: {_arms_with_weights(self)}")
+    def _resolve(self, name: str, arm: Arm, values: dict[str, Any], seed: int) -> RunConfig:
+        self._check_other_arms(name, arm)
         sections = {
             key: {**copy.deepcopy(getattr(self, key)), **copy.deepcopy(getattr(arm, key))}
             for key in ("model", "moe", "optim", "training", "switching")
         }
+        if arm.method == "sparse" and arm.start_from is None and sections["model"].get("pretrained") is None:
+            # The experiment's own choice is meant for the arms that have a pattern to group by.
+            sections["moe"]["construction"] = arm.moe.get("construction", "random")
         resolved = {
             "experiment": self.experiment, "arm": name, "method": arm.method, "label": arm.label or name,
-            "seed": seed, "start_from": arm.start_from, "data": self.data.model_dump(), **sections,
+            "seed": seed, "start_from": arm.start_from, "match_flops": arm.match_flops, "grid": values,
+            "data": self.data.model_dump(), **sections,
         }  # fmt: skip
 
         def where(location: tuple[str, ...]) -> str:
@@ -358,9 +521,56 @@ class Experiment(Section):
 
         return _checked(RunConfig, resolved, where)
 
+    def _check_other_arms(self, name: str, arm: Arm) -> None:
+        trained = [other for other, one in self.arms.items() if one.method != "posthoc" and not one.grid]
+        pretrained = {**self.model, **arm.model}.get("pretrained")
+        if arm.method in ("posthoc", "upcycle") and arm.start_from is None and pretrained is None:
+            raise ConfigError(f"arms.{name}.start_from: missing; allowed: {trained}")
+        if arm.start_from is not None and arm.method not in ("posthoc", "sparse", "upcycle"):
+            raise ConfigError(f"arms.{name}.start_from: only posthoc, sparse and upcycle start from another arm")
+        if arm.method in ("sparse", "upcycle"):
+            trained = [other for other in trained if self.arms[other].method == "dense"]
+        if arm.start_from is not None and arm.start_from not in trained:
+            raise ConfigError(f"arms.{name}.start_from: given {arm.start_from!r}; allowed: {trained}")
+        if arm.match_flops is not None and arm.method != "dense":
+            raise ConfigError(f"arms.{name}.match_flops: only method dense can be given the FLOPs of another arm")
+        matched = [other for other in trained if self.arms[other].match_flops is None and other != name]
+        if arm.match_flops is not None and arm.match_flops not in matched:
+            raise ConfigError(f"arms.{name}.match_flops: given {arm.match_flops!r}; allowed: {matched}")
 
-def _arms_with_weights(experiment: Experiment) -> list[str]:
-    return [name for name, arm in experiment.arms.items() if arm.method != "posthoc"]
+
+def cells(name: str, arm: Arm) -> dict[str, tuple[Arm, dict[str, Any]]]:
+    """An arm, or one for every combination of its grid's values: name to arm and the settings that tell it apart."""
+    found = {}
+    for combination in itertools.product(*arm.grid.values()):
+        content, values = arm.model_dump(exclude={"grid"}), {}
+        for key, value in zip(arm.grid, combination, strict=True):
+            section, changes = _changes(name, key, value)
+            content[section] = {**content[section], **changes}
+            leading = next(iter(changes))
+            values[f"{section}.{leading}"] = changes[leading]
+        told = [f"{key.rpartition('.')[2]} {value}" for key, value in values.items()]
+        cell = ".".join([name, *(re.sub(r"[^a-z0-9_.]+", "_", one.lower()) for one in told)])
+        if values:
+            content["label"] = ", ".join([arm.label or name, *told])
+        if cell in found:
+            raise ConfigError(f"arms.{name}.grid: two combinations are both called {cell!r}")
+        found[cell] = Arm.model_validate(content), values
+    return found
+
+
+def _changes(name: str, key: str, value: Any) -> tuple[str, dict[str, Any]]:
+    """The section that one value of a grid changes, and the changes."""
+    section, _, setting = key.partition(".")
+    if section in ("model", "moe", "optim", "training", "switching"):
+        if setting:
+            return section, {setting: value}
+        if isinstance(value, dict) and value:
+            return section, value
+    raise ConfigError(
+        f"arms.{name}.grid: given {key!r}: {value!r}; expected a dotted key such as moe.top_k, "
+        "or a section with mappings of its keys"
+    )
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -369,7 +579,7 @@ def load_experiment(path: Path) -> Experiment:
     Raises ConfigError with the file, the key, what was given and what is allowed.
     """
     try:
-        experiment = _checked(Experiment, _read_yaml(path))
+        experiment = _checked(Experiment, read_with_bases(path))
         experiment.runs()
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
@@ -386,6 +596,11 @@ def load_data(path: Path) -> DataConfig:
     return _load(DataConfig, path)
 
 
+def load_analysis(path: Path) -> AnalysisConfig:
+    """Read the analysis section that `dump` wrote."""
+    return _load(AnalysisConfig, path)
+
+
 def load_evaluation(path: Path) -> EvaluationConfig:
     """Read the evaluation section that `dump` wrote."""
     return _load(EvaluationConfig, path)
@@ -398,39 +613,9 @@ def dump(section: Section) -> str:
 
 def _load(kind: type[T], path: Path) -> T:
     try:
-        return _checked(kind, _read_yaml(path))
+        return _checked(kind, read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 3e-4 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} is given more than once")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise ConfigError("no such file") from None
-    except UnicodeDecodeError:
-        raise ConfigError("not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
-    if not isinstance(content, dict):
-        raise ConfigError("expected a mapping of keys to values")
-    return content
 
 
 def _checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str, ...]], str] = ".".join) -> T:

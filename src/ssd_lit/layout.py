@@ -2,8 +2,9 @@
 
 results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yaml
 results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
-results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json
+results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json, analysis/
     phases/<NN>-<mode>/              last.ckpt, phase.json
+    snapshots/                       step-<NNNNNNNN>.pt, if any are wanted
     work/<NN>-<mode>/                the phase at work, or the last one: its config and rolling checkpoint
 """
 
@@ -14,13 +15,13 @@ from typing import Any
 from ssd_lit.config import DataConfig, Experiment, RunConfig, dump
 from ssd_lit.files import read_json, write_if_changed, write_json
 
-FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "posthoc": "moefy"}
+FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a run has spent since its first step."""
+    """What a run has spent, that of the run it started from included."""
 
     steps: int = 0
     sparse_steps: int = 0
@@ -36,6 +37,7 @@ class PhaseRecord:
     index: int
     mode: str
     first_step: int
+    """Steps of the run itself before the phase; those of a run it started from are in `total` only."""
     last_step: int
     steps: int
     tokens: int
@@ -74,6 +76,26 @@ def phase_dir(run_dir: Path, index: int, mode: str) -> Path:
     return run_dir / "phases" / phase_name(index, mode)
 
 
+def work_dir(run_dir: Path, index: int, mode: str) -> Path:
+    """Where a phase keeps what it needs to go on after an interruption; gone once the next stage begins."""
+    return run_dir / "work" / phase_name(index, mode)
+
+
+def rolling_checkpoint(run_dir: Path, index: int, mode: str) -> Path:
+    """What a phase goes on from after an interruption."""
+    return work_dir(run_dir, index, mode) / "rolling.ckpt"
+
+
+def snapshot_path(run_dir: Path, step: int) -> Path:
+    """The weights as they were after a step."""
+    return run_dir / "snapshots" / f"step-{step:08d}.pt"
+
+
+def snapshots(run_dir: Path) -> list[tuple[int, Path]]:
+    """The snapshots of a run with their steps, in order."""
+    return [(int(path.stem.removeprefix("step-")), path) for path in sorted((run_dir / "snapshots").glob("step-*.pt"))]
+
+
 def read_chain(run_dir: Path, method: str, before: int | None = None) -> list[PhaseRecord]:
     """The phases of a run in order, each named by its predecessor; up to index `before`, or to the last.
 
@@ -103,4 +125,6 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
     for run in runs:
         write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
         write_if_changed(run_dir(results, run) / "evaluation.yaml", dump(experiment.evaluation))
+        if experiment.analysis is not None:
+            write_if_changed(run_dir(results, run) / "analysis.yaml", dump(experiment.analysis))
     return runs

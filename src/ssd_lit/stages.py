@@ -4,20 +4,40 @@ import argparse
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from ssd_lit.config import ConfigError, RunConfig, dump, load_data, load_evaluation, load_experiment, load_run
+from ssd_lit.config import (
+    ConfigError,
+    RunConfig,
+    dump,
+    load_analysis,
+    load_data,
+    load_evaluation,
+    load_experiment,
+    load_run,
+)
 from ssd_lit.files import read_json, write_json, write_text
-from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, read_chain, write_configs
+from ssd_lit.layout import (
+    PhaseRecord,
+    Totals,
+    data_dir,
+    phase_dir,
+    read_chain,
+    snapshots,
+    work_dir,
+    write_configs,
+)
 
 if TYPE_CHECKING:
     from ssd_lit.tracking import RunTracker
     from ssd_lit.training.schedule import Phase
+
+DONE_ALREADY = "it was done already; remove its phase.json to run it again"
 
 
 def configs(args: argparse.Namespace) -> str:
@@ -59,35 +79,27 @@ def train(args: argparse.Namespace) -> str:
     """Train one phase; a phase that is done already stays as it is."""
     import torch
 
-    from ssd_lit.training.phase import close_phase, train_phase, work_dir
+    from ssd_lit.training.phase import close_phase, train_phase
+    from ssd_lit.training.sharing import adopt_warmup
     from ssd_lit.training.trainer import is_first_process
 
-    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    run_dir, config = args.run_dir, _run_config(args.run_dir)
     tokens = _tokens(run_dir, config)
     torch.set_num_threads(max(1, args.threads // config.training.devices))
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
         train_phase(run_dir, config, phase, history, tokens, recorder=None)
         return "trained beside the first process, which keeps the records"
-    with _alone(run_dir):
-        phase, history = _open_phase(run_dir, config, args.phase)
-        if _is_done(run_dir, phase):
-            return "it was done already; remove its phase.json to run it again"
-        work = work_dir(run_dir, phase)
-        begun = _holds(work / "config.yaml", dump(config))
-        if not begun:
-            shutil.rmtree(work, ignore_errors=True)
-        _forget_others(run_dir, phase.index)
-        with _tracker(run_dir, config, phase.name, None if begun else phase.first_step) as tracker:
-            # From here on the recorded points beyond the phase's first step are those of this config.
-            write_text(work / "config.yaml", dump(config))
-            train_phase(run_dir, config, phase, history, tokens, tracker)
-            record = close_phase(run_dir, config, phase, history, tokens)
-            tracker.outcome(
-                {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
-                {"mode": record.mode, "ended_by": record.ended_by},
-            )
-        record.write(phase_dir(run_dir, phase.index, phase.mode) / "phase.json")
+
+    def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
+        if phase.index == 0 and config.shares_warmup is not None:
+            return adopt_warmup(run_dir, run_dir.parent / config.shares_warmup, phase, tracker)
+        train_phase(run_dir, config, phase, history, tokens, tracker)
+        return close_phase(run_dir, config, phase, history, tokens)
+
+    record = _run_phase(run_dir, config, args.phase, work)
+    if record is None:
+        return DONE_ALREADY
     return f"steps {record.first_step} to {record.last_step}, ended by {record.ended_by}; next: {record.next or 'none'}"
 
 
@@ -99,18 +111,28 @@ def moefy(args: argparse.Namespace) -> str:
 
     torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
-    with _alone(run_dir):
-        phase, history = _open_phase(run_dir, config, args.phase)
-        if _is_done(run_dir, phase):
-            return "it was done already; remove its phase.json to run it again"
-        _forget_others(run_dir, phase.index)
-        with _tracker(run_dir, config, phase.name, phase.first_step if history else None) as tracker:
-            record = moefy_phase(
-                run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config)
-            )
-            tracker.outcome({"seconds": record.seconds}, {"mode": "moefy", "ended_by": record.ended_by})
-        record.write(phase_dir(run_dir, phase.index, phase.mode) / "phase.json")
-    return f"{config.moe.experts} experts a layer; next: {record.next or 'none'}"
+
+    def work(phase: "Phase", history: list[PhaseRecord], _: "RunTracker") -> PhaseRecord:
+        return moefy_phase(run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config))
+
+    record = _run_phase(run_dir, config, args.phase, work)
+    return DONE_ALREADY if record is None else f"{config.moe.experts} experts a layer; next: {record.next or 'none'}"
+
+
+def route(args: argparse.Namespace) -> str:
+    """Train the routers of a MoEfied model; a phase that is done already stays as it is."""
+    import torch
+
+    from ssd_lit.training.router_phase import train_routers
+
+    torch.set_num_threads(args.threads)
+    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+
+    def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
+        return train_routers(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
+
+    record = _run_phase(run_dir, config, args.phase, work)
+    return DONE_ALREADY if record is None else f"{config.moe.router_steps} steps in {record.seconds:.1f} s"
 
 
 def evaluate(args: argparse.Namespace) -> str:
@@ -129,11 +151,33 @@ def evaluate(args: argparse.Namespace) -> str:
         tracker.outcome(
             {f"eval/loss_{mode}": loss for mode, loss in modes.items()}
             | {f"eval/perplexity_{mode}": math.exp(loss) for mode, loss in modes.items()}
-            | {"eval/active_neurons": found["active_neurons"]},
-            run_step=chain[-1].total.steps,
+            | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]}),
+            run_step=chain[-1].last_step,
         )
     write_json(run_dir / "evaluation.json", found)
     return ", ".join(f"{mode} perplexity {math.exp(loss):.2f}" for mode, loss in modes.items())
+
+
+def analyse(args: argparse.Namespace) -> str:
+    import torch
+
+    from ssd_lit.evaluation.analysis import analyse_run
+
+    torch.set_num_threads(args.threads)
+    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
+    with _alone(run_dir), _tracker(run_dir, config, "analyse", None) as tracker:
+        settings = load_analysis(run_dir / "analysis.yaml")
+        found = analyse_run(run_dir, config, settings, chain, folder / "tokens", folder / "tokenizer")
+        layers = found["experts"]["layers"] if found["experts"] else []
+        means = {
+            f"analysis/{name}": sum(layer[name] for layer in layers) / len(layers)
+            for name in ("load_entropy", "dead_experts", "routing_recall")
+            if layers
+        }
+        tracker.outcome(means, run_step=chain[-1].last_step)
+    write_json(run_dir / "analysis" / "analysis.json", found)
+    return ", ".join(found["written"]) or f"nothing to write: {'; '.join(sorted(set(found['left_out'].values())))}"
 
 
 def summarise(args: argparse.Namespace) -> str:
@@ -145,7 +189,7 @@ def summarise(args: argparse.Namespace) -> str:
 def figures(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.figures import write_figures
 
-    written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml").runs())
+    written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml"))
     return f"{len(written)} files in {args.exp_dir / 'figures'}"
 
 
@@ -156,7 +200,7 @@ def report(args: argparse.Namespace) -> str:
 
     experiment = load_experiment(args.exp_dir / "experiment.yaml")
     results = args.exp_dir.resolve().parent
-    path = write_report(args.exp_dir, experiment.runs(), data_dir(results, experiment.data), provenance())
+    path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
     log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
     log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
     return str(path)
@@ -198,6 +242,50 @@ def _alone(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
+def _run_phase(
+    run_dir: Path,
+    config: RunConfig,
+    name: str,
+    work: Callable[["Phase", list[PhaseRecord], "RunTracker"], PhaseRecord],
+) -> PhaseRecord | None:
+    """Do the work of a phase under the run's lock and write its record last; None if it is done already."""
+    with _alone(run_dir):
+        phase, history = _open_phase(run_dir, config, name)
+        record_file = phase_dir(run_dir, phase.index, phase.mode) / "phase.json"
+        if record_file.exists():
+            return None
+        folder = work_dir(run_dir, phase.index, phase.mode)
+        begun = _holds(folder / "config.yaml", dump(config))
+        if not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            _forget_later_snapshots(run_dir, phase)
+        _forget_others(run_dir, phase.index)
+        with _tracker(run_dir, config, phase.name, None if begun else phase.first_step) as tracker:
+            # From here on the recorded points beyond the phase's first step are those of this config.
+            write_text(folder / "config.yaml", dump(config))
+            record = work(phase, history, tracker)
+            tracker.outcome(
+                {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
+                {"mode": record.mode, "ended_by": record.ended_by},
+            )
+        record.write(record_file)
+    return record
+
+
+def _run_config(run_dir: Path) -> RunConfig:
+    """The config of a run, with the steps that another run's FLOPs pay for where it is to match them."""
+    config = load_run(run_dir / "config.yaml")
+    if config.matches is None:
+        return config
+    from ssd_lit.data.blocks import load_index
+    from ssd_lit.data.objectives import Specials
+    from ssd_lit.training.budget import with_steps_for
+
+    other = run_dir.parent / config.matches
+    spent = read_chain(other, load_run(other / "config.yaml").method)[-1].total
+    return with_steps_for(config, spent.flops, Specials.of(load_index(_tokens(run_dir, config))))
+
+
 def _open_phase(run_dir: Path, config: RunConfig, name: str) -> tuple["Phase", list[PhaseRecord]]:
     """The phase of that name and the records of those before it; ValueError if the run has no such phase."""
     from ssd_lit.training.schedule import next_phase
@@ -216,10 +304,6 @@ def _holds(path: Path, text: str) -> bool:
     return path.exists() and path.read_text(encoding="utf-8") == text
 
 
-def _is_done(run_dir: Path, phase: "Phase") -> bool:
-    return (phase_dir(run_dir, phase.index, phase.mode) / "phase.json").exists()
-
-
 def _forget_others(run_dir: Path, index: int) -> None:
     """Remove what followed from an earlier run of the phase that begins now, and the work of all other phases.
 
@@ -232,6 +316,12 @@ def _forget_others(run_dir: Path, index: int) -> None:
     for folder in (run_dir / "work").glob("*-*"):
         if int(folder.name.split("-")[0]) != index:
             shutil.rmtree(folder)
+
+
+def _forget_later_snapshots(run_dir: Path, phase: "Phase") -> None:
+    for step, snapshot in snapshots(run_dir):
+        if step > phase.first_step:
+            snapshot.unlink()
 
 
 def _starting_point(run_dir: Path, config: RunConfig) -> tuple[Path, Totals] | None:

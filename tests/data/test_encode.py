@@ -42,6 +42,20 @@ def test_index_describes_the_streams(corpus: Path) -> None:
     assert index["digest"] == hashlib.sha256(together.encode()).hexdigest()
 
 
+def test_index_names_the_special_tokens(corpus: Path, tmp_path: Path) -> None:
+    index = read_json(corpus / "tokens" / "index.json")
+    assert (index["mask_id"], index["sentinel_ids"]) == (None, [])
+    config = TokenizerConfig(vocab_size=400, mask_token=True, sentinels=3)
+    train_tokenizer(config, corpus / "documents", tmp_path / "tokenizer")
+    index = encode_documents(corpus / "documents", tmp_path / "tokenizer", tmp_path / "tokens", sequence_length=16)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert tokenizer.id_to_token(index["mask_id"]) == "[MASK]"
+    assert [tokenizer.id_to_token(i) for i in index["sentinel_ids"]] == [f"<extra_id_{n}>" for n in range(3)]
+    assert read_json(tmp_path / "tokens" / "index.json") == index
+    stream = np.fromfile(tmp_path / "tokens" / "train.bin", dtype="<u2")
+    assert not np.isin(stream, [index["mask_id"], *index["sentinel_ids"]]).any()
+
+
 def test_encoding_twice_gives_the_same_index(corpus: Path, tmp_path: Path) -> None:
     index = encode_documents(corpus / "documents", corpus / "tokenizer", tmp_path, sequence_length=16)
     assert index == read_json(corpus / "tokens" / "index.json") == read_json(tmp_path / "index.json")

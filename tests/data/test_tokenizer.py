@@ -5,10 +5,21 @@ import random
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
-from ssd_lit.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer
+from ssd_lit.data.tokenizer import (
+    END_OF_TEXT,
+    MASK,
+    end_of_text_id,
+    load_tokenizer,
+    mask_id,
+    sentinel_ids,
+    train_tokenizer,
+)
+
+SPECIALS_IN_TEXT = "a [MASK] of[MASK]<extra_id_0> <extra_id_1><|endoftext|>"
 
 
 def save_foreign(folder: Path, vocabulary: list[str], **config: object) -> TokenizerConfig:
@@ -21,6 +32,15 @@ def save_foreign(folder: Path, vocabulary: list[str], **config: object) -> Token
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return TokenizerConfig(folder=str(folder))
+
+
+@pytest.fixture
+def with_specials(prepare, tmp_path: Path) -> Path:
+    """A tokenizer with a mask token and two sentinels, learnt from text that is full of their names."""
+    documents = prepare([f"{i} {SPECIALS_IN_TEXT}" for i in range(100)], validation_share=0.1, test_share=0.1)
+    config = TokenizerConfig(vocab_size=300, mask_token=True, sentinels=2)
+    train_tokenizer(config, documents, tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
 
 
 def test_any_unicode_survives(corpus: Path) -> None:
@@ -36,6 +56,42 @@ def test_end_of_text_inside_a_text_is_ordinary_text(corpus: Path) -> None:
     ids = tokenizer.encode(f"a {END_OF_TEXT} b").ids
     assert end_of_text_id(corpus / "tokenizer") not in ids
     assert tokenizer.decode(ids) == f"a {END_OF_TEXT} b"
+
+
+def test_names_of_special_tokens_inside_a_text_are_ordinary_text(with_specials: Path) -> None:
+    tokenizer = load_tokenizer(with_specials)
+    ids = tokenizer.encode(SPECIALS_IN_TEXT).ids
+    assert not {end_of_text_id(with_specials), mask_id(with_specials), *sentinel_ids(with_specials)} & set(ids)
+    assert tokenizer.decode(ids) == SPECIALS_IN_TEXT
+
+
+def test_special_tokens_count_as_entries(with_specials: Path) -> None:
+    tokenizer = load_tokenizer(with_specials)
+    assert tokenizer.get_vocab_size() == 300
+    assert tokenizer.id_to_token(mask_id(with_specials)) == MASK
+    assert [tokenizer.id_to_token(i) for i in sentinel_ids(with_specials)] == ["<extra_id_0>", "<extra_id_1>"]
+
+
+def test_none_that_was_not_asked_for(corpus: Path) -> None:
+    assert mask_id(corpus / "tokenizer") is None
+    assert sentinel_ids(corpus / "tokenizer") == []
+    added = load_tokenizer(corpus / "tokenizer").get_added_tokens_decoder()
+    assert [token.content for token in added.values()] == [END_OF_TEXT]
+
+
+def test_vocabulary_too_small_for_its_special_tokens_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"vocab_size 268: must be at least 269, .* mask_token true and 11 sent"):
+        TokenizerConfig(vocab_size=268, mask_token=True, sentinels=11)
+    smallest = TokenizerConfig(vocab_size=269, mask_token=True, sentinels=11)
+    train_tokenizer(smallest, corpus / "documents", tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab_size() == 269
+
+
+@pytest.mark.parametrize("settings", [{"mask_token": True}, {"sentinels": 3}])
+def test_folder_gets_no_special_tokens_added(tmp_path: Path, settings: dict[str, object]) -> None:
+    folder = save_foreign(tmp_path / "theirs", ["<unk>", END_OF_TEXT]).folder
+    with pytest.raises(ValidationError, match="mask_token and sentinels: not with folder"):
+        TokenizerConfig(folder=folder, **settings)
 
 
 def test_vocabulary_has_the_size_asked_for(corpus: Path) -> None:
@@ -67,6 +123,18 @@ def test_hugging_face_reads_it(corpus: Path, automatic: bool) -> None:
     assert theirs.encode(text) == load_tokenizer(corpus / "tokenizer").encode(text).ids
     assert theirs.decode(theirs.encode(text)) == text
     assert theirs.eos_token_id == end_of_text_id(corpus / "tokenizer")
+    assert theirs.mask_token is None
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_hugging_face_reads_the_special_tokens(with_specials: Path, automatic: bool) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    theirs = (AutoTokenizer if automatic else PreTrainedTokenizerFast).from_pretrained(with_specials)
+    assert len(theirs) == 300
+    assert theirs.mask_token_id == mask_id(with_specials)
+    assert theirs.encode("<extra_id_0><extra_id_1>") == sentinel_ids(with_specials)
+    assert {"[MASK]", "<extra_id_0>", "<extra_id_1>"} <= set(theirs.all_special_tokens)
 
 
 @pytest.mark.parametrize("eos", ["</s>", {"content": "</s>", "lstrip": False}])
@@ -75,6 +143,31 @@ def test_taken_from_a_folder(tmp_path: Path, eos: object) -> None:
     train_tokenizer(config, tmp_path / "no-documents", tmp_path / "ours")
     assert end_of_text_id(tmp_path / "ours") == 2
     assert load_tokenizer(tmp_path / "ours").encode("one two one").ids == [1, 3, 1]
+
+
+@pytest.mark.parametrize("mask", ["<mask>", {"content": "<mask>", "lstrip": True}])
+def test_folder_keeps_its_mask_token_and_sentinels(tmp_path: Path, mask: object) -> None:
+    vocabulary = ["<unk>", "</s>", "<mask>", "<extra_id_10>", "<extra_id_9>", "[MASK]", "<extra_id_0>", "<extra_id_x>"]
+    config = save_foreign(tmp_path / "theirs", vocabulary, eos_token="</s>", mask_token=mask)
+    train_tokenizer(config, tmp_path / "no-documents", tmp_path / "ours")
+    assert mask_id(tmp_path / "ours") == 2
+    assert sentinel_ids(tmp_path / "ours") == [6, 4, 3]
+    written = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
+    assert written["mask_token"] == "<mask>"
+    assert written["additional_special_tokens"] == ["<extra_id_0>", "<extra_id_9>", "<extra_id_10>"]
+
+
+@pytest.mark.parametrize(("vocabulary", "expected"), [(["[MASK]"], 2), ([], None)])
+def test_well_known_mask_token_needs_no_config(tmp_path: Path, vocabulary: list[str], expected: int | None) -> None:
+    config = save_foreign(tmp_path / "theirs", ["<unk>", END_OF_TEXT, *vocabulary])
+    train_tokenizer(config, tmp_path / "no-documents", tmp_path / "ours")
+    assert mask_id(tmp_path / "ours") == expected
+
+
+def test_mask_token_that_the_vocabulary_lacks_is_none(tmp_path: Path) -> None:
+    config = save_foreign(tmp_path / "theirs", ["<unk>", END_OF_TEXT], mask_token="<mask>")
+    train_tokenizer(config, tmp_path / "no-documents", tmp_path / "ours")
+    assert mask_id(tmp_path / "ours") is None
 
 
 def test_well_known_end_of_text_needs_no_config(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ModelConfig, MoEConfig, OptimConfig
+from ssd_lit.data.objectives import Batch, Specials
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.order import moefy, reorder_neurons
+from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.training.optim import build_optimizer
 
 EXPERTS, V = 8, 61
@@ -21,16 +23,17 @@ def language_model(seed: int = 0, top_k: int = 3) -> LanguageModel:
     model = LanguageModel(
         ModelConfig(layers=2, d_model=16, heads=2, d_ff=64),
         MoEConfig(experts=EXPERTS, top_k=top_k),
-        vocab_size=V, context=12, end_of_text=0,
+        Specials(V, eos_id=0),
+        context=12,
     ).double()  # fmt: skip
     for parameter in model.parameters():  # biases too, which start at zero
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor]:
+def batch(seed: int) -> Batch:
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(V, (4, 12), generator=g), torch.randint(V, (4, 12), generator=g)
+    return {name: torch.randint(V, (4, 12), generator=g) for name in ("inputs", "targets")}
 
 
 def moefy_all(model: LanguageModel, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
@@ -42,27 +45,25 @@ def moefy_all(model: LanguageModel, optimizer: torch.optim.Optimizer | None = No
 @pytest.mark.parametrize("seed", range(3))
 def test_dense_mode_computes_the_same_function_after_moefication(seed: int) -> None:
     model = language_model(seed)
-    tokens, _ = batch(seed)
-    before = model(tokens)
+    before = model(batch(seed))
     orders = moefy_all(model)
     assert any(not torch.equal(order, torch.arange(len(order))) for order in orders)
-    assert (model(tokens) - before).abs().max() < 1e-12
+    assert (model(batch(seed)) - before).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["masked", "loop", "grouped"])
 def test_with_all_experts_on_sparse_equals_dense(backend: str) -> None:
     model = language_model(4)
     moefy_all(model)
-    tokens, _ = batch(4)
     if backend == "grouped":  # grouped products exist for float32 only
         model.float()
-    dense = model(tokens)
+    dense = model(batch(4))
     for ffn in model.ffns:
         ffn.backend = backend
     model.set_mode("sparse", EXPERTS)
-    assert (model(tokens) - dense).abs().max() < (1e-4 if backend == "grouped" else 1e-12)
+    assert (model(batch(4)) - dense).abs().max() < (1e-4 if backend == "grouped" else 1e-12)
     model.set_mode("sparse", 2)
-    assert (model(tokens) - dense).abs().max() > 1e-3
+    assert (model(batch(4)) - dense).abs().max() > 1e-3
 
 
 def test_an_optimiser_step_after_a_round_trip_equals_one_without_it_up_to_the_order() -> None:
@@ -103,12 +104,12 @@ def test_moments_left_behind_would_be_noticed() -> None:
 def train(model: LanguageModel, optimizer: torch.optim.Optimizer, seeds: tuple[int, ...]) -> None:
     for seed in seeds:
         optimizer.zero_grad()
-        model.loss(*batch(seed)).backward()  # type: ignore[no-untyped-call]
+        model.loss(batch(seed)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
 
 def test_labels_of_unequal_clusters_are_refused() -> None:
-    ffn = ExpertFFN(4, 8, experts=2, top_k=1, dropout=0.0, backend="loop")
+    ffn = ExpertFFN(4, 8, experts=2, top_k=1, router=CenterRouter(4, 2))
     with pytest.raises(ValueError, match="4 of 8 neurons into each of 2 experts"):
         moefy(ffn, torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]))
     with pytest.raises(ValueError, match="permutation"):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ssd_lit.moe.clustering import random_balanced
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.order import moefy
+from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.moe.similarity import PatternTracker, pattern_similarity
 
 
@@ -64,7 +65,7 @@ def test_a_tracker_restored_from_disk_goes_on_the_same(tmp_path: Path) -> None:
 
 def test_neurons_that_moved_into_expert_order_are_still_known() -> None:
     torch.manual_seed(3)
-    ffn = ExpertFFN(8, 64, experts=8, top_k=2, dropout=0.0, backend="loop")
+    ffn = ExpertFFN(8, 64, experts=8, top_k=2, router=CenterRouter(8, 8))
     tracker = PatternTracker(8, seed=0)
     tracker.update([ffn.w_in])
     tracker.reorder([moefy(ffn, tracker.labels[0])])

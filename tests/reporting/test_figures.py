@@ -3,19 +3,20 @@ from matplotlib import image
 
 from ssd_lit.layout import read_chain, run_dir
 from ssd_lit.reporting.curves import over_seeds
-from ssd_lit.reporting.figures import FIGURES, write_figures
+from ssd_lit.reporting.figures import write_figures
 from ssd_lit.reporting.loss_figures import over_flops, over_steps
+from ssd_lit.reporting.names import figure_names
 from ssd_lit.reporting.perplexity_figure import over_k
 from ssd_lit.reporting.runs import load_results
 from ssd_lit.reporting.style import arm_styles
 
 
 def test_every_figure_with_its_data_and_the_same_bytes_twice(two_seeds):
-    written = write_figures(two_seeds.exp_dir, two_seeds.runs)
-    names = [f"{name}{suffix}" for name in FIGURES for suffix in (".svg", ".png", ".csv")]
+    written = write_figures(two_seeds.exp_dir, two_seeds.experiment)
+    names = [f"{name}{suffix}" for name in figure_names(two_seeds.experiment) for suffix in (".svg", ".png", ".csv")]
     assert [path.name for path in written] == names
     first = {path: path.read_bytes() for path in written}
-    write_figures(two_seeds.exp_dir, two_seeds.runs)
+    write_figures(two_seeds.exp_dir, two_seeds.experiment)
     assert {path: path.read_bytes() for path in written} == first
     for path in written:
         if path.suffix == ".svg":
@@ -68,7 +69,7 @@ def test_perplexity_table_holds_the_curve(tree):
 @pytest.mark.parametrize("arms", [("ssd",), ("dense", "posthoc")])
 def test_missing_arms_are_no_error(make_tree, arms):
     tree = make_tree((0,), arms)
-    assert len(write_figures(tree.exp_dir, tree.runs)) == 3 * len(FIGURES)
+    assert len(write_figures(tree.exp_dir, tree.experiment)) == 3 * len(FIGURES)
 
 
 def test_band_is_the_range_over_seeds():

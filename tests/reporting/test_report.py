@@ -54,8 +54,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(two_seeds):
-    write_figures(two_seeds.exp_dir, two_seeds.runs)
-    path = write_report(two_seeds.exp_dir, two_seeds.runs, two_seeds.data_dir, PROVENANCE)
+    write_figures(two_seeds.exp_dir, two_seeds.experiment)
+    path = write_report(two_seeds.exp_dir, two_seeds.experiment, two_seeds.data_dir, PROVENANCE)
     return path.read_text()
 
 
@@ -120,15 +120,15 @@ def test_data_settings_and_provenance(page):
 
 
 def test_same_bytes_twice(html, two_seeds):
-    path = write_report(two_seeds.exp_dir, two_seeds.runs, two_seeds.data_dir, PROVENANCE)
+    path = write_report(two_seeds.exp_dir, two_seeds.experiment, two_seeds.data_dir, PROVENANCE)
     assert path.read_text() == html
 
 
 def test_card_of_other_keys(make_tree):
     tree = make_tree((0,), ("dense",))
-    write_figures(tree.exp_dir, tree.runs)
+    write_figures(tree.exp_dir, tree.experiment)
     (tree.data_dir / "documents" / "card.json").write_text('{"note": "odd", "sources": [{"bytes": "many"}, 3]}')
-    text = Page(write_report(tree.exp_dir, tree.runs, tree.data_dir, {}).read_text()).text
+    text = Page(write_report(tree.exp_dir, tree.experiment, tree.data_dir, {}).read_text()).text
     assert "odd" in text
 
 
@@ -137,7 +137,7 @@ def test_missing_file_is_named(make_tree, missing):
     tree = make_tree((0,), ("dense",))
     (tree.exp_dir / missing).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="not found") as error:
-        write_report(tree.exp_dir, tree.runs, tree.data_dir, {})
+        write_report(tree.exp_dir, tree.experiment, tree.data_dir, {})
     assert str(tree.exp_dir / missing) in str(error.value)
 
 

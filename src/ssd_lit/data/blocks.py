@@ -22,13 +22,16 @@ def load_index(tokens_dir: Path) -> dict[str, Any]:
 class TokenBlocks(Dataset[dict[str, Tensor]]):
     """The blocks of a split: item i is {"inputs": [S], "targets": [S]}, int64, targets one token ahead.
 
-    Blocks follow each other without overlap; the last target of one is the first input of the next. Raises
-    ValueError if the stream's length is not what the index says.
+    Blocks follow each other without overlap; the last target of one is the first input of the next. With `draws`,
+    an item has "noise" [S, draws] too: uniform random numbers that are a function of the block, so that an objective
+    hides the same tokens whenever the block is scored. Raises ValueError if the stream's length is not what the index
+    says.
     """
 
-    def __init__(self, tokens_dir: Path, split: str) -> None:
+    def __init__(self, tokens_dir: Path, split: str, draws: int = 0) -> None:
         index = load_index(tokens_dir)
         self.sequence_length: int = index["sequence_length"]
+        self._draws = draws
         self._blocks: int = index["splits"][split]["blocks"]
         self._path = tokens_dir / f"{split}.bin"
         self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
@@ -45,7 +48,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
             raise IndexError(f"block {block} of {self._blocks}")
         start = block * self.sequence_length
         tokens = self._tokens()[start : start + self.sequence_length + 1].astype(np.int64)
-        return {"inputs": torch.from_numpy(tokens[:-1]), "targets": torch.from_numpy(tokens[1:])}
+        item = {"inputs": torch.from_numpy(tokens[:-1]), "targets": torch.from_numpy(tokens[1:])}
+        if self._draws:
+            rng = np.random.default_rng(block)
+            item["noise"] = torch.from_numpy(rng.random((self.sequence_length, self._draws), dtype=np.float32))
+        return item
 
     def __getitems__(self, blocks: Sequence[int]) -> list[dict[str, Tensor]]:
         return [self[block] for block in blocks]

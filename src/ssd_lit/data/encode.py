@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ssd_lit.config import ConfigError
 from ssd_lit.data.documents import SPLITS, Progress, read_split, silent
-from ssd_lit.data.tokenizer import end_of_text_id, load_tokenizer
+from ssd_lit.data.tokenizer import end_of_text_id, load_tokenizer, mask_id, sentinel_ids
 from ssd_lit.files import whole_file, write_json
 
 _REPORT_TOKENS = 10_000_000
@@ -28,8 +28,9 @@ def encode_documents(
     """Write `out_dir`/<split>.bin: the token ids of the split's documents, each followed by end-of-text.
 
     Ids are little-endian uint16, or uint32 from a vocabulary of 65,536 on. Returns the index, which is written to
-    `out_dir`/index.json last: vocab_size, eos_id, dtype, sequence_length; for each split tokens, documents,
-    blocks and sha256; and a digest over all splits. Raises ConfigError if a split is shorter than one block.
+    `out_dir`/index.json last: vocab_size, eos_id, mask_id (null if there is none), sentinel_ids (<extra_id_0> first),
+    dtype, sequence_length; for each split tokens, documents, blocks and sha256; and a digest over all splits. Raises
+    ConfigError if a split is shorter than one block.
     """
     index_path = out_dir / "index.json"
     index_path.unlink(missing_ok=True)  # an old index must not describe new tokens
@@ -51,6 +52,8 @@ def encode_documents(
     index = {
         "vocab_size": vocab_size,
         "eos_id": eos_id,
+        "mask_id": mask_id(tokenizer_dir),
+        "sentinel_ids": sentinel_ids(tokenizer_dir),
         "dtype": dtype.name,
         "sequence_length": sequence_length,
         "splits": splits,

@@ -18,23 +18,36 @@ class TokenData(LightningDataModule):
     """Blocks for training, from the trainer's global step on, and for validation.
 
     A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which
-    reads its own part. The trainer needs use_distributed_sampler=False and, as one training batch belongs to one
-    global step, no gradient accumulation.
+    reads its own part. For validation it has "noise" [B, S, draws] too where an objective wants `draws` numbers a
+    token. Reading begins `skipped_steps` batches into the data. The trainer needs use_distributed_sampler=False and,
+    as one training batch belongs to one global step, no gradient accumulation.
     """
 
-    def __init__(self, tokens_dir: Path, *, batch_size: int, validation_blocks: int, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        tokens_dir: Path,
+        *,
+        batch_size: int,
+        validation_blocks: int,
+        seed: int,
+        workers: int,
+        draws: int = 0,
+        skipped_steps: int = 0,
+    ) -> None:
         super().__init__()
         self.tokens_dir = tokens_dir
         self.batch_size = batch_size
         self.validation_blocks = validation_blocks
         self.seed = seed
         self.workers = workers
+        self.draws = draws
+        self.skipped_steps = skipped_steps
 
     def train_dataloader(self) -> Batches:
         """Endless; starts at the step the trainer stands at. Raises ValueError if devices do not divide B."""
         blocks = TokenBlocks(self.tokens_dir, "train")
         rank, world_size = self._place()
-        start = self.trainer.global_step if self.trainer else 0
+        start = self.skipped_steps + (self.trainer.global_step if self.trainer else 0)
         return self._loader(blocks, StepBatches(len(blocks), self.batch_size, self.seed, start, rank, world_size))
 
     def val_dataloader(self) -> Batches:
@@ -42,7 +55,7 @@ class TokenData(LightningDataModule):
 
         Raises ValueError if there are more devices than blocks.
         """
-        blocks = TokenBlocks(self.tokens_dir, "validation")
+        blocks = TokenBlocks(self.tokens_dir, "validation", self.draws)
         rank, world_size = self._place()
         chosen = spread_blocks(len(blocks), self.validation_blocks)
         if len(chosen) < world_size:

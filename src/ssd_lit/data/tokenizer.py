@@ -1,7 +1,8 @@
 """The tokenizer: a byte-level BPE trained on the training split, or one taken from a folder."""
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,29 @@ from ssd_lit.data.documents import read_split
 from ssd_lit.files import read_json, whole_file, write_json
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "[MASK]"
+
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, which Hugging Face's `from_pretrained` reads too.
 
-    The vocabulary is smaller than asked for if the text has too few different words. Raises ConfigError if the
-    tokenizer of config.folder cannot be read or has no end-of-text token.
+    The special tokens come first: end of text, then the mask token and the sentinels that are asked for. The
+    vocabulary is smaller than asked for if the text has too few different words. A tokenizer of config.folder keeps
+    its own mask token and sentinels. Raises ConfigError if it cannot be read or has no end-of-text token.
     """
     if config.folder is not None:
         _copy(Path(config.folder), out_dir)
         return
+    mask = MASK if config.mask_token else None
+    sentinels = [f"<extra_id_{number}>" for number in range(config.sentinels)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *([] if mask is None else [mask]), *sentinels],
         # All 256 bytes, whether seen or not, so that any text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -36,7 +43,7 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
     tokenizer.train_from_iterator(_first_megabytes(documents_dir, config.train_megabytes), trainer)
     with whole_file(out_dir / "tokenizer.json") as part:
         tokenizer.save(str(part))
-    _write_config(out_dir, END_OF_TEXT)
+    _write_config(out_dir, END_OF_TEXT, mask, sentinels)
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -59,11 +66,21 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 def end_of_text_id(directory: Path) -> int:
     """The id of the token that ends each document, in a folder that `train_tokenizer` wrote."""
-    token = _named_end_of_text(directory)
-    found = None if token is None else load_tokenizer(directory).token_to_id(token)
+    found = _named_id(directory, "eos_token")
     if found is None:
         raise ValueError(f"{directory}: the tokenizer has no end-of-text token")
-    return int(found)
+    return found
+
+
+def mask_id(directory: Path) -> int | None:
+    """The id of the token that hides another, in a folder that `train_tokenizer` wrote; None if there is none."""
+    return _named_id(directory, "mask_token")
+
+
+def sentinel_ids(directory: Path) -> list[int]:
+    """The ids of <extra_id_0>, <extra_id_1>, ..., in a folder that `train_tokenizer` wrote; empty if there are none."""
+    vocabulary = load_tokenizer(directory).get_vocab(with_added_tokens=True)
+    return [vocabulary[token] for token in _sentinels(vocabulary)]
 
 
 def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str]]:
@@ -86,7 +103,7 @@ def _copy(folder: Path, out_dir: Path) -> None:
         vocabulary = load_tokenizer(folder).get_vocab(with_added_tokens=True)
     except ValueError as error:
         raise ConfigError(f"tokenizer.folder: {error}") from None
-    token = _named_end_of_text(folder) or END_OF_TEXT
+    token = _named(folder, "eos_token") or END_OF_TEXT
     if token not in vocabulary:
         raise ConfigError(
             f"tokenizer.folder: {folder} has no end-of-text token; "
@@ -94,23 +111,39 @@ def _copy(folder: Path, out_dir: Path) -> None:
         )
     with whole_file(out_dir / "tokenizer.json") as part:
         shutil.copyfile(folder / "tokenizer.json", part)
-    _write_config(out_dir, token)
+    mask = _named(folder, "mask_token") or MASK
+    _write_config(out_dir, token, mask if mask in vocabulary else None, _sentinels(vocabulary))
 
 
-def _named_end_of_text(folder: Path) -> str | None:
-    """The eos_token in the folder's tokenizer_config.json: a string, or an object with the string as content."""
+def _sentinels(vocabulary: Iterable[str]) -> list[str]:
+    """The tokens <extra_id_N> by rising N, whatever their ids: T5's own fall."""
+    numbers = {token: int(found[1]) for token in vocabulary if (found := _SENTINEL.fullmatch(token))}
+    return sorted(numbers, key=lambda token: numbers[token])
+
+
+def _named_id(directory: Path, role: str) -> int | None:
+    token = _named(directory, role)
+    return None if token is None else load_tokenizer(directory).token_to_id(token)
+
+
+def _named(folder: Path, role: str) -> str | None:
+    """The eos_token or mask_token in tokenizer_config.json: a string, or an object with the string as content."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    token: Any = read_json(path).get("eos_token")
+    token: Any = read_json(path).get(role)
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _write_config(out_dir: Path, end_of_text: str) -> None:
-    config = {
+def _write_config(out_dir: Path, end_of_text: str, mask: str | None, sentinels: list[str]) -> None:
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_text,
         "bos_token": end_of_text,
         "clean_up_tokenization_spaces": False,
     }
+    if mask is not None:
+        config["mask_token"] = mask
+    if sentinels:
+        config["additional_special_tokens"] = sentinels
     write_json(out_dir / "tokenizer_config.json", config)

@@ -1,98 +1,139 @@
-"""The final model of a run: its loss in both modes and over k, and how sparse it is."""
+"""The final model of a run: its loss in both modes and over k, how sparse it is, and how well it routes."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from ssd_lit.config import EvaluationConfig, RunConfig
 from ssd_lit.data.blocks import TokenBlocks, load_index
-from ssd_lit.layout import PhaseRecord, phase_dir
+from ssd_lit.data.objectives import IGNORED, Batch, Specials, build_objective
+from ssd_lit.data.scoring import scoring_batches
+from ssd_lit.layout import PhaseRecord
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
-from ssd_lit.moe.ffn import Mode
-from ssd_lit.moe.statistics import active_ratio, routing_recall
-from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
+from ssd_lit.training.checkpoint import final_model
 
 SPLIT = "validation"
-BATCH = 16
+WATCHED = 8
+"""Batches on which single layers are looked into."""
 
 
 @torch.no_grad()
 def evaluate_run(
-    run_dir: Path, config: RunConfig, settings: EvaluationConfig, chain: list[PhaseRecord], tokens_dir: Path
+    run_dir: Path, config: RunConfig, settings: EvaluationConfig, chain: Sequence[PhaseRecord], tokens_dir: Path
 ) -> dict[str, Any]:
     """Measure the last checkpoint of the chain on validation blocks, in fp32; returns evaluation.json.
 
-    Losses are nats a token. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
-    mode. A model that was never MoEfied has no sparse mode: its sparse figures are null and its curve empty.
+    Losses are nats a target. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
+    mode. `curve` is the loss over k with the run's own router, `oracle_curve` with one that knows every expert's
+    activation mass, `threshold_curve` with as many experts as matter. A model that was never MoEfied has no sparse
+    mode, and one whose experts are copies no dense mode: their figures are null and their curves empty.
     """
-    index = load_index(tokens_dir)
-    model = build_model(config, vocab_size=index["vocab_size"], end_of_text=index["eos_id"])
-    load_weights(model, read_checkpoint(phase_dir(run_dir, chain[-1].index, chain[-1].mode) / "last.ckpt"))
+    specials = Specials.of(load_index(tokens_dir))
+    model = final_model(run_dir, config, chain, specials)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    objective = build_objective(model.objective_name, specials)
+    count = min(settings.blocks, len(TokenBlocks(tokens_dir, SPLIT)))
+    # All of it at once: every curve reads it again.
+    batches = list(scoring_batches(tokens_dir, SPLIT, range(count), objective, model.ffns[0].w_in.device))
 
-    blocks = TokenBlocks(tokens_dir, SPLIT)
-    count = min(settings.blocks, len(blocks))
-    subset = torch.utils.data.Subset(blocks, range(count))
-    batches = DataLoader(subset, batch_size=BATCH)
-
-    dense, by_layer = _dense(model, batches)
-    moefied = any(record.mode == "moefy" for record in chain)
     k = config.moe.top_k
-    curve = sorted({k, *(one for one in settings.top_k_curve if one <= config.moe.experts)}) if moefied else []
-    scored = {one: _loss(model, batches, "sparse", one) for one in tqdm(curve, desc="top-k curve", disable=None)}
-    recall = _recall(model, batches, k) if moefied else None
-    ratio = sum(by_layer) / len(by_layer)
+    has_dense = config.method != "upcycle"
+    has_sparse = any(record.mode == "moefy" for record in chain)
+    routed = chain[-1].mode == "router"
+    router = (config.moe.trained_router if routed else config.moe.router) if has_sparse else None
+    ks = sorted({k, *(one for one in settings.top_k_curve if one <= config.moe.experts)}) if has_sparse else []
+    curve = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="top-k curve", disable=None)}
+    with _oracle(model):
+        oracle = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="oracle curve", disable=None)}
+    ratios = _dense_ratios(model, batches) if has_dense else None
     return {
         "split": SPLIT,
         "blocks": count,
         "tokens": count * config.data.sequence_length,
-        "loss_dense": dense,
-        "loss_sparse": scored.get(k),
-        "experts": config.moe.experts if moefied else None,
-        "top_k": k if moefied else None,
-        "curve": [{"top_k": one, "loss": loss} for one, loss in scored.items()],
-        "active_ratio": by_layer,
-        "active_neurons": ratio * config.model.d_ff,
-        "routing_recall": recall,
+        "loss_dense": _dense_loss(model, batches) if has_dense else None,
+        "loss_sparse": curve.get(k),
+        "experts": config.moe.experts if has_sparse else None,
+        "top_k": k if has_sparse else None,
+        "router": router,
+        "curve": [{"top_k": one, "loss": loss} for one, loss in curve.items()],
+        "oracle_curve": [{"top_k": one, "loss": loss} for one, loss in oracle.items()],
+        "threshold_curve": [_by_threshold(model, batches, share) for share in settings.thresholds if routed],
+        "active_ratio": ratios,
+        "active_neurons": sum(ratios) / len(ratios) * config.model.d_ff if ratios else None,
+        "routing_recall": _recall(model, batches, k) if has_sparse else None,
     }
 
 
-def _loss(model: LanguageModel, batches: DataLoader[Any], mode: Mode, k: int) -> float:
-    model.set_mode(mode, k)
-    mean = MeanMetric().to(_device(model))
+def _loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
+    mean = MeanMetric().to(batches[0]["inputs"].device)
     for batch in batches:
-        targets = batch["targets"].to(_device(model))
-        mean.update(model.loss(batch["inputs"].to(_device(model)), targets), weight=targets.numel())
+        mean.update(model.loss(batch), weight=(batch["targets"] != IGNORED).sum())
     return float(mean.compute())
 
 
-def _dense(model: LanguageModel, batches: DataLoader[Any]) -> tuple[float, list[float]]:
-    """Loss in dense mode, and the active-neuron ratio of each layer."""
-    loss = _loss(model, batches, "dense", 1)
-    ratios = [
-        [active_ratio(ffn, x) for ffn, x in zip(model.ffns, seen, strict=True)] for seen in _inputs(model, batches)
-    ]
-    return loss, torch.tensor(ratios).mean(dim=0).tolist()
+def _dense_loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
+    model.set_mode("dense")
+    return _loss(model, batches)
 
 
-def _recall(model: LanguageModel, batches: DataLoader[Any], k: int) -> list[float]:
+def _sparse_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
+    model.set_mode("sparse", k)
+    return _loss(model, batches)
+
+
+def _by_threshold(model: LanguageModel, batches: Sequence[Batch], share: float) -> dict[str, float]:
+    """The loss where a token takes every expert predicted to matter, and how many experts that is on average."""
+    model.set_mode("sparse")
+    for ffn in model.ffns:
+        ffn.threshold = share
+    loss = _loss(model, batches)
+    loads = torch.tensor(_by_layer(model, batches, lambda ffn, x: float(expert_load(ffn, x).sum())))
+    for ffn in model.ffns:
+        ffn.threshold = None
+    return {"threshold": share, "mean_k": float(loads.mean()), "loss": loss}
+
+
+def _dense_ratios(model: LanguageModel, batches: Sequence[Batch]) -> list[float]:
+    """The active-neuron ratio of each layer in dense mode."""
+    model.set_mode("dense")
+    return _by_layer(model, batches, active_ratio)
+
+
+def _recall(model: LanguageModel, batches: Sequence[Batch], k: int) -> list[float]:
     """Routing recall of each layer on the tokens that sparse mode itself brings there."""
     model.set_mode("sparse", k)
-    recalls = [
-        [routing_recall(ffn, x) for ffn, x in zip(model.ffns, seen, strict=True)] for seen in _inputs(model, batches)
+    return _by_layer(model, batches, routing_recall)
+
+
+def _by_layer(
+    model: LanguageModel, batches: Sequence[Batch], measure: Callable[[ExpertFFN, Tensor], float]
+) -> list[float]:
+    """A number of every layer, averaged over the watched batches."""
+    found = [
+        [measure(ffn, x) for ffn, x in zip(model.ffns, ffn_inputs(model, batch), strict=True)]
+        for batch in batches[:WATCHED]
     ]
-    return torch.tensor(recalls).mean(dim=0).tolist()
+    means: list[float] = torch.tensor(found).mean(dim=0).tolist()
+    return means
 
 
-def _inputs(model: LanguageModel, batches: DataLoader[Any]) -> list[list[Tensor]]:
-    return [ffn_inputs(model, batch["inputs"].to(_device(model))) for batch in list(batches)[:8]]
+@contextmanager
+def _oracle(model: LanguageModel) -> Iterator[None]:
+    """Let every layer choose by what its experts really hold."""
 
+    def choose_by_mass(on: bool) -> None:
+        for ffn in model.ffns:
+            ffn.oracle = on
 
-def _device(model: LanguageModel) -> torch.device:
-    return model.ffns[0].w_in.device
+    choose_by_mass(True)
+    yield
+    choose_by_mass(False)

@@ -1,13 +1,22 @@
-"""Training and inference FLOPs, counted from shapes; a multiply-add is two.
+"""Training FLOPs, counted by torch on a model without memory; a multiply-add is two.
 
 Matrix products only: attention projections, attention scores and values over the full S x S square (as dense
 kernels compute it without the causal saving), FFN, router, output head. Embedding look-ups, norms, softmax and
-the clustering at a switch are left out. The backward pass counts twice the forward pass, except for the router,
-which has no backward pass.
+the clustering at a switch are left out. The backward pass counts twice the forward pass; a frozen router has none.
 """
 
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.data.objectives import Batch, Specials, build_objective
+from ssd_lit.models.families import family
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.probe import ffn_inputs
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -19,26 +28,46 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(model: ModelConfig, *, vocab_size: int, context: int) -> float:
-    """FLOPs of one token's dense forward pass."""
-    d = model.d_model
-    attention = 8 * d * d + 4 * context * d
-    return model.layers * (attention + _ffn_flops(d, model.d_ff)) + 2 * d * vocab_size
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of one block's forward pass."""
+
+    rest: float
+    """All but FFNs and routers."""
+    ffn: float
+    """All FFNs, with every neuron they had before any experts were made."""
+    scores: float
+    """Scoring all experts with a router that is one matrix."""
+
+    def dense(self) -> float:
+        """Forward and backward pass in dense mode."""
+        return 3 * (self.rest + self.ffn)
+
+    def sparse(self, moe: MoEConfig, k: int, *, copies: bool = False) -> float:
+        """Forward and backward pass with k experts a token, slices of the FFN or copies of all of it."""
+        experts = k if copies else k / moe.experts
+        return 3 * (self.rest + experts * self.ffn) + (3 if moe.router == "learned" else 1) * self.scores
 
 
-def training_flops(model: ModelConfig, moe: MoEConfig, mode: Mode, *, vocab_size: int, context: int) -> float:
-    """FLOPs of one token's forward and backward pass in that mode."""
-    dense = 3 * forward_flops(model, vocab_size=vocab_size, context=context)
-    if mode == "dense":
-        return dense
-    saved = _ffn_flops(model.d_model, model.d_ff) * (1 - moe.top_k / moe.experts)
-    return dense - 3 * model.layers * saved + model.layers * router_flops(model, moe)
+@cache
+def forward_costs(model: ModelConfig, moe: MoEConfig, specials: Specials, sequence_length: int) -> Costs:
+    """What a block of S tokens costs this model."""
+    # Fake tensors have a shape and a device, and no memory.
+    with FakeTensorMode():
+        counted = LanguageModel(model, moe, specials, context=sequence_length, read_weights=False)
+        batch = _block(model, specials, sequence_length)
+        # Kernels that know of masks would be counted at less than the square they compute.
+        counted.backbone.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            counted(batch)
+        tokens = [len(x) for x in ffn_inputs(counted, batch)]
+    weights = [sum(p.numel() for p in ffn.neuron_parameters() if p.ndim == 2) for ffn in counted.ffns]
+    ffn = sum(2.0 * t * w for t, w in zip(tokens, weights, strict=True))
+    scores = sum(2.0 * t * model.d_model * moe.experts for t in tokens)
+    return Costs(counter.get_total_flops() - ffn, ffn, scores)
 
 
-def router_flops(model: ModelConfig, moe: MoEConfig) -> float:
-    """FLOPs of scoring all experts for one token in one layer."""
-    return 2 * model.d_model * moe.experts
-
-
-def _ffn_flops(d_model: int, d_ff: int) -> int:
-    return 4 * d_model * d_ff
+def _block(model: ModelConfig, specials: Specials, sequence_length: int) -> Batch:
+    """A batch of one block, as the family's objective shapes it."""
+    inputs, targets = build_objective(family(model.family).objective, specials).lengths(sequence_length)
+    return {"inputs": torch.zeros(1, inputs, dtype=torch.long), "targets": torch.zeros(1, targets, dtype=torch.long)}

@@ -1,50 +1,52 @@
 """GPT-2: a causal decoder whose FFN lives in one module a layer, as two Conv1D (transposed linear) maps."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
-from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
-from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.config import ModelConfig
+from ssd_lit.data.objectives import Specials
+from ssd_lit.models.family import Family, FFNSite, Weight
 
 
-def build(config: ModelConfig, *, vocab_size: int, context: int, end_of_text: int) -> nn.Module:
+def config_of(config: ModelConfig, specials: Specials, context: int) -> GPT2Config:
     """A GPT-2 language model with fresh weights and its own FFNs."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=context,
-            n_embd=config.d_model,
-            n_layer=config.layers,
-            n_head=config.heads,
-            n_inner=config.d_ff,
-            activation_function=config.activation,
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-            use_cache=False,
-        )
+    return GPT2Config(
+        vocab_size=specials.vocab_size,
+        n_positions=context,
+        n_embd=config.d_model,
+        n_layer=config.layers,
+        n_head=config.heads,
+        n_inner=config.d_ff,
+        activation_function=config.activation,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        bos_token_id=specials.eos_id,
+        eos_token_id=specials.eos_id,
+        use_cache=False,
     )
 
 
-@torch.no_grad()
-def swap_ffns(backbone: Any, moe: MoEConfig) -> list[ExpertFFN]:
-    """Replace the FFN of every layer by an ExpertFFN that holds the same weights; returns them, first layer first."""
-    swapped = []
-    for block in backbone.transformer.h:
-        mlp = block.mlp
-        d_model, d_ff = mlp.c_fc.weight.shape
-        ffn = ExpertFFN(d_model, d_ff, experts=moe.experts, top_k=moe.top_k, dropout=mlp.dropout.p, backend=moe.backend)
-        ffn.to(mlp.c_fc.weight)  # its dtype and device
-        ffn.w_in.copy_(mlp.c_fc.weight.T)
-        ffn.b_in.copy_(mlp.c_fc.bias)
-        ffn.w_out.copy_(mlp.c_proj.weight)
-        ffn.b_out.copy_(mlp.c_proj.bias)
-        block.mlp = ffn.train(mlp.training)
-        swapped.append(ffn)
-    return swapped
+WEIGHTS = {
+    "w_in": Weight("mlp.c_fc.weight", transposed=True),
+    "b_in": Weight("mlp.c_fc.bias"),
+    "w_out": Weight("mlp.c_proj.weight"),
+    "b_out": Weight("mlp.c_proj.bias"),
+}
+
+
+def sites(backbone: Any) -> Sequence[FFNSite]:
+    config = backbone.config
+    return [
+        FFNSite(
+            backbone, f"h.{i}", WEIGHTS, ["mlp"],
+            activation=config.activation_function, dropout=config.resid_pdrop,
+        )
+        for i in range(config.n_layer)
+    ]  # fmt: skip
+
+
+GPT2 = Family("causal", GPT2LMHeadModel, GPT2Model, "lm_head", config_of, sites)

@@ -1,33 +1,56 @@
 """A backbone with its FFNs swapped: what training and evaluation hold in their hands."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.models import gpt2
+from ssd_lit.data.objectives import IGNORED, Batch, Specials
+from ssd_lit.models.families import family
+from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN, Mode
-
-FAMILIES = {"gpt2": gpt2}
 
 
 class LanguageModel(nn.Module):
-    """A causal language model that switches between dense and sparse mode as a whole.
+    """A language model of any family that switches between dense and sparse mode as a whole.
 
-    `forward(tokens [B, S]) -> logits [B, S, V]`.
+    `forward(batch) -> logits [B, S, V]`, where a batch {"inputs": [B, S], "targets": [B, S']} comes from the family's
+    objective; S' is S except for an encoder with a decoder. `router` names what chooses experts, the config's own if
+    None; with `copies` every expert is a copy of the whole FFN. A pretrained checkpoint's weights may be left unread.
     """
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, *, vocab_size: int, context: int, end_of_text: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        specials: Specials,
+        *,
+        context: int,
+        router: str | None = None,
+        copies: bool = False,
+        read_weights: bool = True,
+    ):
         super().__init__()
-        family = FAMILIES[config.family]
-        self.backbone = family.build(config, vocab_size=vocab_size, context=context, end_of_text=end_of_text)
-        # A plain list: the backbone already registers these modules.
-        self._ffns = tuple(family.swap_ffns(self.backbone, moe))
+        kind = family(config.family)
+        self.objective_name = kind.objective
+        self.backbone: Any
+        if config.pretrained is None or not read_weights:
+            self.backbone = kind.build(config, specials, context)
+        else:
+            self.backbone = kind.load(Path(config.pretrained))
+            _check_vocabulary(self.backbone, config.pretrained, specials, context)
+        # Training and scoring read no cache; a folder's own config may ask for one.
+        self.backbone.config.use_cache = False
+        # A plain tuple: the backbone already registers these modules.
+        self._ffns = swap_ffns(self.backbone, kind, moe, router=router or moe.router, copies=copies)
 
     @property
     def ffns(self) -> Sequence[ExpertFFN]:
-        """The FFNs, first layer first."""
+        """The FFNs, first layer first, an encoder's before a decoder's."""
         return self._ffns
 
     def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
@@ -35,10 +58,38 @@ class LanguageModel(nn.Module):
         for ffn in self._ffns:
             ffn.set_mode(mode, top_k)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.backbone(input_ids=tokens, use_cache=False).logits
+    def forward(self, batch: Batch) -> Tensor:
+        extra = {}
+        if self.objective_name == "spans":
+            extra["decoder_input_ids"] = self.decoder_inputs(batch)
+        logits: Tensor = self.backbone(input_ids=batch["inputs"], **extra).logits
         return logits
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over all tokens; inputs and targets [B, S]."""
-        return F.cross_entropy(self(inputs).flatten(0, 1).float(), targets.flatten())
+    def decoder_inputs(self, batch: Batch) -> Tensor:
+        """What the decoder of an encoder-decoder reads, [B, S']: the targets, one place later."""
+        shifted: Tensor = self.backbone.prepare_decoder_input_ids_from_labels(batch["targets"])
+        return shifted
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over all targets but the ignored ones."""
+        return F.cross_entropy(self(batch).flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED)
+
+    def gate_losses(self) -> Tensor:
+        """Load-balancing loss and z-loss [2] of the last sparse forward pass in training, averaged over layers.
+
+        Only with a learned router.
+        """
+        losses = [torch.stack(ffn.gate_losses) for ffn in self._ffns if ffn.gate_losses is not None]
+        return torch.stack(losses).mean(dim=0)
+
+
+def _check_vocabulary(backbone: Any, folder: str, specials: Specials, context: int) -> None:
+    rows = backbone.get_input_embeddings().weight.shape[0]
+    if rows < specials.vocab_size:
+        raise ValueError(
+            f"model.pretrained {folder}: embeds {rows} tokens, but the tokenizer has {specials.vocab_size}; "
+            "give its own tokenizer as data.tokenizer.folder"
+        )
+    longest = getattr(backbone.config, "max_position_embeddings", None)
+    if longest is not None and longest < context:
+        raise ValueError(f"model.pretrained {folder}: reads {longest} tokens, less than data.sequence_length {context}")

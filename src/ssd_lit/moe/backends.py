@@ -1,52 +1,102 @@
 """Ways to compute the sparse FFN. All give the same outputs and gradients; they differ in speed.
 
 Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T*K.
-Every backend takes x [T, D], chosen [T, K] (distinct experts in a row), w_in [E, H, D], b_in [E, H],
-w_out [E, H, D] and returns the sum of the chosen experts' outputs, [T, D], without the output bias.
+Every backend takes x [T, D], the chosen experts, their neurons, and the function from a neuron's inputs to its
+activation, and returns the sum of the chosen experts' outputs, [T, D], without the output bias.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+from ssd_lit.moe.selection import Choice
 
 
-def masked(x: Tensor, chosen: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
-    """The obvious reference: compute every neuron, then zero those of experts not chosen. Saves nothing."""
-    mask = torch.zeros(x.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device).scatter_(1, chosen, 1.0)  # [T, E]
-    hidden = F.relu(torch.einsum("td,ehd->teh", x, w_in) + b_in)
-    return torch.einsum("teh,ehd->td", hidden * mask[:, :, None], w_out)
+class Experts(NamedTuple):
+    """The neurons of all experts."""
+
+    w_in: Tensor
+    """[E, H, D]"""
+    w_out: Tensor
+    """[E, H, D]"""
+    b_in: Tensor | None
+    """[E, H]"""
+    w_gate: Tensor | None
+    """[E, H, D], for a gated FFN."""
 
 
-def loop(x: Tensor, chosen: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
-    """One pair of matrix products for each expert, over the tokens that chose it."""
-    token, count = _by_expert(chosen, w_in.shape[0])
-    rows = token.split(count.tolist())
-    y = torch.zeros_like(x)
+Activate = Callable[[Tensor, Tensor | None], Tensor]
+"""From x @ w_in + b_in, and x @ w_gate for a gated FFN, to activations of the same shape."""
+
+Backend = Callable[[Tensor, Choice, Experts, Activate], Tensor]
+
+
+def masked(x: Tensor, choice: Choice, experts: Experts, activate: Activate) -> Tensor:
+    """The obvious reference: compute every neuron, then weigh those of experts not chosen with zero. Saves nothing."""
+    n_experts = experts.w_in.shape[0]
+    weights = torch.ones_like(choice.experts, dtype=x.dtype) if choice.weights is None else choice.weights.to(x.dtype)
+    # The column behind the last expert takes the places of tokens with fewer than K experts.
+    mask = x.new_zeros(x.shape[0], n_experts + 1).scatter(1, choice.experts, weights)[:, :-1]  # [T, E]
+    pre = torch.einsum("td,ehd->teh", x, experts.w_in)
+    if experts.b_in is not None:
+        pre = pre + experts.b_in
+    gate = None if experts.w_gate is None else torch.einsum("td,ehd->teh", x, experts.w_gate)
+    return torch.einsum("teh,ehd->td", activate(pre, gate) * mask[:, :, None], experts.w_out)
+
+
+def loop(x: Tensor, choice: Choice, experts: Experts, activate: Activate) -> Tensor:
+    """One set of matrix products for each expert, over the tokens that chose it."""
+    n_experts = experts.w_in.shape[0]
+    place, count = _by_expert(choice, n_experts)
+    k = choice.experts.shape[1]
     # Unbinding once gives one stacked gradient; indexing w_in[e] would build a full-size one for every expert.
-    for row, w1, b1, w2 in zip(rows, w_in.unbind(), b_in.unbind(), w_out.unbind(), strict=True):
-        if len(row):
-            y = y.index_add(0, row, F.relu(F.linear(x[row], w1, b1)) @ w2)
+    parts = zip(
+        place.split(count.tolist()),
+        experts.w_in.unbind(),
+        experts.w_out.unbind(),
+        [None] * n_experts if experts.b_in is None else experts.b_in.unbind(),
+        [None] * n_experts if experts.w_gate is None else experts.w_gate.unbind(),
+        strict=True,
+    )
+    y = torch.zeros_like(x)
+    for mine, w_in, w_out, b_in, w_gate in parts:
+        if len(mine) == 0:
+            continue
+        token = mine // k
+        rows = x[token]
+        hidden = activate(F.linear(rows, w_in, b_in), None if w_gate is None else F.linear(rows, w_gate))
+        y = y.index_add(0, token, _weighed(hidden @ w_out, choice, mine))
     return y
 
 
-def grouped(x: Tensor, chosen: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Tensor:
-    """Tokens sorted by expert, then two grouped matrix products over all experts."""
-    token, count = _by_expert(chosen, w_in.shape[0])
+def grouped(x: Tensor, choice: Choice, experts: Experts, activate: Activate) -> Tensor:
+    """Tokens sorted by expert, then grouped matrix products over all experts."""
+    place, count = _by_expert(choice, experts.w_in.shape[0])
+    token = place // choice.experts.shape[1]
     ends = count.cumsum(0).to(torch.int32)
-    bias = b_in.repeat_interleave(count, dim=0, output_size=token.shape[0])  # [N, H]
-    hidden = F.relu(F.grouped_mm(x[token], w_in.transpose(1, 2), offs=ends) + bias)
-    return torch.zeros_like(x).index_add(0, token, F.grouped_mm(hidden, w_out, offs=ends))
+    rows = x[token]
+    pre = F.grouped_mm(rows, experts.w_in.transpose(1, 2), offs=ends)
+    if experts.b_in is not None:
+        pre = pre + experts.b_in.repeat_interleave(count, dim=0, output_size=token.shape[0])  # [N, H]
+    gate = None if experts.w_gate is None else F.grouped_mm(rows, experts.w_gate.transpose(1, 2), offs=ends)
+    out = F.grouped_mm(activate(pre, gate), experts.w_out, offs=ends)
+    return torch.zeros_like(x).index_add(0, token, _weighed(out, choice, place))
 
 
-def _by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Token indices [N] sorted by the expert that they go to, and how many go to each [E]."""
-    expert = chosen.flatten()
-    token = expert.argsort(stable=True) // chosen.shape[1]
-    return token, expert.bincount(minlength=experts)
+def _by_expert(choice: Choice, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Places [N] in the flattened choice, sorted by their expert, and how many tokens go to each [E]."""
+    expert = choice.experts.flatten()
+    place = expert.argsort(stable=True)
+    count = expert.bincount(minlength=n_experts + 1)[:n_experts]
+    # Places without an expert stand last.
+    return (place[: int(count.sum())] if choice.ragged else place), count
+
+
+def _weighed(out: Tensor, choice: Choice, place: Tensor) -> Tensor:
+    return out if choice.weights is None else out * choice.weights.flatten()[place, None].to(out.dtype)
 
 
 BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": grouped}

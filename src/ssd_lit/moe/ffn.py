@@ -8,52 +8,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd_lit.moe.backends import choose_backend
-from ssd_lit.moe.router import top_k_experts
+from ssd_lit.moe.activations import ACTIVATIONS
+from ssd_lit.moe.backends import Experts, choose_backend
+from ssd_lit.moe.routers import Router, gate_losses
+from ssd_lit.moe.selection import Choice, experts_above, top_k_experts
 
 Mode = Literal["dense", "sparse"]
 
 
 class ExpertFFN(nn.Module):
-    """A Transformer FFN, `relu(x @ w_in.T + b_in) @ w_out + b_out`, that keeps its neurons in expert order.
+    """A Transformer FFN that keeps its neurons in expert order.
 
-    Expert e owns rows e*H to (e+1)*H of `w_in`, `b_in` and `w_out`, so every expert is a view and nothing is
-    copied when the mode changes. In sparse mode the outputs of the chosen experts are added without weights
-    (SSD, section 4): with all experts chosen, sparse equals dense.
+    Dense, it is `h @ w_out + b_out` with h = act(x @ w_in.T + b_in), or h = act(x @ w_gate.T) * (x @ w_in.T) where it
+    is gated. Expert e owns rows e*H to (e+1)*H of `w_in`, `w_gate`, `b_in` and `w_out`, so every expert is a view and
+    nothing is copied when the mode changes. In sparse mode the outputs of the chosen experts are added without
+    weights (SSD, section 4): with all experts chosen, sparse equals dense. A learned router weighs them; its weights
+    add up to the number of experts chosen, so that equal weights add them as they are.
 
-    Shapes: x [..., D]; w_in and w_out [F, D]; b_in [F]; b_out [D]; centers [E, D].
+    Experts may also be copies of one whole FFN (sparse upcycling) instead of slices of it: weights then add up to
+    one, and there is no dense mode.
+
+    Shapes: x [..., D]; w_in, w_gate and w_out [F, D]; b_in [F]; b_out [D]; neuron_ids [F].
     """
 
-    centers: Tensor
+    neuron_ids: Tensor
+    """The place at which each neuron stood when the model was made: what follows it through every new order."""
 
-    def __init__(self, d_model: int, d_ff: int, *, experts: int, top_k: int, dropout: float, backend: str):
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        top_k: int,
+        experts: int,
+        router: Router,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        backend: str = "auto",
+        copies: bool = False,
+    ):
         super().__init__()
         if d_ff % experts:
             raise ValueError(f"d_ff {d_ff} is not divisible by experts {experts}")
         self.experts = experts
         self.top_k = top_k
+        self.threshold: float | None = None
+        """In sparse mode, take every expert whose score is at least this share of the best one's, instead of top_k."""
+        self.oracle = False
+        """In sparse mode, choose by the activation mass itself, which no router knows beforehand."""
+        self.activation = activation
         self.backend = backend
+        self.copies = copies
         self.mode: Mode = "dense"
-        self.w_in = nn.Parameter(torch.empty(d_ff, d_model))
-        self.b_in = nn.Parameter(torch.zeros(d_ff))
-        self.w_out = nn.Parameter(torch.empty(d_ff, d_model))
-        self.b_out = nn.Parameter(torch.zeros(d_model))
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("centers", torch.zeros(experts, d_model))
         bound = 1 / math.sqrt(d_model)
-        nn.init.uniform_(self.w_in, -bound, bound)
-        nn.init.uniform_(self.w_out, -bound, bound)
+        self.w_in = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
+        self.w_gate = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound)) if gated else None
+        self.b_in = nn.Parameter(torch.zeros(d_ff)) if bias else None
+        self.w_out = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
+        self.b_out = nn.Parameter(torch.zeros(d_model)) if bias else None
+        self.dropout = nn.Dropout(dropout)
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+        self.router = router
+        self.gate_losses: tuple[Tensor, Tensor] | None = None
+        """Load-balancing loss and z-loss of the last sparse forward pass in training, with a learned router."""
+        self.register_buffer("neuron_ids", torch.arange(d_ff))
 
     @property
     def d_ff(self) -> int:
         return self.w_in.shape[0]
 
+    @property
+    def key_rows(self) -> Tensor:
+        """The input weights [F, D] that decide whether a neuron fires: those of the gate where there is one."""
+        return self.w_in if self.w_gate is None else self.w_gate
+
     def neuron_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters whose first dimension counts neurons."""
-        yield from (self.w_in, self.b_in, self.w_out)
+        yield from (p for p in (self.w_in, self.w_gate, self.b_in, self.w_out) if p is not None)
 
     def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
-        """Run densely, or sparsely with `top_k` experts a token (the configured number if None)."""
+        """Run densely, or sparsely with `top_k` experts a token (the number it had if None)."""
         k = self.top_k if top_k is None else top_k
         if not 1 <= k <= self.experts:
             raise ValueError(f"top_k {k}: allowed are 1 to {self.experts}")
@@ -61,21 +98,62 @@ class ExpertFFN(nn.Module):
 
     def activations(self, x: Tensor) -> Tensor:
         """Every neuron's activation, [..., F], whatever the mode."""
-        return F.relu(F.linear(x, self.w_in, self.b_in))
+        gate = None if self.w_gate is None else F.linear(x, self.w_gate)
+        return self._activate(F.linear(x, self.w_in, self.b_in), gate)
+
+    @torch.no_grad()
+    def mass(self, x: Tensor) -> Tensor:
+        """The activation mass of each expert: the sum of its neurons' absolute activations, [T, D] -> [T, E]."""
+        mass: Tensor = self.activations(x).abs().unflatten(-1, (self.experts, -1)).sum(-1)
+        return mass
+
+    @torch.no_grad()
+    def output_norms(self, x: Tensor) -> Tensor:
+        """The L2 norm of what each expert would add to the output, [T, D] -> [T, E]."""
+        hidden = self.activations(x).unflatten(-1, (self.experts, -1))  # [T, E, H]
+        w_out = self.w_out.unflatten(0, (self.experts, -1))  # [E, H, D]
+        # By the experts' Gram matrices: outputs of every expert for every token would be [T, E, D].
+        gram = torch.einsum("ehd,egd->ehg", w_out, w_out)
+        squares: Tensor = (torch.einsum("teh,ehg->teg", hidden, gram) * hidden).sum(dim=-1)
+        return squares.clamp_min(0).sqrt()
+
+    def choose(self, x: Tensor) -> Choice:
+        """The experts that each token of x [T, D] runs through in sparse mode, and their weights."""
+        scores = self.mass(x) if self.oracle else self.router(x)
+        if self.threshold is not None:
+            return Choice(experts_above(scores, self.threshold), ragged=True)
+        chosen = top_k_experts(scores, self.top_k)
+        if not self.router.weighted or self.oracle:
+            return Choice(chosen)
+        if self.training:
+            self.gate_losses = gate_losses(scores, chosen)
+        total = 1 if self.copies else self.top_k
+        return Choice(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "dense":
-            y = self.activations(x) @ self.w_out
-        else:
+        if self.mode == "sparse":
             y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
-        out: Tensor = self.dropout(y + self.b_out)
+        elif self.copies:
+            raise ValueError("experts that are copies of one FFN have no dense mode")
+        else:
+            y = self.hidden_dropout(self.activations(x)) @ self.w_out
+        out: Tensor = self.dropout(y if self.b_out is None else y + self.b_out)
         return out
 
     def _sparse(self, x: Tensor) -> Tensor:
         compute = choose_backend(self.backend, x)
-        chosen = top_k_experts(x, self.centers, self.top_k)
+        choice = self.choose(x)
         # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
-        w_in, b_in, w_out = (p.to(dtype).unflatten(0, (self.experts, -1)) for p in self.neuron_parameters())
-        return compute(x.to(dtype), chosen, w_in, b_in, w_out)
+        parts = (self.w_in, self.w_out, self.b_in, self.w_gate)
+        experts = Experts(*(None if p is None else p.to(dtype).unflatten(0, (self.experts, -1)) for p in parts))  # type: ignore[arg-type]
+        return compute(x.to(dtype), choice, experts, self._activate_with_dropout)
+
+    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        return act(pre) if gate is None else act(gate) * pre
+
+    def _activate_with_dropout(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        hidden: Tensor = self.hidden_dropout(self._activate(pre, gate))
+        return hidden

@@ -5,18 +5,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.router import expert_centers
 
 
 @torch.no_grad()
 def reorder_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None = None) -> None:
-    """Put neuron `order[i]` at place i: weights, biases and every per-neuron state of the optimiser.
+    """Put neuron `order[i]` at place i: weights, biases, ids and every per-neuron state of the optimiser.
 
     order: a permutation of 0..F-1. The dense function stays the same. Raises ValueError for anything else,
     or for an optimiser state that is neither a scalar nor shaped like its parameter.
     """
     if not torch.equal(order.sort().values.cpu(), torch.arange(ffn.d_ff)):
         raise ValueError(f"order is not a permutation of {ffn.d_ff} neurons")
+    ffn.neuron_ids.copy_(ffn.neuron_ids[order])
     for parameter in ffn.neuron_parameters():
         parameter.copy_(parameter[order])
         state = optimizer.state.get(parameter, {}) if optimizer else {}
@@ -30,7 +30,7 @@ def reorder_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None =
 
 @torch.no_grad()
 def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) -> Tensor:
-    """Group neurons by their cluster and give the router the clusters' centres.
+    """Group neurons by their cluster and let the router see the groups.
 
     labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Returns the order [F] in which the
     neurons stand now, by their old places. Dense mode computes the same function afterwards. Raises
@@ -43,5 +43,19 @@ def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) ->
         raise ValueError(f"labels must put {size} of {ffn.d_ff} neurons into each of {ffn.experts} experts")
     order = labels.to(ffn.w_in.device).argsort(stable=True)
     reorder_neurons(ffn, order, optimizer)
-    ffn.centers.copy_(expert_centers(ffn.w_in, ffn.experts))
+    ffn.router.follow(ffn.key_rows)
     return order
+
+
+@torch.no_grad()
+def copy_into_experts(source: ExpertFFN, target: ExpertFFN) -> None:
+    """Make every expert of `target` a copy of the whole FFN `source` (sparse upcycling, arXiv 2212.05055).
+
+    Raises ValueError if `target` does not hold E times the neurons of `source`.
+    """
+    if not target.copies or target.d_ff != target.experts * source.d_ff:
+        raise ValueError(f"{target.experts} copies of {source.d_ff} neurons do not make {target.d_ff}")
+    for mine, theirs in zip(target.neuron_parameters(), source.neuron_parameters(), strict=True):
+        mine.copy_(torch.cat([theirs] * target.experts))
+    if target.b_out is not None and source.b_out is not None:
+        target.b_out.copy_(source.b_out)

@@ -5,29 +5,51 @@ import math
 import torch
 from torch import Tensor
 
+from ssd_lit.moe.activations import EXACT_ZEROS
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.router import oracle_experts, top_k_experts
+from ssd_lit.moe.selection import Choice, top_k_experts
+
+NORM_SHARE = 0.95
+"""The active neurons of a smooth activation hold at least this share of the norm of all contributions."""
 
 
 @torch.no_grad()
-def active_ratio(ffn: ExpertFFN, x: Tensor) -> float:
-    """Share of the F neurons that fire (activation above zero) for a token, averaged over x [T, D].
+def active_neurons(ffn: ExpertFFN, x: Tensor) -> Tensor:
+    """Which of the F neurons are active for each token: x [T, D] -> bool [T, F].
 
-    In sparse mode only neurons of the chosen experts can fire (SSD, section 3).
+    In sparse mode only neurons of the chosen experts are. With ReLU or its square, a neuron is active if its activation
+    is not zero (SSD, section 3). Other activations hardly ever give zero: there, neuron i contributes
+    c_i = |h_i| * norm(w_out_i) to the output, and the active ones are the smallest set whose c has NORM_SHARE of the
+    norm of all c.
     """
-    fires = ffn.activations(x) > 0
+    hidden = ffn.activations(x)
     if ffn.mode == "sparse":
-        chosen = top_k_experts(x, ffn.centers, ffn.top_k)
-        on = torch.zeros(len(x), ffn.experts, dtype=torch.bool, device=x.device).scatter_(1, chosen, True)
-        fires = fires.unflatten(-1, (ffn.experts, -1)) & on[:, :, None]
-    return float(fires.sum()) / (len(x) * ffn.d_ff)
+        on = chosen_mask(ffn.choose(x), ffn.experts)
+        hidden = (hidden.unflatten(-1, (ffn.experts, -1)) * on[:, :, None]).flatten(-2)
+    if ffn.activation in EXACT_ZEROS:
+        return hidden != 0
+    energy = (hidden * ffn.w_out.norm(dim=-1)).square()
+    largest = energy.sort(dim=-1, descending=True)
+    before = largest.values.cumsum(dim=-1) - largest.values
+    needed = before < NORM_SHARE**2 * energy.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(needed).scatter(1, largest.indices, needed)
+
+
+def active_ratio(ffn: ExpertFFN, x: Tensor) -> float:
+    """Share of the F neurons that are active for a token, averaged over x [T, D]."""
+    return float(active_neurons(ffn, x).sum()) / (len(x) * ffn.d_ff)
+
+
+def chosen_mask(choice: Choice, experts: int) -> Tensor:
+    """The choice as bool [T, E]."""
+    mask = torch.zeros(len(choice.experts), experts + 1, dtype=torch.bool, device=choice.experts.device)
+    return mask.scatter_(1, choice.experts, True)[:, :-1]
 
 
 @torch.no_grad()
 def expert_load(ffn: ExpertFFN, x: Tensor) -> Tensor:
-    """Share of the tokens x [T, D] that choose each expert, [E]; the shares add up to K."""
-    chosen = top_k_experts(x, ffn.centers, ffn.top_k)
-    return chosen.flatten().bincount(minlength=ffn.experts) / len(x)
+    """Share of the tokens x [T, D] that choose each expert, [E]; the shares add up to the mean number of experts."""
+    return chosen_mask(ffn.choose(x), ffn.experts).float().mean(dim=0)
 
 
 def load_entropy(load: Tensor) -> float:
@@ -39,11 +61,11 @@ def load_entropy(load: Tensor) -> float:
 
 @torch.no_grad()
 def routing_recall(ffn: ExpertFFN, x: Tensor) -> float:
-    """Share of the activation mass that the router's K experts hold, over what the K best experts would hold.
+    """Share of the oracle's activation mass that the chosen experts hold: x [T, D], top_k experts a token.
 
-    1 means that the router loses nothing against the oracle; x [T, D].
+    The oracle takes the K experts of the largest mass; 1 means that the router loses nothing against it.
     """
-    mass = ffn.activations(x).unflatten(-1, (ffn.experts, -1)).sum(-1)  # [T, E]
-    found = mass.gather(1, top_k_experts(x, ffn.centers, ffn.top_k)).sum()
-    best = mass.gather(1, oracle_experts(mass, ffn.top_k)).sum()
+    mass = ffn.mass(x)
+    found = mass.gather(1, ffn.choose(x).experts).sum()
+    best = mass.gather(1, top_k_experts(mass, ffn.top_k)).sum()
     return float(found / best.clamp_min(torch.finfo(best.dtype).tiny))

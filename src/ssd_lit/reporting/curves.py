@@ -53,3 +53,8 @@ def curves_of(results: Sequence[RunResult], name: str) -> list[Points]:
 def mean_flops(results: Sequence[RunResult], steps: Array) -> Array:
     """FLOPs spent at each step, averaged over runs."""
     return np.asarray(np.mean([result.flops_at(list(steps)) for result in results], axis=0), dtype=np.float64)
+
+
+def mean_seconds(results: Sequence[RunResult], steps: Array) -> Array:
+    """Seconds of training spent at each step, averaged over runs."""
+    return np.asarray(np.mean([result.seconds_at(list(steps)) for result in results], axis=0), dtype=np.float64)

@@ -7,11 +7,22 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ssd_lit.config import RunConfig
+from ssd_lit.config import Experiment
 from ssd_lit.files import write_text
-from ssd_lit.reporting import activation_figures, loss_figures, perplexity_figure
+from ssd_lit.reporting import (
+    activation_figures,
+    expert_figures,
+    grid_figure,
+    loss_figures,
+    pattern_figures,
+    perplexity_figure,
+    router_figure,
+)
+from ssd_lit.reporting.grid import Grid, grids
+from ssd_lit.reporting.names import GRID, figure_names
 from ssd_lit.reporting.runs import RunResult, load_results
 from ssd_lit.reporting.style import figure_settings, save
+from ssd_lit.reporting.words import listed
 
 Drawing = tuple[Figure, pd.DataFrame]
 
@@ -36,7 +47,14 @@ FIGURES = {
     "loss_over_flops": FigureKind(
         loss_figures.over_flops,
         "Validation loss over training FLOPs",
-        "The same losses over the training FLOPs spent so far: further left at the same height is cheaper.",
+        "The same losses over the training FLOPs spent so far: further left at the same height is cheaper. A run that "
+        "starts from another begins with what that one spent.",
+    ),
+    "loss_over_seconds": FigureKind(
+        loss_figures.over_seconds,
+        "Validation loss over training time",
+        "The same losses over the wall-clock seconds spent in training so far, MoEfication included. Runs that trained "
+        "beside others on one machine had a share of it only.",
     ),
     "active_neurons": FigureKind(
         activation_figures.active_neurons,
@@ -54,20 +72,74 @@ FIGURES = {
         perplexity_figure.over_k,
         "Perplexity over the number of experts",
         "Perplexity of the final models in sparse mode, by the number of experts k computed for a token; right: "
-        "the lowest part, enlarged. Rings mark the k an arm is set to; dashed lines are the models in dense mode.",
+        "the lowest part, enlarged. Rings mark the k an arm is set to; dashed lines are the models in dense mode. "
+        "Copied experts and learned gates have none.",
+    ),
+    "router_over_k": FigureKind(
+        router_figure.over_k,
+        "Routers against the oracle",
+        "Perplexity in sparse mode over k with each arm's own router, and with an oracle that knows every expert's "
+        "activation mass. Arms that differ in their router only stand side by side and share their scale; others have "
+        "their own. Crosses: every expert predicted to matter, at the mean number of experts that takes. No oracle is "
+        "shown for copied experts, whose outputs must be weighed.",
+    ),
+    "similarity_pairs": FigureKind(
+        pattern_figures.similarity_pairs,
+        "Activation pattern of all pairs of moments",
+        "Adjusted Rand index between the neuron clusterings of any two snapshots, averaged over layers; the diagonal "
+        "compares a snapshot with itself. Every clustering starts anew from the weights, while the checks during "
+        "training start from the clustering before as well. Bars along the edges mark sparse phases.",
+    ),
+    "similarity_settings": FigureKind(
+        pattern_figures.similarity_settings,
+        "Activation pattern by number of clusters and by clustering",
+        "Adjusted Rand index between every snapshot and the one before. Left: the clustering that runs use themselves, "
+        "with several numbers of clusters E. Right: several clusterings, with the E nearest the arm's own. Random "
+        "clusters show what chance gives; contiguous ones are the neurons as they stand, which MoEfication alone "
+        "moves. Sparse phases are shaded.",
+    ),
+    "expert_load": FigureKind(
+        expert_figures.expert_load,
+        "Load of the experts",
+        "Share of validation tokens that choose each expert of the final models, sorted, one line a layer; dashed: all "
+        "experts chosen alike. An expert is dead if no token chooses it; the counts are over all layers.",
+    ),
+    "routing": FigureKind(
+        expert_figures.routing,
+        "Activation mass that the routers find",
+        "The activation mass in the k experts that the router ranks first, as a share of the most that any k experts "
+        "hold: the mean over layers, and the range over them. All k are taken on the tokens that sparse mode with the "
+        "arm's own k (ring) brings to each layer. Dashed: k experts at random.",
     ),
 }
 
 
-def write_figures(exp_dir: Path, runs: Sequence[RunConfig]) -> list[Path]:
+def figure_kinds(experiment: Experiment, results: Sequence[RunResult]) -> dict[str, FigureKind]:
+    """Every figure of the experiment by its name, in order."""
+    pages = {GRID + grid.name: _grid_kind(grid) for grid in grids(experiment, results)}
+    kinds = FIGURES | pages
+    return {name: kinds[name] for name in figure_names(experiment)}
+
+
+def write_figures(exp_dir: Path, experiment: Experiment) -> list[Path]:
     """Draw every figure into figures/; one that has nothing to show says so inside."""
-    results = load_results(exp_dir, runs)
+    results = load_results(exp_dir, experiment.runs())
     written: list[Path] = []
-    for name, kind in FIGURES.items():
-        stem = exp_dir / "figures" / name
+    for name, kind in figure_kinds(experiment, results).items():
         with figure_settings():
             figure, data = kind.draw(results)
-            written += save(figure, stem)
-        write_text(stem.with_suffix(".csv"), data.to_csv(index=False, lineterminator="\n"))
-        written.append(stem.with_suffix(".csv"))
+            written += save(figure, exp_dir / "figures" / name)
+        path = exp_dir / "figures" / f"{name}.csv"
+        write_text(path, data.to_csv(index=False, lineterminator="\n"))
+        written.append(path)
     return written
+
+
+def _grid_kind(grid: Grid) -> FigureKind:
+    return FigureKind(
+        lambda _: grid_figure.draw(grid),
+        f"Grid: {grid.label}",
+        f"What {listed(list(grid.keys))} {'changes' if len(grid.keys) == 1 else 'change'}: means over seeds, with the "
+        "range as a bar and the seeds as ticks where there are several. Dashed: the dense arm, trained for all its "
+        "steps.",
+    )

@@ -1,4 +1,4 @@
-"""Loss through training, over steps and over FLOPs, with each run's phases in lanes below."""
+"""Loss through training, over steps, FLOPs and seconds, with each run's phases in lanes below."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +11,17 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from ssd_lit.reporting.curves import Array, curves_of, draw_band, mean_flops, over_seeds
+from ssd_lit.reporting.curves import Array, curves_of, draw_band, mean_flops, mean_seconds, over_seeds
+from ssd_lit.reporting.panels import empty_figure
 from ssd_lit.reporting.runs import RunResult, by_arm
 from ssd_lit.reporting.style import GREY, WIDTH, ArmStyle, arm_styles
+from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
+from ssd_lit.reporting.words import shortened
 
 ZOOM = 0.6
 """The enlarged panel begins at this share of training."""
+LANE, LABEL = 0.13, 0.16
+"""Inches for a run's lane and for an arm's name beside its lanes."""
 
 # Where steps lie on the x axis, for the runs of one arm.
 Place = Callable[[Sequence[RunResult], Array], Array]
@@ -25,26 +30,31 @@ Place = Callable[[Sequence[RunResult], Array], Array]
 def over_steps(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the global step."""
     figure = _draw(results, lambda _, steps: steps, "step")
-    return figure, _table(results).drop(columns="flops")
+    return figure, _table(results).drop(columns=["flops", "seconds"])
 
 
 def over_flops(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the FLOPs spent."""
-    return _draw(results, mean_flops, "training FLOPs"), _table(results)
+    return _draw(results, mean_flops, "training FLOPs"), _table(results).drop(columns="seconds")
+
+
+def over_seconds(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
+    """Loss against the wall-clock seconds spent in training."""
+    return _draw(results, mean_seconds, "training time (s)"), _table(results).drop(columns="flops")
 
 
 def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
-    trained = [result for result in results if result.trained]
+    drawn = in_view(results, MOST_CURVES)
+    trained = [result for result in drawn if result.trained]
+    if not trained:
+        return empty_figure("no run to draw here trained a step")
     styles = arm_styles(results)
-    lane_height = 0.13 * max(len(trained), 1)
+    lane_height = max(LANE * len(trained), LABEL * len(by_arm(trained)))
     figure = Figure(figsize=(WIDTH, 3.6 + lane_height), layout="constrained")
     grid = figure.subplots(
         2, 2, sharex="col", gridspec_kw={"height_ratios": [3.0, lane_height], "width_ratios": [3, 2]}
     )
-    if not trained:
-        grid[0, 0].set_title("no run of this experiment trained a step")
-        return figure
-    ends = [place([result], np.array([0.0, result.total.steps])) for result in trained]
+    ends = [place([result], np.array([0.0, result.last_step])) for result in trained]
     start, end = min(float(span[0]) for span in ends), max(float(span[1]) for span in ends)
     for column, left in enumerate((start, start + ZOOM * (end - start))):
         plot, lanes = grid[0, column], grid[1, column]
@@ -55,17 +65,19 @@ def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
         _fit_height(plot, trained, place, left)
         lanes.set_xlabel(x_label)
         lanes.xaxis.set_major_formatter(EngFormatter())
-    grid[0, 0].set_ylabel("validation loss (nats per token)")
+    grid[0, 0].set_ylabel("validation loss (nats per target)")
     grid[0, 1].set_title(f"the last {1 - ZOOM:.0%}", color=GREY)
     _label_lanes(grid[1, 0], trained)
     grid[1, 1].set_yticks([])
-    figure.legend(handles=_legend(trained, styles), loc="outside upper center", ncols=5 if len(styles) < 5 else 4)
+    handles = _legend(trained, styles)
+    figure.legend(handles=handles, loc="outside upper center", ncols=5 if len(handles) < 7 else 4)
+    tell_left_out(figure, results, drawn)
     return figure
 
 
 def _draw_arm(plot: Axes, runs: Sequence[RunResult], style: ArmStyle, place: Place) -> None:
     faint: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35}
-    strong: dict[str, Any] = {"marker": "o", "markersize": 3}
+    strong: dict[str, Any] = {"marker": style.marker, "markersize": 3}
     for name, line in (("train/loss", faint), ("validation/loss", strong)):
         curves = curves_of(runs, name)
         if not curves:
@@ -100,9 +112,9 @@ def _draw_lanes(
 
 
 def _label_lanes(lanes: Axes, trained: Sequence[RunResult]) -> None:
-    names = [result.arm for result in trained]
-    middles = {arm: sum(i for i, name in enumerate(names) if name == arm) / names.count(arm) for arm in names}
-    lanes.set_yticks(list(middles.values()), list(middles))
+    arms = [result.arm for result in trained]
+    middles = {arm: sum(i for i, name in enumerate(arms) if name == arm) / arms.count(arm) for arm in arms}
+    lanes.set_yticks(list(middles.values()), [shortened(arm) for arm in middles])
     lanes.tick_params(axis="y", length=0)
 
 
@@ -124,7 +136,15 @@ def _legend(trained: Sequence[RunResult], styles: dict[str, ArmStyle]) -> list[L
     for arm, runs in by_arm(trained).items():
         style = styles[arm]
         lines.append(
-            Line2D([], [], color=style.colour, linestyle=style.line, marker="o", markersize=3, label=runs[0].label)
+            Line2D(
+                [],
+                [],
+                color=style.colour,
+                linestyle=style.line,
+                marker=style.marker,
+                markersize=3,
+                label=shortened(runs[0].label),
+            )
         )
     phases = [Patch(color=GREY, label="sparse phase"), Patch(color=GREY, alpha=0.2, lw=0, label="dense phase")]
     return [*lines, *phases]
@@ -137,12 +157,16 @@ def _table(results: Sequence[RunResult]) -> pd.DataFrame:
         run = {"run": result.name, "arm": result.arm, "seed": result.config.seed}
         for name in ("train/loss", "validation/loss"):
             points = result.points.get(name, [])
-            flops = result.flops_at([step for step, _ in points])
-            for (step, value), spent in zip(points, flops, strict=True):
-                rows.append({**run, "what": name, "step": step, "flops": spent, "value": value})
+            for (step, value), spent in zip(points, _spent(result, [step for step, _ in points]), strict=True):
+                rows.append({**run, "what": name, "step": step, **spent, "value": value})
         for record in result.chain if result.trained else ():
             for edge, step in (("begins", record.first_step), ("ends", record.last_step)):
                 what = f"phase {record.name} {edge}"
-                spent = result.flops_at([step])[0]
-                rows.append({**run, "what": what, "step": step, "flops": spent, "value": None})
-    return pd.DataFrame(rows, columns=["run", "arm", "seed", "what", "step", "flops", "value"])
+                rows.append({**run, "what": what, "step": step, **_spent(result, [step])[0], "value": None})
+    return pd.DataFrame(rows, columns=["run", "arm", "seed", "what", "step", "flops", "seconds", "value"])
+
+
+def _spent(result: RunResult, steps: list[int]) -> list[dict[str, float]]:
+    """FLOPs and seconds spent at each step."""
+    both = zip(result.flops_at(steps), result.seconds_at(steps), strict=True)
+    return [{"flops": flops, "seconds": seconds} for flops, seconds in both]

@@ -7,14 +7,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from ssd_lit.reporting.curves import draw_band, over_seeds
 from ssd_lit.reporting.runs import Points, RunResult, by_arm, perplexity
-from ssd_lit.reporting.style import GREY, WIDTH, ArmStyle, arm_styles
+from ssd_lit.reporting.style import GREY, WIDTH, ArmStyle, arm_styles, scale_perplexities
+from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
+from ssd_lit.reporting.words import shortened
 
-LOG_RATIO = 3.0
-"""Perplexities further apart than this factor are drawn on a log scale."""
 ENLARGED = 1.3
 """The enlarged panel reaches up to this multiple of the lowest perplexity."""
 
@@ -22,46 +22,32 @@ ENLARGED = 1.3
 def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Curves of the arms with experts, and dense-mode perplexities as lines."""
     styles = arm_styles(results)
-    table = _table(results)
-    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    drawn = in_view(results, MOST_CURVES)
+    handles = _legend(drawn, styles)
+    figure = Figure(figsize=(WIDTH, 3.5 + 0.15 * math.ceil(len(handles) / 4)), layout="constrained")
     whole, enlarged = figure.subplots(1, 2)
     for axes in (whole, enlarged):
-        _draw_dense(axes, results, styles)
-        _draw_curves(axes, results, styles)
-        _label_experts(axes, results)
-    finite = [value for value in table["perplexity"] if math.isfinite(value)]
-    if finite:
-        _scale(whole, finite)
-        enlarged.set_ylim(0.98 * min(finite), ENLARGED * min(finite))
+        _draw_dense(axes, drawn, styles)
+        _draw_curves(axes, drawn, styles)
+        label_experts(axes, drawn)
+    values = [value for result in drawn for value in _drawn_of(result) if math.isfinite(value)]
+    if values:
+        scale_perplexities(whole, values)
+        enlarged.set_ylim(0.98 * min(values), ENLARGED * min(values))
     enlarged.set_title(f"up to {ENLARGED:g} times the lowest", color=GREY)
     whole.set_ylabel("validation perplexity")
-    figure.legend(handles=_legend(results, styles), loc="outside upper center", ncols=5 if len(styles) < 5 else 4)
-    return figure, table
+    figure.legend(handles=handles, loc="outside upper center", ncols=5 if len(handles) < 6 else 4)
+    tell_left_out(figure, results, drawn)
+    return figure, _table(results)
 
 
-def curve(result: RunResult) -> Points:
-    """(k, perplexity) of the run in sparse mode."""
-    return [(k, value) for k, loss in result.evaluation.curve if (value := perplexity(loss)) is not None]
+def perplexities(curve: Sequence[tuple[int, float]]) -> Points:
+    """(k, perplexity) of a curve of losses over k."""
+    return [(k, perplexity(loss)) for k, loss in curve]
 
 
-def _draw_curves(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
-    for arm, runs in by_arm([result for result in results if result.evaluation.curve]).items():
-        band = over_seeds([curve(result) for result in runs])
-        draw_band(axes, band, styles[arm], marker="o", markersize=3.5)
-        for at, value in zip(band.x, band.mean, strict=True):
-            if at == runs[0].config.moe.top_k:
-                axes.plot(at, value, marker="o", markersize=9, markerfacecolor="none", color=styles[arm].colour)
-
-
-def _draw_dense(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
-    """Dense-mode perplexity; post-hoc MoEfication has that of the run it starts from."""
-    for arm, runs in by_arm([result for result in results if result.config.method != "posthoc"]).items():
-        values = [result.ppl_dense for result in runs if result.ppl_dense is not None]
-        if values:
-            axes.axhline(sum(values) / len(values), color=styles[arm].colour, linestyle="--", linewidth=1)
-
-
-def _label_experts(axes: Axes, results: Sequence[RunResult]) -> None:
+def label_experts(axes: Axes, results: Sequence[RunResult]) -> None:
+    """An x axis of numbers of experts, each doubling as wide as the one before."""
     ks = sorted({k for result in results for k, _ in result.evaluation.curve})
     if ks:
         axes.set_xscale("log", base=2)
@@ -73,27 +59,52 @@ def _label_experts(axes: Axes, results: Sequence[RunResult]) -> None:
         axes.set_xlabel("no run was scored in sparse mode")
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    if max(values) > LOG_RATIO * min(values):
-        axes.set_yscale("log")
-        # Perplexities span one or two decades: label 20 and 50 too, in plain numbers.
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+def ring(axes: Axes, runs: Sequence[RunResult], points: Sequence[tuple[float, float]], colour: str) -> None:
+    """A ring around the point at the k that the arm is set to."""
+    for at, value in points:
+        if at == runs[0].config.moe.top_k:
+            axes.plot(at, value, marker="o", markersize=9, markerfacecolor="none", color=colour)
+
+
+def _draw_curves(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
+    for arm, runs in by_arm([result for result in results if result.evaluation.curve]).items():
+        band = over_seeds([perplexities(result.evaluation.curve) for result in runs])
+        draw_band(axes, band, styles[arm], marker=styles[arm].marker, markersize=3.5)
+        ring(axes, runs, list(zip(band.x, band.mean, strict=True)), styles[arm].colour)
+
+
+def _draw_dense(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
+    for arm, runs in by_arm([result for result in results if _has_dense_line(result)]).items():
+        values = [result.ppl_dense for result in runs if result.ppl_dense is not None]
+        if values:
+            axes.axhline(sum(values) / len(values), color=styles[arm].colour, linestyle="--", linewidth=1)
+
+
+def _has_dense_line(result: RunResult) -> bool:
+    """Whether the run's dense mode is drawn: post-hoc MoEfication has that of the run it starts from."""
+    return result.serves_densely and (result.config.method != "posthoc" or result.config.start_from is None)
+
+
+def _drawn_of(result: RunResult) -> list[float]:
+    """Every perplexity of the run that is drawn."""
+    dense = [result.ppl_dense] if _has_dense_line(result) and result.ppl_dense is not None else []
+    return [*dense, *(value for _, value in perplexities(result.evaluation.curve))]
 
 
 def _legend(results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> list[Line2D]:
     """A curve for each arm that has one, and what dashes mean; the dense arm is a dashed line itself."""
     entries = []
     for arm, runs in by_arm(results).items():
-        style = styles[arm]
+        style, label = styles[arm], shortened(runs[0].label)
         if runs[0].evaluation.curve:
-            label = f"{runs[0].label}, k of {runs[0].config.moe.experts}"
             entries.append(
-                Line2D([], [], color=style.colour, linestyle=style.line, marker="o", markersize=3.5, label=label)
-            )
+                Line2D(
+                    [], [], color=style.colour, linestyle=style.line, marker=style.marker, markersize=3.5,
+                    label=f"{label}, k of {runs[0].config.moe.experts}",
+                )
+            )  # fmt: skip
         else:
-            entries.append(Line2D([], [], color=style.colour, linestyle="--", linewidth=1, label=runs[0].label))
+            entries.append(Line2D([], [], color=style.colour, linestyle="--", linewidth=1, label=label))
     return [*entries, Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="in dense mode")]
 
 
@@ -103,6 +114,6 @@ def _table(results: Sequence[RunResult]) -> pd.DataFrame:
         run = (result.name, result.arm, result.config.seed)
         if result.ppl_dense is not None:
             rows.append((*run, "dense", None, result.ppl_dense))
-        rows += [(*run, "sparse", k, value) for k, value in curve(result)]
+        rows += [(*run, "sparse", k, value) for k, value in perplexities(result.evaluation.curve)]
     table = pd.DataFrame(rows, columns=["run", "arm", "seed", "mode", "k", "perplexity"])
     return table.astype({"k": "Int64"})

@@ -1,46 +1,61 @@
 """report.html: everything about an experiment in one file that needs no network."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ssd_lit.config import RunConfig
+from ssd_lit.config import Experiment
 from ssd_lit.files import read_json, write_text
 from ssd_lit.reporting import words
-from ssd_lit.reporting.figures import FIGURES
+from ssd_lit.reporting.arms import arms_of
+from ssd_lit.reporting.figures import figure_kinds
 from ssd_lit.reporting.findings import findings
-from ssd_lit.reporting.runs import by_arm, load_results
+from ssd_lit.reporting.grid import QUANTITIES, grids, page
+from ssd_lit.reporting.names import GRID
+from ssd_lit.reporting.router_table import HEADINGS, router_rows
+from ssd_lit.reporting.runs import load_results
 from ssd_lit.reporting.settings import flat, settings
-from ssd_lit.reporting.summary import summary_row
+from ssd_lit.reporting.summary import model_name, summary_row
+from ssd_lit.reporting.token_tables import token_tables
 
 
-def write_report(exp_dir: Path, runs: Sequence[RunConfig], data_dir: Path, provenance: Mapping[str, Any]) -> Path:
+def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenance: Mapping[str, Any]) -> Path:
     """Write report.html from the runs' files and the figures drawn before.
 
     `provenance` is shown as it is: names to values, or to mappings of them.
     """
-    results = load_results(exp_dir, runs)
-    experiment = _read_experiment(exp_dir / "experiment.yaml")
-    page = _template().render(
-        name=runs[0].experiment,
-        description=experiment["description"],
-        findings=findings(results),
+    results = load_results(exp_dir, experiment.runs())
+    found = grids(experiment, results)
+    figures = [
+        (name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg"))
+        for name, kind in figure_kinds(experiment, results).items()
+    ]
+    html = _template().render(
+        name=experiment.experiment,
+        description=experiment.description,
+        findings=findings(results, found),
         rows=[(result, summary_row(result)) for result in results],
-        figures=[(name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg")) for name, kind in FIGURES.items()],
+        one_model=len({model_name(result.config.model) for result in results}) == 1,
+        routers=router_rows(results),
+        router_headings=HEADINGS,
+        figures=[one for one in figures if not one[0].startswith(GRID)],
+        grids=list(zip(found, (one for one in figures if one[0].startswith(GRID)), strict=True)),
+        quantities=QUANTITIES,
+        page=page,
+        tokens=token_tables(results),
         card=_read_card(data_dir / "documents" / "card.json"),
-        data=flat(experiment["data"]),
-        arms=[arm_runs[0].label for arm_runs in by_arm(results).values()],
+        data=flat(experiment.data.model_dump()),
+        arms=arms_of(results),
         settings=settings(results),
-        evaluation=flat(experiment["evaluation"]),
+        evaluation=flat(experiment.evaluation.model_dump()),
         provenance=flat(provenance),
     )
     path = exp_dir / "report.html"
-    write_text(path, page)
+    write_text(path, html)
     return path
 
 
@@ -68,20 +83,13 @@ def _template() -> Any:
     )
     for write in (words.number, words.scaled, words.percent, words.duration):
         environment.filters[write.__name__] = write
+    environment.filters["heading"] = _heading
     return environment.get_template("report.html")
 
 
-def _read_experiment(path: Path) -> dict[str, Any]:
-    """The experiment as it was run; not checked again, for its text files need not be on this machine."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; run the stage that writes it first") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({error}); delete it and run again") from None
-    if not isinstance(content, dict) or not {"description", "data", "evaluation"} <= content.keys():
-        raise ValueError(f"{path}: not an experiment; delete it and run again")
-    return content
+def _heading(text: str) -> Markup:
+    """A column's heading, broken behind its comma."""
+    return Markup(",<br>").join(text.split(", "))
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run left behind: its config, phases, curves and evaluation, read from files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,27 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """evaluation.json: what the final model scores; losses are nats per token."""
+    """evaluation.json: what the final model scores; losses are nats per target."""
 
     loss_dense: float | None
+    """None where the experts are copies."""
     loss_sparse: float | None
     """None for a model that was never given experts."""
     experts: int | None
     top_k: int | None
     curve: tuple[tuple[int, float], ...]
     """(k, loss in sparse mode with k experts)."""
+    oracle_curve: tuple[tuple[int, float], ...]
+    """The same, were the best k experts chosen."""
+    threshold_curve: tuple[tuple[float, float, float], ...]
+    """(threshold, mean k, loss), where every token takes as many experts as matter."""
+    router: str | None
+    """What chose the experts."""
     active_ratio: tuple[float, ...]
     """Share of the neurons above zero for a token, layer by layer."""
     active_neurons: float | None
     routing_recall: tuple[float, ...]
-    """Share of the active neurons that the chosen experts hold, layer by layer or one number for all."""
+    """Share of the oracle's activation mass that the chosen experts hold, layer by layer."""
     tokens: int
     split: str
 
@@ -46,7 +53,12 @@ class Evaluation:
                 experts=content["experts"],
                 top_k=content["top_k"],
                 curve=tuple(sorted((point["top_k"], point["loss"]) for point in content["curve"])),
-                active_ratio=tuple(content["active_ratio"]),
+                oracle_curve=tuple(sorted((point["top_k"], point["loss"]) for point in content["oracle_curve"])),
+                threshold_curve=tuple(
+                    sorted((point["threshold"], point["mean_k"], point["loss"]) for point in content["threshold_curve"])
+                ),
+                router=content["router"],
+                active_ratio=_as_tuple(content["active_ratio"]),
                 active_neurons=content["active_neurons"],
                 routing_recall=_as_tuple(content.get("routing_recall")),
                 tokens=content["tokens"],
@@ -65,6 +77,7 @@ class RunResult:
     points: dict[str, Points]
     """Curves over the global step; empty for a run that trains nothing itself."""
     evaluation: Evaluation
+    folder: Path
 
     @property
     def name(self) -> str:
@@ -84,6 +97,11 @@ class RunResult:
         return self.chain[-1].total
 
     @property
+    def last_step(self) -> int:
+        """The steps of the run itself."""
+        return self.chain[-1].last_step
+
+    @property
     def sparse_share(self) -> float:
         return self.total.sparse_steps / self.total.steps if self.total.steps else 0.0
 
@@ -93,28 +111,69 @@ class RunResult:
         return any(record.steps for record in self.chain)
 
     @property
+    def is_cell(self) -> bool:
+        """Whether the run is one cell of a grid."""
+        return bool(self.config.grid)
+
+    @property
+    def serves_densely(self) -> bool:
+        """Whether the model can be meant to run in dense mode: not where experts are copies or a gate weighs them."""
+        return self.config.method != "upcycle" and self.evaluation.router != "learned"
+
+    @property
     def ppl_dense(self) -> float | None:
-        return perplexity(self.evaluation.loss_dense)
+        return _perplexity(self.evaluation.loss_dense)
 
     @property
     def ppl_sparse(self) -> float | None:
-        return perplexity(self.evaluation.loss_sparse)
+        return _perplexity(self.evaluation.loss_sparse)
+
+    @property
+    def ppl_oracle(self) -> float | None:
+        """In sparse mode with the arm's k, were the experts with the largest activation mass chosen.
+
+        None where experts are copies: their outputs are weighed, which an oracle that only chooses does not do.
+        """
+        if self.config.method == "upcycle":
+            return None
+        return _perplexity(dict(self.evaluation.oracle_curve).get(self.config.moe.top_k))
+
+    @property
+    def recall(self) -> float | None:
+        """Routing recall, averaged over layers."""
+        layers = self.evaluation.routing_recall
+        return sum(layers) / len(layers) if layers else None
 
     def flops_at(self, steps: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
-        """FLOPs spent at those steps: every step of a phase costs the same, so straight lines join its ends."""
-        known = [(0, 0.0)] + [(record.total.steps, record.total.flops) for record in self.chain]
-        return np.interp(steps, [step for step, _ in known], [flops for _, flops in known])
+        """FLOPs spent at those steps of the run, those of a run it started from included."""
+        return self._spent_at(steps, "train/flops", lambda total: total.flops)
+
+    def seconds_at(self, steps: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        """Wall-clock seconds of training spent at those steps, those of a run it started from included."""
+        return self._spent_at(steps, "train/seconds", lambda total: total.seconds)
+
+    def _spent_at(
+        self, steps: Sequence[float], curve: str, get: Callable[[Totals], float]
+    ) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        """Straight lines between the recorded points and the ends of phases; where both are, the later end counts."""
+        first = self.chain[0]
+        known = {0: get(first.total) if not first.steps else 0.0} | dict(self.points.get(curve, []))
+        known |= {record.last_step: get(record.total) for record in self.chain}
+        at = sorted(known)
+        return np.interp(steps, at, [known[step] for step in at])
 
     def sparse_spans(self) -> list[tuple[int, int]]:
         """First and last step of every sparse phase."""
         return [(record.first_step, record.last_step) for record in self.chain if record.mode == "sparse"]
 
 
-def perplexity(loss: float | None) -> float | None:
+def perplexity(loss: float) -> float:
     """e to the loss; infinite where a float cannot hold it."""
-    if loss is None:
-        return None
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else perplexity(loss)
 
 
 def load_results(exp_dir: Path, runs: Sequence[RunConfig]) -> list[RunResult]:
@@ -134,7 +193,7 @@ def _load(run_dir: Path, run: RunConfig) -> RunResult:
     chain = read_chain(run_dir, run.method)
     evaluation = Evaluation.read(run_dir / "evaluation.json")
     points = {} if run.method == "posthoc" else _read_metrics(run_dir / "metrics.jsonl")
-    return RunResult(run, tuple(chain), points, evaluation)
+    return RunResult(run, tuple(chain), points, evaluation, run_dir)
 
 
 def _read_metrics(path: Path) -> dict[str, Points]:

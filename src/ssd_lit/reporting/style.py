@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ssd_lit.files import whole_file
 from ssd_lit.reporting.runs import RunResult, by_arm
@@ -17,9 +21,14 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 Line = Literal["-", "-.", ":"]
 LINES: tuple[Line, ...] = ("-", "-.", ":")
 """Dashes are left for what is not a curve: reference lines."""
+MARKERS = ("o", "^", "s")
+RAMPS = ("plasma", "viridis")
+"""Colours of the cells of grids, which stand in an order."""
 GREY = "#555555"
 WIDTH = 9.0
 """Inches; the report shows figures at page width."""
+LOG_RATIO = 3.0
+"""Perplexities further apart than this factor are drawn on a log scale."""
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -46,18 +55,45 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """Colour and line of an arm, the same in every figure."""
+    """Colour, line and marker of an arm, the same in every figure."""
 
     colour: str
     line: Line
+    marker: str = MARKERS[0]
 
 
 def arm_styles(results: Sequence[RunResult]) -> dict[str, ArmStyle]:
-    """A colour for each arm in order; with more arms than colours, another kind of line."""
-    return {
-        arm: ArmStyle(PALETTE[index % len(PALETTE)], LINES[index // len(PALETTE) % len(LINES)])
-        for index, arm in enumerate(by_arm(results))
-    }
+    """A colour for each arm in order; with more arms than colours, another kind of line and marker.
+
+    The cells of all grids over the same settings share a ramp of colours.
+    """
+    ramps: dict[tuple[str, ...], list[str]] = {}
+    others: list[str] = []
+    for arm, runs in by_arm(results).items():
+        (ramps.setdefault(tuple(runs[0].config.grid), []) if runs[0].is_cell else others).append(arm)
+    styles = {}
+    for index, arm in enumerate(others):
+        kind = index // len(PALETTE) % len(LINES)
+        styles[arm] = ArmStyle(PALETTE[index % len(PALETTE)], LINES[kind], MARKERS[kind])
+    for index, cells in enumerate(ramps.values()):
+        for arm, colour in zip(cells, ramp(len(cells), RAMPS[index % len(RAMPS)]), strict=True):
+            styles[arm] = ArmStyle(colour, "-", "D")
+    return styles
+
+
+def ramp(count: int, name: str) -> list[str]:
+    """Colours from dark to light, the lightest left out: they are too faint on white."""
+    return [to_hex(colormaps[name](0.88 * index / max(count - 1, 1))) for index in range(count)]
+
+
+def scale_perplexities(axes: Axes, values: Sequence[float]) -> None:
+    """A log scale for the y axis if the perplexities drawn are far apart."""
+    if values and max(values) > LOG_RATIO * min(values):
+        axes.set_yscale("log")
+        # Perplexities span one or two decades: label 20 and 50 too, in plain numbers.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
@@ -71,7 +107,8 @@ def figure_settings() -> Iterator[None]:
 
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write the figure as .svg and .png, without dates or versions inside."""
-    svg, png = stem.with_suffix(".svg"), stem.with_suffix(".png")
+    # The name of an arm may hold a dot: no suffix is to be replaced.
+    svg, png = (stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png"))
     with whole_file(svg) as part:
         figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
     with whole_file(png) as part:

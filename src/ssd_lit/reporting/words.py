@@ -1,6 +1,7 @@
 """Numbers as a reader wants them."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
@@ -48,6 +49,11 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def flop(value: float) -> str:
+    """FLOPs with a prefix: 1.23 GFLOP."""
+    return scaled(value, "FLOP")
+
+
 def percent(share: float) -> str:
     """A share as a percentage with one decimal."""
     return f"{100 * share:.1f}%"
@@ -75,3 +81,17 @@ def compare(value: float, reference: float, words: Wording) -> str:
 def listed(items: list[str]) -> str:
     """a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def told_differences(found: Mapping[str, tuple[str, str]], most: int = 4) -> str:
+    """Settings that differ, by key: "moe.top_k 4 instead of 6"; beyond `most` only how many."""
+    told = [f"{key} {mine} instead of {theirs}" for key, (mine, theirs) in list(found.items())[:most]]
+    rest = len(found) - len(told)
+    if rest:
+        told.append(f"{rest} more setting{'s' if rest > 1 else ''}")
+    return listed(told) if told else "no setting"
+
+
+def shortened(text: str, most: int = 32) -> str:
+    """A name that fits beside a figure: the middle of a long one is left out, for names differ at their ends."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"

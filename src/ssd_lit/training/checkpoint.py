@@ -1,5 +1,6 @@
 """Reading checkpoints and building what goes into them, with and without Lightning."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,23 +8,45 @@ import torch
 from torch import nn
 
 from ssd_lit.config import RunConfig
+from ssd_lit.data.objectives import Specials
+from ssd_lit.layout import PhaseRecord, phase_dir
 from ssd_lit.models.language_model import LanguageModel
 
 PREFIX = "model."  # The model is `Pretraining.model`, so its weights carry this prefix in a checkpoint.
 
+ROUTER = ".router."  # In the names of a router's weights, and of no others.
+
 SWITCH_STATE = "PhaseSwitch"  # The phase switch keeps its state under this key of a checkpoint's callbacks.
 
 
-def build_model(config: RunConfig, *, vocab_size: int, end_of_text: int) -> LanguageModel:
-    """The run's model with fresh weights, a function of its config and seed."""
+def build_model(
+    config: RunConfig, specials: Specials, *, router: str | None = None, read_weights: bool = True
+) -> LanguageModel:
+    """The run's model with its first weights, a function of its config and seed.
+
+    `router` names another way to choose experts than the config's. Where a checkpoint is loaded next, a pretrained
+    one need not be read.
+    """
     torch.manual_seed(config.seed)
     return LanguageModel(
         config.model,
         config.moe,
-        vocab_size=vocab_size,
+        specials,
         context=config.data.sequence_length,
-        end_of_text=end_of_text,
+        router=router,
+        copies=config.method == "upcycle",
+        read_weights=read_weights,
     )
+
+
+def final_model(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], specials: Specials) -> LanguageModel:
+    """The model at the end of a run, with the router that was trained for it if one was; on the CPU, dense mode."""
+    last = chain[-1]
+    model = build_model(
+        config, specials, router=config.moe.trained_router if last.mode == "router" else None, read_weights=False
+    )
+    load_weights(model, read_checkpoint(phase_dir(run_dir, last.index, last.mode) / "last.ckpt"))
+    return model
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -40,6 +63,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Load the weights of a checkpoint into the model, every one of them."""
     model.load_state_dict({name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()})
+
+
+def load_beside_routers(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Load all weights but the routers', which may be of another kind or of other experts in the checkpoint."""
+    theirs = {name: value for name, value in checkpoint["state_dict"].items() if ROUTER not in name}
+    ours = {name: value for name, value in weights_of(model).items() if ROUTER in name}
+    load_weights(model, {"state_dict": theirs | ours})
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:

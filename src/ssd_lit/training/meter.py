@@ -8,33 +8,37 @@ from lightning.pytorch import Callback, Trainer
 
 from ssd_lit.config import RunConfig
 from ssd_lit.layout import Totals
-from ssd_lit.models.flops import PEAK_FLOPS, training_flops
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.models.flops import PEAK_FLOPS, Costs
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.schedule import Phase
+from ssd_lit.training.top_k import top_k_at
 
 
 class Meter(Callback):
-    """Logs the loss over the steps since the last logged one, tokens a second, training FLOPs and MFU.
+    """Logs the loss over the steps since the last logged one, tokens a second, training FLOPs, seconds and MFU.
 
     It also logs before every checkpoint and at the end of a phase, so that a checkpoint never holds half-filled
     sums: a run that is interrupted logs the same points.
     """
 
-    def __init__(self, phase: Phase, config: RunConfig, start: Totals, flops_per_token: float):
+    def __init__(self, phase: Phase, config: RunConfig, start: Totals, costs: Costs, switch: PhaseSwitch):
         self.last: dict[str, float] = {}
         """The values logged last."""
-        self._first_step = phase.first_step
+        self._phase = phase
+        self._config = config
+        self._start = start
+        self._costs = costs
+        self._switch = switch
+        self._flops = 0.0
         self._every = (config.training.log_every, config.training.checkpoint_every)
-        self._start_flops = start.flops
-        self._step_flops = flops_per_token * config.training.batch_size * config.data.sequence_length
-        self._flops_per_token = flops_per_token
         self._peak: float | None = None
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         if module.device.type == "cuda" and module.config.training.precision == "bf16":
             self._peak = PEAK_FLOPS.get(torch.cuda.get_device_name(module.device))
+        self._flops = phase_flops(self._config, self._phase, self._costs, trainer.global_step)
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
@@ -45,6 +49,8 @@ class Meter(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
+        step_flops = phase_flops(self._config, self._phase, self._costs, step, since=step - 1)
+        self._flops += step_flops
         if not (trainer.should_stop or any(step % every == 0 for every in self._every)):
             return
         loss = module.train_loss.compute().item()
@@ -58,14 +64,21 @@ class Meter(Callback):
             "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/tokens_per_second": rate,
-            "train/flops": self._start_flops + (step - self._first_step) * self._step_flops,
+            "train/flops": self._start.flops + self._flops,
+            "train/seconds": self._start.seconds + self._switch.elapsed(),
         }
         if self._peak is not None:
-            self.last["train/mfu"] = rate * self._flops_per_token / (self._peak * trainer.world_size)
+            step_tokens = self._config.training.batch_size * self._config.data.sequence_length
+            self.last["train/mfu"] = rate * step_flops / step_tokens / (self._peak * trainer.world_size)
         module.record(self.last)
 
 
-def phase_flops(config: RunConfig, phase: Phase, vocab_size: int) -> float:
-    """Training FLOPs of one token in that phase."""
-    mode: Mode = "sparse" if phase.mode == "sparse" else "dense"
-    return training_flops(config.model, config.moe, mode, vocab_size=vocab_size, context=config.data.sequence_length)
+def phase_flops(config: RunConfig, phase: Phase, costs: Costs, step: int, since: int | None = None) -> float:
+    """Training FLOPs of a phase up to the global step `step`, from its first step or from `since` on."""
+    steps = range(phase.first_step if since is None else since, step)
+    if phase.mode == "dense":
+        blocks = len(steps) * costs.dense()
+    else:
+        copies = config.method == "upcycle"
+        blocks = sum(costs.sparse(config.moe, top_k_at(config, one), copies=copies) for one in steps)
+    return config.training.batch_size * blocks

@@ -9,43 +9,61 @@ from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 
 from ssd_lit.config import RunConfig
+from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.optim import build_optimizer, build_scheduler
-
-Batch = dict[str, Tensor]
+from ssd_lit.training.top_k import top_k_at
 
 
 class Pretraining(LightningModule):
     """A language model, its optimiser and its losses; the mode is set on `model` before a phase begins.
 
-    Random numbers (dropout) are drawn anew for every step from (seed, step, rank), as the data is: a run that
-    was interrupted draws the same ones, on any number of processes, with nothing to save.
+    Random numbers (hidden tokens, dropout) are drawn anew for every step from (seed, step, rank), as the data is: a
+    run that was interrupted draws the same ones, on any number of processes, with nothing to save.
     """
 
-    def __init__(self, config: RunConfig, model: LanguageModel):
+    def __init__(self, config: RunConfig, model: LanguageModel, objective: Objective):
         super().__init__()
         self.config = config
         self.model = model
+        self._objective = objective
         # Torchmetrics adds up over all processes when a value is computed.
         self.train_loss = MeanMetric()
         self.train_tokens = SumMetric()
         self.validation_loss = MeanMetric()
         # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
-        self._loss = torch.compile(model.loss) if config.training.compile else model.loss
+        self._loss = torch.compile(self._losses) if config.training.compile else self._losses
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """What the model is to read and to predict; the blocks' own noise in validation, fresh noise in training."""
+        noise = batch.pop("noise", None)
+        if self.trainer.training:
+            entropy = [self.config.seed, self.global_step, self.global_rank]
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        if noise is None:
+            noise = torch.rand(*batch["inputs"].shape, self._objective.draws, device=self.device)
+        return self._objective(batch, noise)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        entropy = [self.config.seed, self.global_step, self.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        if self.model.ffns[0].mode == "sparse":
+            self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss: Tensor = self._loss(batch["inputs"], batch["targets"])
-        self.train_loss.update(loss.detach(), weight=batch["targets"].numel())
-        self.train_tokens.update(batch["targets"].numel())
-        return loss
+        loss, gate = self._loss(batch)
+        self.train_loss.update(loss.detach(), weight=_targets(batch))
+        self.train_tokens.update(len(batch["inputs"]) * self.config.data.sequence_length)
+        if gate is None:
+            return loss
+        moe = self.config.moe
+        return loss + moe.balance_weight * gate[0] + moe.z_weight * gate[1]
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the two of a learned router."""
+        loss = self.model.loss(batch)
+        return loss, self.model.gate_losses() if self.config.moe.router == "learned" else None
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        loss = self.model.loss(batch["inputs"], batch["targets"])
-        self.validation_loss.update(loss, weight=batch["targets"].numel())
+        self.validation_loss.update(self.model.loss(batch), weight=_targets(batch))
 
     def on_validation_epoch_end(self) -> None:
         loss = self.validation_loss.compute()
@@ -61,3 +79,8 @@ class Pretraining(LightningModule):
         """Log `values` at the number of optimiser steps done, once for all processes."""
         assert self.trainer.logger is not None
         self.trainer.logger.log_metrics(values, step=self.global_step)
+
+
+def _targets(batch: Batch) -> Tensor:
+    """How many targets count."""
+    return (batch["targets"] != IGNORED).sum()

@@ -9,15 +9,28 @@ from torch import Tensor
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import load_index
+from ssd_lit.data.objectives import Specials
 from ssd_lit.files import whole_file
 from ssd_lit.layout import PhaseRecord, Totals, phase_dir
-from ssd_lit.moe.clustering import random_balanced
-from ssd_lit.moe.order import moefy
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
+from ssd_lit.moe.order import copy_into_experts, moefy
 from ssd_lit.moe.similarity import PatternTracker
-from ssd_lit.training.checkpoint import SWITCH_STATE, build_model, load_weights, read_checkpoint, weights_of
+from ssd_lit.training.calibration import layer_activations
+from ssd_lit.training.checkpoint import (
+    PREFIX,
+    SWITCH_STATE,
+    build_model,
+    load_beside_routers,
+    read_checkpoint,
+    weights_of,
+)
 from ssd_lit.training.optim import build_optimizer
 from ssd_lit.training.records import finished
 from ssd_lit.training.schedule import Phase
+
+Checks = list[list[float]]
+"""[global step, similarity] of each check."""
 
 
 def moefy_phase(
@@ -28,59 +41,95 @@ def moefy_phase(
     tokens_dir: Path,
     start_from: tuple[Path, Totals] | None,
 ) -> PhaseRecord:
-    """Group every layer's neurons into experts and write the phase's last.ckpt; returns what phase.json is to say.
+    """Give every layer its experts and write the phase's last.ckpt; returns what phase.json is to say.
 
     Reads the checkpoint of the phase before; for a first phase that of another run, with what it has spent, or
-    fresh weights if `start_from` is None.
+    takes the model's first weights if `start_from` is None.
     """
     began = time.perf_counter()
-    index = load_index(tokens_dir)
-    model = build_model(config, vocab_size=index["vocab_size"], end_of_text=index["eos_id"])
+    specials = Specials.of(load_index(tokens_dir))
     before, start = start_from or (None, Totals())
     if history:
         before, start = phase_dir(run_dir, history[-1].index, history[-1].mode) / "last.ckpt", history[-1].total
     checkpoint: dict[str, Any] = read_checkpoint(before) if before is not None else {}
-    if checkpoint:
-        load_weights(model, checkpoint)
-
-    tracker = PatternTracker(config.moe.experts, seed=config.seed)
-    switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
-    # Another run's clusters may be of another number; its labels are no start for ours.
-    if history and switch is not None:
-        tracker.load_state_dict(switch["tracker"])
-    labels, similarity = _experts(config, tracker, [ffn.w_in for ffn in model.ffns], phase, history)
-
-    optimizer = build_optimizer(model, config.optim)
-    if "optimizer_states" in checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-    orders = [moefy(ffn, ids, optimizer) for ffn, ids in zip(model.ffns, labels, strict=True)]
-    tracker.reorder(orders)
-
-    checkpoint["state_dict"] = weights_of(model)
-    if "optimizer_states" in checkpoint:
-        checkpoint["optimizer_states"] = [optimizer.state_dict()]
-    if switch is not None:
-        switch["tracker"] = tracker.state_dict()
+    if config.method == "upcycle":
+        checkpoint, similarity = {"state_dict": _upcycled(config, checkpoint, specials)}, []
+    else:
+        similarity = _moefied(config, checkpoint, phase, history, tokens_dir, specials)
     with whole_file(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt") as part:
         torch.save(checkpoint, part)
     spent = Totals(seconds=time.perf_counter() - began)
     return finished(config, phase, history, start, spent, "moefied", similarity)
 
 
+def _moefied(
+    config: RunConfig,
+    checkpoint: dict[str, Any],
+    phase: Phase,
+    history: list[PhaseRecord],
+    tokens_dir: Path,
+    specials: Specials,
+) -> Checks:
+    """Group the neurons of a checkpoint in place; returns the check of similarity that came with it, if any."""
+    model = build_model(config, specials, read_weights=not checkpoint)
+    if checkpoint:
+        load_beside_routers(model, checkpoint)
+    tracker = PatternTracker(config.moe.experts, seed=config.seed)
+    switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
+    # Another run's clusters may be of another number; its labels are no start for ours.
+    if history and switch is not None:
+        tracker.load_state_dict(switch["tracker"])
+    labels, similarity = _experts(config, model, tracker, phase, history, tokens_dir, specials)
+
+    optimizer = build_optimizer(model, config.optim) if history else None
+    if optimizer is not None:
+        optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    moved = optimizer if config.moe.permute_optimizer else None
+    tracker.reorder([moefy(ffn, ids, moved) for ffn, ids in zip(model.ffns, labels, strict=True)])
+
+    checkpoint["state_dict"] = weights_of(model)
+    if optimizer is not None:
+        checkpoint["optimizer_states"] = [optimizer.state_dict()]
+    if switch is not None:
+        switch["tracker"] = tracker.state_dict()
+    return similarity
+
+
 def _experts(
-    config: RunConfig, tracker: PatternTracker, weights: list[Tensor], phase: Phase, history: list[PhaseRecord]
-) -> tuple[list[Tensor], list[list[float]]]:
+    config: RunConfig,
+    model: LanguageModel,
+    tracker: PatternTracker,
+    phase: Phase,
+    history: list[PhaseRecord],
+    tokens_dir: Path,
+    specials: Specials,
+) -> tuple[list[Tensor], Checks]:
     """The expert of every neuron, layer by layer, and the check of similarity that came with it, if any."""
-    if config.moe.construction == "random" or config.method == "sparse":
-        # From scratch there is no pattern yet to cluster.
-        layers = range(len(weights))
-        seeds = [1000 * config.seed + layer for layer in layers]
-        return [
-            random_balanced(len(w), config.moe.experts, seed=seed) for w, seed in zip(weights, seeds, strict=True)
-        ], []
-    checks = history[-1].similarity if history else []
-    if checks and checks[-1][0] == phase.first_step:
-        # The phase before ended with a check: these very weights are clustered already.
-        return tracker.labels, []
-    found = tracker.update(weights)
-    return tracker.labels, [] if found is None else [[phase.first_step, found]]
+    moe, rows = config.moe, [ffn.key_rows for ffn in model.ffns]
+    if moe.construction == "kmeans":
+        checks = history[-1].similarity if history else []
+        if checks and checks[-1][0] == phase.first_step:
+            # The phase before ended with a check: these very weights are clustered already.
+            return tracker.labels, []
+        found = tracker.update(rows)
+        return tracker.labels, [] if found is None else [[phase.first_step, found]]
+    activations: list[Tensor | None] = [None] * len(rows)
+    if moe.construction in NEEDS_ACTIVATIONS:
+        activations = [*layer_activations(model, tokens_dir, moe.calibration_blocks, specials)]
+    return [
+        construct(moe.construction, w, moe.experts, seed=1000 * config.seed + layer, activations=h)
+        for layer, (w, h) in enumerate(zip(rows, activations, strict=True))
+    ], []
+
+
+def _upcycled(config: RunConfig, checkpoint: dict[str, Any], specials: Specials) -> dict[str, Tensor]:
+    """The weights of a model whose experts are copies of a dense checkpoint's FFNs, all else as it was there."""
+    dense = build_model(config.model_copy(update={"method": "dense"}), specials, read_weights=not checkpoint)
+    if checkpoint:
+        load_beside_routers(dense, checkpoint)
+    model = build_model(config, specials, read_weights=False)
+    inside = tuple(f"{PREFIX}{name}." for name, module in model.named_modules() if module in set(model.ffns))
+    rest = {name: value for name, value in weights_of(dense).items() if not name.startswith(inside)}
+    for source, target in zip(dense.ffns, model.ffns, strict=True):
+        copy_into_experts(source, target)
+    return weights_of(model) | rest

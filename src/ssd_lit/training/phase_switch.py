@@ -39,7 +39,7 @@ class PhaseSwitch(Callback):
         similarity = None
         if self.phase.mode == "dense" and step % self._check_every == 0:
             if trainer.is_global_zero:
-                similarity = self.tracker.update([ffn.w_in for ffn in module.model.ffns])
+                similarity = self.tracker.update([ffn.key_rows for ffn in module.model.ffns])
             # One process decides, and the checkpoint holds its clusterings: none may go on where another stops.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:

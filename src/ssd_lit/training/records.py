@@ -21,8 +21,8 @@ def finished(
     record = PhaseRecord(
         index=phase.index,
         mode=phase.mode,
-        first_step=start.steps,
-        last_step=total.steps,
+        first_step=phase.first_step,
+        last_step=phase.first_step + spent.steps,
         steps=spent.steps,
         tokens=spent.tokens,
         flops=spent.flops,

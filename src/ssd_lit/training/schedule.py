@@ -1,9 +1,12 @@
 """Every method as a schedule of phases: what comes next follows from the settings and the phases done.
 
 dense     dense
-ssd       dense until stable, (moefy, sparse, dense)*, the last dense phase being longer, moefy
+ssd       dense until stable, (moefy, sparse, dense)*, the last dense phase being longer, moefy; or at fixed steps
 sparse    moefy (at random), sparse
+upcycle   moefy (copies of another run's FFNs), sparse
 posthoc   moefy, on another run's final model
+
+ssd and posthoc may end with a phase `router`, which trains the router alone.
 """
 
 from collections.abc import Sequence
@@ -13,12 +16,12 @@ from typing import Literal
 from ssd_lit.config import RunConfig
 from ssd_lit.layout import PhaseRecord, Totals, phase_name
 
-PhaseMode = Literal["dense", "sparse", "moefy"]
+PhaseMode = Literal["dense", "sparse", "moefy", "router"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps in one mode and the rule for its end; `moefy` takes no step."""
+    """A stretch of steps in one mode and the rule for its end; `moefy` and `router` take no step of the run."""
 
     index: int
     mode: PhaseMode
@@ -49,16 +52,18 @@ def next_phase(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | Non
         case "dense":
             return None if history else _dense(config, history, config.training.steps, "budget")
         case "posthoc":
-            return None if history else _moefy(history)
-        case "sparse":
+            return _router(config, history) if history else _moefy(history)
+        case "sparse" | "upcycle":
             if not history:
                 return _moefy(history)
-            return _sparse(config, history, config.training.steps, "budget") if len(history) == 1 else None
+            return _sparse(history, config.training.steps, "budget") if len(history) == 1 else None
+        case "ssd" if config.switching.switch_points is not None:
+            return _next_of_fixed(config, history, config.switching.switch_points)
         case "ssd":
-            return _next_of_ssd(config, history)
+            return _next_of_adaptive(config, history)
 
 
-def _next_of_ssd(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
+def _next_of_adaptive(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
     s = config.switching
     total = history[-1].total if history else Totals()
     left = config.training.steps - total.steps
@@ -74,13 +79,36 @@ def _next_of_ssd(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | N
             # One step at least must be left for the sparse phase behind it.
             ceiling = min(s.dense_max_steps, before_final - 1)
             return _dense(config, history, ceiling, "ceiling", s.dense_min_steps)
-        case "moefy" if left == 0:
-            return None
-        case "moefy":
+        case "moefy" if left > 0:
             steps = min(s.sparse_steps, sparse_left, before_final)
-            return _sparse(config, history, steps, "sparse share" if steps == sparse_left else "steps")
-        case _:
+            return _sparse(history, steps, "sparse share" if steps == sparse_left else "steps")
+        case "dense":
             return _moefy(history)
+        case _:
+            return _router(config, history)
+
+
+def _next_of_fixed(config: RunConfig, history: Sequence[PhaseRecord], points: Sequence[int]) -> Phase | None:
+    done = history[-1].last_step if history else 0
+    ends = [*points, config.training.steps]
+    if history and history[-1].mode == "dense":
+        return _moefy(history)
+    if done == config.training.steps:
+        return _router(config, history)
+    at = next(index for index, end in enumerate(ends) if end > done)
+    why = "budget" if at == len(points) else "switch point"
+    # Dense and sparse in turn, dense first.
+    if at % 2 == 0:
+        return _dense(config, history, ends[at] - done, why)
+    return _sparse(history, ends[at] - done, why)
+
+
+def _router(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
+    """The training of the router behind the last MoEfication, if one is wanted and not done yet."""
+    if config.moe.trained_router is None or history[-1].mode == "router":
+        return None
+    first, index = _start(history)
+    return Phase(index, "router", first)
 
 
 def _dense(
@@ -92,7 +120,7 @@ def _dense(
     return Phase(index, "dense", first, max_steps, at_max, min_steps or 0, tau)
 
 
-def _sparse(config: RunConfig, history: Sequence[PhaseRecord], max_steps: int, at_max: str) -> Phase:
+def _sparse(history: Sequence[PhaseRecord], max_steps: int, at_max: str) -> Phase:
     first, index = _start(history)
     return Phase(index, "sparse", first, max_steps, at_max)
 
@@ -103,4 +131,4 @@ def _moefy(history: Sequence[PhaseRecord]) -> Phase:
 
 
 def _start(history: Sequence[PhaseRecord]) -> tuple[int, int]:
-    return (history[-1].total.steps if history else 0), len(history)
+    return (history[-1].last_step if history else 0), len(history)

@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from ssd_lit.config import RunConfig
+from ssd_lit.layout import Totals, rolling_checkpoint
+from ssd_lit.models.flops import Costs
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.meter import Meter
@@ -21,18 +23,25 @@ from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
 from ssd_lit.training.rolling_checkpoint import RollingCheckpoint
 from ssd_lit.training.schedule import Phase
+from ssd_lit.training.snapshots import Snapshots
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
-def build_trainer(config: RunConfig, phase: Phase, meter: Meter, recorder: Recorder | None, rolling: Path) -> Trainer:
-    """The trainer of one phase, which its phase switch ends; `rolling` is where it saves its state.
+def build_trainer(
+    config: RunConfig, phase: Phase, start: Totals, costs: Costs, recorder: Recorder | None, run_dir: Path
+) -> Trainer:
+    """The trainer of one phase, which its phase switch ends; it keeps its state in the phase's rolling checkpoint.
 
     Fitting starts a process for each further device. Raises ValueError if the machine has too few GPUs.
     """
     training = config.training
     if torch.cuda.is_available() and training.devices > torch.cuda.device_count():
         raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    rolling = rolling_checkpoint(run_dir, phase.index, phase.mode)
+    switch = PhaseSwitch(phase, config)
+    meter = Meter(phase, config, start, costs, switch)
+    snapshots = [Snapshots(run_dir, training.snapshot_every)] if training.snapshot_every else []
     return Trainer(
         # The phase switch ends the phase, and nothing else.
         max_epochs=-1,
@@ -50,10 +59,11 @@ def build_trainer(config: RunConfig, phase: Phase, meter: Meter, recorder: Recor
         logger=RecorderLogger(recorder),
         callbacks=[
             # In this order at the end of a step: decide, measure, show, and save what is then known.
-            PhaseSwitch(phase, config),
+            switch,
             meter,
             ActivationMonitor(training.log_every),
             Progress(config.name, phase, meter),
+            *snapshots,
             RollingCheckpoint(rolling, training.checkpoint_every, training.validate_every),
         ],
         enable_checkpointing=False,
@@ -77,6 +87,8 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
+        warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # the module's is meant
+        warnings.filterwarnings("ignore", message=".*have no `validation_step`.*")  # routers are not validated
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # older releases of torch know no other name
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of an old name in torch
         yield

@@ -1,0 +1,192 @@
+"""What the experts of a run's final model do: how evenly they are used, how well chosen, and by which tokens.
+
+Shape letters: T tokens, D model width, E experts, K experts a token, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from ssd_lit.config import AnalysisConfig, RunConfig
+from ssd_lit.data.blocks import TokenBlocks, load_index
+from ssd_lit.data.objectives import Specials, build_objective
+from ssd_lit.data.scoring import BATCH, scoring_batches
+from ssd_lit.data.tokenizer import load_tokenizer
+from ssd_lit.layout import PhaseRecord
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.probe import ffn_inputs, ffn_tokens
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.statistics import chosen_mask, load_entropy
+from ssd_lit.training.checkpoint import final_model
+
+SPLIT = "validation"
+
+MIN_COUNT = 10
+"""A token must be seen this often before we say which experts it prefers."""
+
+LOAD_COLUMNS = ["layer", "expert", "load"]
+ROUTING_COLUMNS = ["layer", "top_k", "chosen_share", "oracle_share", "recall"]
+TOKEN_COLUMNS = ["layer", "expert", "rank", "token_id", "token", "seen", "count", "lift"]
+
+BLANKS = str.maketrans({" ": "\N{OPEN BOX}", "\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"})
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A token that an expert is chosen by more than others."""
+
+    expert: int
+    rank: int
+    token: int
+    seen: int
+    """How often the token was seen."""
+    count: int
+    """How often it chose the expert."""
+    lift: float
+
+
+class Watched(NamedTuple):
+    """Three tables and a summary of every layer; see `watch_experts`."""
+
+    load: pd.DataFrame
+    routing: pd.DataFrame
+    tokens: pd.DataFrame
+    layers: list[dict[str, Any]]
+
+
+@torch.no_grad()
+def watch_experts(
+    run_dir: Path,
+    config: RunConfig,
+    settings: AnalysisConfig,
+    chain: Sequence[PhaseRecord],
+    tokens_dir: Path,
+    tokenizer_dir: Path,
+) -> Watched:
+    """Watch the experts on validation blocks in sparse mode, on the tokens that the run's top_k brings to each layer.
+
+    - load: the share of tokens that choose each expert. The shares of a layer add up to top_k.
+    - routing: for several k, what share of all activation mass the k experts hold that the router ranks first
+      (`chosen_share`), and those that hold the most (`oracle_share`); `recall` is one over the other.
+    - tokens: for each expert those with the highest lift P(expert | token) / P(expert), among tokens seen at least
+      MIN_COUNT times; `seen` is how often, `count` how often they chose the expert. Equal lifts go by `count`.
+    - layers: load entropy, experts that no token chose, and recall at top_k.
+    """
+    specials = Specials.of(load_index(tokens_dir))
+    model = final_model(run_dir, config, chain, specials)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.set_mode("sparse", config.moe.top_k)
+    blocks = min(settings.blocks, len(TokenBlocks(tokens_dir, SPLIT)))
+    watches = _watch(model, specials, tokens_dir, blocks)
+
+    ks = several_ks(config.moe.experts, config.moe.top_k)
+    load, routing, tokens, layers = [], [], [], []
+    tokenizer = load_tokenizer(tokenizer_dir)
+    for layer, watch in enumerate(watches):
+        load += [(layer, expert, share) for expert, share in enumerate(watch.load.tolist())]
+        held = [(k, *watch.mass_shares(k)) for k in ks]
+        routing += [(layer, k, chosen, oracle, _ratio(chosen, oracle)) for k, chosen, oracle in held]
+        tokens += [
+            (layer, one.expert, one.rank, one.token, readable(tokenizer, one.token), one.seen, one.count, one.lift)
+            for one in watch.preferences(settings.tokens)
+        ]
+        layers.append({
+            "layer": layer,
+            "load_entropy": load_entropy(watch.load),
+            "dead_experts": int((watch.load == 0).sum()),
+            "routing_recall": _ratio(*watch.mass_shares(config.moe.top_k)),
+        })  # fmt: skip
+    return Watched(
+        pd.DataFrame(load, columns=LOAD_COLUMNS),
+        pd.DataFrame(routing, columns=ROUTING_COLUMNS),
+        pd.DataFrame(tokens, columns=TOKEN_COLUMNS),
+        layers,
+    )
+
+
+class LayerWatch:
+    """Counts what the tokens of one layer choose; what it holds does not grow with the number of tokens."""
+
+    def __init__(self, experts: int, vocab_size: int, device: torch.device):
+        self._tokens = torch.zeros(vocab_size, dtype=torch.int32, device=device)  # how often each was seen
+        self._chosen = torch.zeros(vocab_size, experts, dtype=torch.int32, device=device)
+        # Activation mass of the expert at each rank, summed over tokens: as the router ranks them, and by mass.
+        self._by_router = torch.zeros(experts, dtype=torch.float64, device=device)
+        self._by_mass = torch.zeros(experts, dtype=torch.float64, device=device)
+
+    def update(self, ffn: ExpertFFN, x: Tensor, tokens: Tensor) -> None:
+        """Add tokens, ids [T], with their inputs x [T, D] of the layer in sparse mode."""
+        self._tokens += tokens.bincount(minlength=len(self._tokens)).to(torch.int32)
+        self._chosen.index_add_(0, tokens, chosen_mask(ffn.choose(x), ffn.experts).to(torch.int32))
+        mass = ffn.mass(x)
+        ranked = ffn.router(x).argsort(dim=-1, descending=True)
+        self._by_router += mass.gather(1, ranked).sum(dim=0, dtype=torch.float64)
+        self._by_mass += mass.sort(dim=-1, descending=True).values.sum(dim=0, dtype=torch.float64)
+
+    @property
+    def load(self) -> Tensor:
+        """Share of the tokens that chose each expert, [E]."""
+        return self._chosen.sum(dim=0).cpu().double() / int(self._tokens.sum())
+
+    def mass_shares(self, k: int) -> tuple[float, float]:
+        """Share of all activation mass in the first k experts by the router, and in the k of the largest mass."""
+        total = float(self._by_mass.sum())
+        return _ratio(float(self._by_router[:k].sum()), total), _ratio(float(self._by_mass[:k].sum()), total)
+
+    def preferences(self, count: int) -> list[Preference]:
+        """For each expert the `count` tokens with the highest lift; none for an expert that no token chose."""
+        seen = self._tokens.cpu().numpy()
+        known = np.flatnonzero(seen >= MIN_COUNT)
+        chosen, load = self._chosen.cpu().numpy()[known], self.load.numpy()
+        preferred = []
+        for expert in np.flatnonzero(load):
+            times = chosen[:, expert]
+            lift = times / seen[known] / load[expert]
+            order = [place for place in np.lexsort((known, -times, -lift))[:count] if times[place] > 0]
+            for rank, place in enumerate(order, start=1):
+                token = int(known[place])
+                preferred.append(
+                    Preference(int(expert), rank, token, int(seen[token]), int(times[place]), float(lift[place]))
+                )
+        return preferred
+
+
+def several_ks(experts: int, top_k: int) -> list[int]:
+    """1, 2, 4 and so on up to all experts, and the run's own k."""
+    powers = [2**i for i in range(experts.bit_length()) if 2**i < experts]
+    return sorted({*powers, experts, top_k})
+
+
+def readable(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text with its blanks made visible; its name in the vocabulary where the text cannot be shown.
+
+    That is so for control characters and for parts of a character.
+    """
+    text: str = tokenizer.decode([token], skip_special_tokens=False).translate(BLANKS)
+    if text and text.isprintable() and "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    return tokenizer.id_to_token(token) or str(token)
+
+
+def _watch(model: LanguageModel, specials: Specials, tokens_dir: Path, blocks: int) -> list[LayerWatch]:
+    device = model.ffns[0].w_in.device
+    objective = build_objective(model.objective_name, specials)
+    watches = [LayerWatch(ffn.experts, specials.vocab_size, device) for ffn in model.ffns]
+    batches = scoring_batches(tokens_dir, SPLIT, range(blocks), objective, device)
+    for batch in tqdm(batches, total=-(-blocks // BATCH), desc="experts", disable=None):
+        read = zip(watches, model.ffns, ffn_inputs(model, batch), ffn_tokens(model, batch), strict=True)
+        for watch, ffn, x, tokens in read:
+            watch.update(ffn, x, tokens)
+    return watches
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

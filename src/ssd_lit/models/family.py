@@ -1,0 +1,167 @@
+"""What a model family tells the rest: how its backbone is built and where its FFNs are."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssd_lit.checkpoint_folder import checkpoint_shape, model_settings
+from ssd_lit.config import ModelConfig
+from ssd_lit.data.objectives import Specials
+from ssd_lit.moe.ffn import ExpertFFN
+
+
+@dataclass(frozen=True)
+class FFNParts:
+    """The weights of one FFN, neuron by neuron: w_in, w_gate and w_out [F, D], b_in [F], b_out [D]."""
+
+    w_in: Tensor
+    w_out: Tensor
+    w_gate: Tensor | None = None
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+
+    @classmethod
+    def of(cls, ffn: ExpertFFN) -> "FFNParts":
+        return cls(ffn.w_in, ffn.w_out, ffn.w_gate, ffn.b_in, ffn.b_out)
+
+    @torch.no_grad()
+    def copy_to(self, ffn: ExpertFFN) -> None:
+        """Give an ExpertFFN of the same shape these weights."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(ffn, field.name)
+            if mine is not None:
+                theirs.copy_(mine)
+
+
+class Weight(NamedTuple):
+    """Where a layer keeps a part of its FFN."""
+
+    name: str
+    transposed: bool = False
+    """Whether it is kept as [D, F]: neurons are columns."""
+
+
+class FFNSite:
+    """A place in a backbone that holds an FFN.
+
+    `layer` is the name of a layer inside the backbone's base model, `weights` where that layer keeps each part of
+    FFNParts, and `modules` what an ExpertFFN replaces: the first becomes the FFN, the others pass on what they get.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        layer: str,
+        weights: Mapping[str, Weight],
+        modules: Sequence[str],
+        *,
+        activation: str,
+        dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+    ):
+        # A base model without a head is its own base: its names have no prefix.
+        prefix = "" if backbone.base_model is backbone else f"{backbone.base_model_prefix}."
+        self._backbone = backbone
+        self._modules = [f"{prefix}{layer}.{name}" for name in modules]
+        self.weights = {part: Weight(f"{prefix}{layer}.{name}", turned) for part, (name, turned) in weights.items()}
+        """Where the backbone keeps each part: the names of its state."""
+        self.activation = activation
+        self.dropout = dropout
+        """Probability with which outputs are dropped by what an ExpertFFN replaces."""
+        self.hidden_dropout = hidden_dropout
+        """The same for activations."""
+
+    def read(self) -> FFNParts:
+        """The weights as the backbone has them; views, where it keeps them transposed."""
+        found = {part: self._backbone.get_parameter(weight.name) for part, weight in self.weights.items()}
+        return FFNParts(**{part: value.T if self.weights[part].transposed else value for part, value in found.items()})
+
+    def state(self, parts: FFNParts) -> dict[str, Tensor]:
+        """The parts under the names and in the layout in which the backbone keeps them."""
+        found = {weight.name: (getattr(parts, part), weight.transposed) for part, weight in self.weights.items()}
+        return {name: (value.T if turned else value).detach() for name, (value, turned) in found.items()}
+
+    def install(self, ffn: ExpertFFN) -> None:
+        """Let the backbone compute `ffn` here."""
+        first, *others = self._modules
+        self._backbone.set_submodule(first, ffn)
+        for other in others:
+            self._backbone.set_submodule(other, nn.Identity())
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of backbone."""
+
+    objective: Literal["causal", "masked", "spans"]
+    """What it is trained to predict."""
+    model_class: Any
+    """The Transformers class, with the head for that objective."""
+    base_class: Any
+    """The one without a head."""
+    head: str
+    """Name of the head in `model_class`."""
+    config: Callable[[ModelConfig, Specials, int], Any]
+    """The Transformers config of a fresh model, for blocks of that many tokens."""
+    sites: Callable[[Any], Sequence[FFNSite]]
+    """The FFNs of a backbone, with any head or none: first layer first, an encoder's before a decoder's."""
+
+    def build(self, config: ModelConfig, specials: Specials, context: int) -> nn.Module:
+        """A backbone with fresh weights; of the shape of a checkpoint folder where the config names one."""
+        if config.pretrained is None:
+            hf_config = self.config(config, specials, context)
+        else:
+            hf_config = self._config_of(Path(config.pretrained))
+        built: nn.Module = self.model_class(hf_config)
+        return built
+
+    def load(self, folder: Path) -> nn.Module:
+        """The backbone of a checkpoint folder, in float32, ready to train; a head that it lacks is drawn.
+
+        Raises ValueError if other weights are missing.
+        """
+        return self._read(folder, self.model_class, torch.float32, may_lack=self.head).train()
+
+    def open(self, folder: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> nn.Module:
+        """The model of a checkpoint folder as it was saved, of the class that its config.json names.
+
+        A class that is not one of this family's in Transformers is answered with the model without a head. Raises
+        ValueError if weights are missing.
+        """
+        names = model_settings(folder).get("architectures")
+        name = names[0] if isinstance(names, list) and names else None
+        return self._read(folder, self._architecture(name), dtype).eval()
+
+    def _config_of(self, folder: Path) -> Any:
+        return self.model_class.config_class.from_dict(model_settings(folder))
+
+    def _architecture(self, name: Any) -> Any:
+        module, root = sys.modules[self.base_class.__module__], self.base_class.__bases__[0]
+        found = getattr(module, name) if name in module.__all__ else None
+        is_model = isinstance(found, type) and issubclass(found, root) and found is not root
+        return found if is_model else self.base_class
+
+    def _read(
+        self, folder: Path, model_class: Any, dtype: torch.dtype | Literal["auto"], may_lack: str | None = None
+    ) -> nn.Module:
+        """From safetensors only, running nothing of the folder."""
+        checkpoint_shape(folder)
+        loaded, report = model_class.from_pretrained(
+            folder,
+            config=self._config_of(folder),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        missing = sorted(name for name in report["missing_keys"] if may_lack is None or name.split(".")[0] != may_lack)
+        if missing:
+            raise ValueError(f"{folder}: the weights lack {len(missing)} of the model's, such as {missing[0]}")
+        found: nn.Module = loaded
+        return found

@@ -1,0 +1,48 @@
+"""LLaMA: a causal decoder with gated FFNs, whose gate, up and down projections share one neuron order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+from ssd_lit.config import ModelConfig
+from ssd_lit.data.objectives import Specials
+from ssd_lit.models.family import Family, FFNSite, Weight
+
+
+def config_of(config: ModelConfig, specials: Specials, context: int) -> LlamaConfig:
+    """A LLaMA language model with fresh weights and its own FFNs: ReGLU with relu, SwiGLU with silu."""
+    return LlamaConfig(
+        vocab_size=specials.vocab_size,
+        hidden_size=config.d_model,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=config.d_ff,
+        hidden_act=config.activation,
+        max_position_embeddings=context,
+        bos_token_id=specials.eos_id,
+        eos_token_id=specials.eos_id,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+
+
+WEIGHTS = {
+    "w_gate": Weight("mlp.gate_proj.weight"),
+    "w_in": Weight("mlp.up_proj.weight"),
+    "w_out": Weight("mlp.down_proj.weight", transposed=True),
+}
+
+
+def sites(backbone: Any) -> Sequence[FFNSite]:
+    """Raises ValueError if the FFNs have biases."""
+    if backbone.config.mlp_bias:
+        raise ValueError("a LLaMA whose FFNs have biases (mlp_bias) is not supported")
+    return [
+        FFNSite(backbone, f"layers.{i}", WEIGHTS, ["mlp"], activation=backbone.config.hidden_act)
+        for i in range(backbone.config.num_hidden_layers)
+    ]
+
+
+LLAMA = Family("causal", LlamaForCausalLM, LlamaModel, "lm_head", config_of, sites)

@@ -1,0 +1,133 @@
+"""Routers: how well each expert suits a token. The larger a score, the better.
+
+Every router takes tokens x [T, D] and gives scores [T, E]. All but the learned gate choose without a gradient: the
+outputs of the experts they choose are added as they are.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """What every router has in common."""
+
+    weighted = False
+    """Whether an expert's output is multiplied by its share of the scores."""
+
+    def follow(self, rows: Tensor) -> None:
+        """Take note of the experts' neurons, whose input rows [F, D] now stand in expert order."""
+
+
+class CenterRouter(Router):
+    """Scores an expert by the dot product of the token and the expert's centre (MoEfication, SSD section 4)."""
+
+    centers: Tensor
+
+    def __init__(self, d_model: int, experts: int):
+        super().__init__()
+        self.register_buffer("centers", torch.zeros(experts, d_model))
+
+    @torch.no_grad()
+    def follow(self, rows: Tensor) -> None:
+        self.centers.copy_(expert_centers(rows, len(self.centers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _products(x, self.centers)
+
+
+class RandomRouter(Router):
+    """A random projection that never changes (SMoE-Dropout, arXiv 2303.01610, section 3.2)."""
+
+    projection: Tensor
+
+    def __init__(self, d_model: int, experts: int):
+        super().__init__()
+        self.register_buffer("projection", torch.randn(experts, d_model) / math.sqrt(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _products(x, self.projection)
+
+
+class LearnedRouter(Router):
+    """A gate trained with the model: its logits choose, and their softmax over the chosen weighs the outputs.
+
+    (Shazeer et al., arXiv 1701.06538; Switch Transformer, arXiv 2101.03961.)
+    """
+
+    weighted = True
+
+    def __init__(self, d_model: int, experts: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(experts, d_model) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In full precision under autocast too: a softmax over experts suffers from rounding (Switch, section 2.4).
+        with torch.autocast(x.device.type, enabled=False):
+            return x.to(self.gate.dtype) @ self.gate.T
+
+
+class PredictorRouter(Router):
+    """A small MLP that predicts how much each expert will contribute to a token; never negative.
+
+    It is trained after the model, which stays as it is: on the experts' activation mass (MoEfication, section 3.3;
+    DejaVu, arXiv 2310.17157) or on the norm of their outputs (D2DMoE, arXiv 2310.04361, section 3.2).
+    """
+
+    def __init__(self, d_model: int, experts: int, hidden: int):
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(hidden, d_model))
+        self.b_in = nn.Parameter(torch.zeros(hidden))
+        self.w_out = nn.Parameter(torch.empty(experts, hidden))
+        self.b_out = nn.Parameter(torch.zeros(experts))
+        for weight in (self.w_in, self.w_out):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.relu(F.linear(x.to(self.w_in.dtype), self.w_in, self.b_in))
+            return F.softplus(F.linear(hidden, self.w_out, self.b_out))
+
+
+def build_router(name: str, d_model: int, experts: int, hidden: int) -> Router:
+    """The router of that name; `hidden` is the width of the trained ones."""
+    match name:
+        case "center":
+            return CenterRouter(d_model, experts)
+        case "random":
+            return RandomRouter(d_model, experts)
+        case "learned":
+            return LearnedRouter(d_model, experts)
+        case "mass" | "norm":
+            return PredictorRouter(d_model, experts, hidden)
+    raise ValueError(f"router {name!r}: allowed are center, random, learned, mass, norm")
+
+
+def expert_centers(rows: Tensor, experts: int) -> Tensor:
+    """The centre of each expert: the mean of its L2-normalised input rows, scaled to unit norm.
+
+    rows [F, D] in expert order -> [E, D] (MoEfication, arXiv 2110.01786, section 3.3; SSD, section 4).
+    """
+    rows = F.normalize(rows.detach(), dim=-1)
+    return F.normalize(rows.view(experts, -1, rows.shape[-1]).mean(dim=1), dim=-1)
+
+
+def gate_losses(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The load-balancing loss and the z-loss of a learned gate: scores [T, E] and chosen [T, K] -> two scalars.
+
+    The first is E times the sum over experts of their share of the choices and their mean probability, 1 when both
+    are even (Switch, section 2.2); the second the mean squared log of the softmax's denominator, which keeps logits
+    small (ST-MoE, arXiv 2202.08906, section 3.3).
+    """
+    n_experts = scores.shape[-1]
+    share = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
+    balance = n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
+    return balance, scores.logsumexp(dim=-1).square().mean()
+
+
+def _products(x: Tensor, directions: Tensor) -> Tensor:
+    """Dot products in the directions' precision, under autocast too: neighbouring scores are often close."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return x.to(directions.dtype) @ directions.T

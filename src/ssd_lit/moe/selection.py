@@ -1,0 +1,55 @@
+"""Which experts a token runs through, given a score for each: a fixed number, a changing one, or all that matter."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+ScheduleKind = Literal["constant", "linear", "cosine", "step"]
+
+
+class Choice(NamedTuple):
+    """The experts of every token."""
+
+    experts: Tensor
+    """[T, K], distinct in a row; the number of experts, E, stands where a token has fewer than K."""
+    weights: Tensor | None = None
+    """[T, K], by which an expert's output is multiplied; None adds outputs as they are."""
+    ragged: bool = False
+    """Whether tokens may have fewer than K experts."""
+
+
+def top_k_experts(scores: Tensor, k: int) -> Tensor:
+    """The k experts with the largest scores [T, E] -> [T, K], unordered."""
+    return scores.topk(k, dim=-1, sorted=False).indices
+
+
+def experts_above(scores: Tensor, share: float) -> Tensor:
+    """The experts whose predicted norm is at least `share` of the largest one of the token: [T, E] -> [T, E].
+
+    Scores are not negative; the best expert is always chosen. E stands for an expert left out (dynamic k, D2DMoE,
+    arXiv 2310.04361, section 3.3).
+    """
+    n_experts = scores.shape[-1]
+    wanted = scores >= share * scores.amax(dim=-1, keepdim=True)
+    return torch.where(wanted, torch.arange(n_experts, device=scores.device), n_experts)
+
+
+def scheduled_k(step: int, steps: int, *, kind: ScheduleKind, start: int, end: int, stairs: int) -> int:
+    """k at a step of a training of `steps`: from `start` at the first step to `end` at the last, up or down.
+
+    linear and cosine change it evenly and slow-fast-slow; step in `stairs` equal stretches; constant is `end`
+    throughout. SMoE-Dropout (arXiv 2303.01610) lets k grow linearly.
+    """
+    done = min(1.0, step / max(1, steps - 1))
+    match kind:
+        case "constant":
+            done = 1.0
+        case "cosine":
+            done = 0.5 * (1 - math.cos(math.pi * done))
+        case "step":
+            done = min(stairs - 1, step * stairs // steps) / max(1, stairs - 1)
+        case "linear":
+            pass
+    return math.floor(start + (end - start) * done + 0.5)

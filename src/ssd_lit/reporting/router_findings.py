@@ -1,0 +1,54 @@
+"""What routers that were trained afterwards buy, within what an oracle shows to be possible."""
+
+from collections.abc import Sequence
+
+from ssd_lit.reporting.arms import Arm, Finding, dynamic_k, in_sparse_mode, run_names
+from ssd_lit.reporting.settings import AFTERWARDS, alike_but
+from ssd_lit.reporting.words import PERPLEXITY, compare, listed, percent
+
+TARGETS = {"mass": "the experts' activation mass", "norm": "the norm of the experts' outputs"}
+
+
+def differs_in_trained_router(one: Arm, other: Arm) -> bool:
+    """Whether both hold the same weights but for a router that was trained afterwards."""
+    return alike_but(one.config, other.config, AFTERWARDS)
+
+
+def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
+    """A trained router against the one it replaces and against the oracle, on the same model."""
+    mine, oracle = in_sparse_mode(arm), arm.measure(lambda run: run.ppl_oracle)
+    target = arm.config.moe.trained_router
+    if mine is None or oracle is None or target is None:
+        return None
+    text = (
+        f"With {arm.experts} chosen by an MLP that was trained on {TARGETS[target]}, {arm.label}'s perplexity is "
+        f"{mine.text()}, {compare(mine.mean, oracle.mean, PERPLEXITY)} the {oracle.text()} of an oracle, which chooses "
+        "by the true mass."
+    )
+    plain = [
+        other for other in arms if other.config.moe.trained_router is None and differs_in_trained_router(arm, other)
+    ]
+    for other in plain[:1]:
+        theirs = in_sparse_mode(other)
+        if theirs is not None:
+            text += f" {_gain(arm, mine.mean, other, theirs.mean, oracle.mean)}{mine.overlap(theirs)}"
+    text += _dynamic(arm)
+    return Finding(f"{arm.label}: what the router buys", text, run_names(arm, *plain[:1]))
+
+
+def _gain(arm: Arm, mine: float, other: Arm, theirs: float, oracle: float) -> str:
+    """Which share of the gap to the oracle the trained router closes."""
+    router = f"{other.label}, the same model with its {other.config.moe.router} router"
+    how = compare(mine, theirs, PERPLEXITY)
+    told = f"That is {how} the {theirs:.2f} of {router}"
+    gap = theirs - oracle
+    if gap <= 0:
+        return f"{told}, which the oracle does not beat: there is no gap to close."
+    closed = (theirs - mine) / gap
+    verb = "closes" if closed >= 0 else "widens"
+    return f"{told}: {arm.label} {verb} its gap to the oracle by {percent(abs(closed))}."
+
+
+def _dynamic(arm: Arm) -> str:
+    points = [f"{k.mean:.1f} experts give {value.text()}" for k, value in dynamic_k(arm)]
+    return f" With as many experts a token as matter, on average {listed(points)}." if points else ""

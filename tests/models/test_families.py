@@ -1,0 +1,165 @@
+"""Every family's backbone with its FFNs swapped, beside the same backbone as Transformers made it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssd_lit.config import ModelConfig, MoEConfig
+from ssd_lit.data.objectives import IGNORED, Batch, Specials, build_objective
+from ssd_lit.models.families import family
+from ssd_lit.models.family import Family, FFNParts
+from ssd_lit.models.flops import forward_costs
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.probe import ffn_inputs
+from ssd_lit.models.swap import swap_ffns
+from ssd_lit.moe.order import reorder_neurons
+
+SPECIALS = Specials(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
+MOE = MoEConfig(experts=4, top_k=1, backend="loop")
+CONTEXT = 8
+FAMILIES = ("gpt2", "bert", "t5", "llama")
+FFN_MODULE = {"gpt2": "mlp", "bert": "intermediate", "t5": "DenseReluDense", "llama": "mlp"}
+
+
+def config(name: str, **changes: Any) -> ModelConfig:
+    shape = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0 if name == "llama" else 0.1}
+    return ModelConfig(**{"family": name, **shape, **changes})
+
+
+def backbone(kind: Family, settings: ModelConfig, **hf: Any) -> Any:
+    """In double precision, with no weight at zero or one where it starts."""
+    torch.manual_seed(0)
+    hf_config = kind.config(settings, SPECIALS, CONTEXT)
+    for key, value in hf.items():
+        setattr(hf_config, key, value)
+    built = kind.model_class(hf_config).double()
+    for parameter in built.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return built
+
+
+def batch(name: str, blocks: int = 3) -> Batch:
+    objective = build_objective(family(name).objective, SPECIALS)
+    tokens = torch.randint(5, 50, (blocks, CONTEXT + 1), generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(blocks, CONTEXT, objective.draws, generator=torch.Generator().manual_seed(2))
+    return objective({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, noise)
+
+
+def logits(model: Any, name: str, of: Batch) -> torch.Tensor:
+    extra = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(of["targets"])} if name == "t5" else {}
+    found: torch.Tensor = model(input_ids=of["inputs"], **extra).logits
+    return found
+
+
+CASES = [
+    *((name, {}) for name in FAMILIES),
+    ("gpt2", {"activation_function": "gelu_new"}),
+    ("bert", {"hidden_act": "gelu"}),
+    ("t5", {"is_gated_act": True, "dense_act_fn": "gelu_new"}),
+    ("llama", {"hidden_act": "silu"}),
+]
+
+
+@pytest.mark.parametrize(("name", "hf"), CASES)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_swapped_model_computes_what_hugging_face_does(name: str, hf: dict[str, Any], training: bool) -> None:
+    """Under the same seed in training too: dropout falls where it fell."""
+    theirs = backbone(family(name), config(name), **hf).train(training)
+    ours = copy.deepcopy(theirs)
+    ffns = swap_ffns(ours, family(name), MOE, router="center")
+    assert len(ffns) == (4 if name == "t5" else 2)
+    assert all(ffn.training is training for ffn in ffns)
+    found = []
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        found.append(logits(model, name, batch(name)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_is_the_mean_cross_entropy_of_the_targets_that_count(name: str) -> None:
+    model = LanguageModel(config(name), MOE, SPECIALS, context=CONTEXT).eval()
+    of = batch(name)
+    log_p = model(of).log_softmax(-1)
+    rows, places = (of["targets"] != IGNORED).nonzero(as_tuple=True)
+    expected = -sum(log_p[b, s, of["targets"][b, s]] for b, s in zip(rows, places, strict=True)) / len(rows)
+    torch.testing.assert_close(model.loss(of), expected)
+    assert (len(rows) < of["targets"].numel()) == (name == "bert")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_probe_sees_what_the_ffns_see_and_leaves_the_model_as_it_was(name: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(config(name), MOE, SPECIALS, context=CONTEXT).train()
+    torch.manual_seed(0)
+    theirs = family(name).build(config(name), SPECIALS, CONTEXT).eval()
+    seen = []
+    for path, module in theirs.named_modules():
+        if path.rpartition(".")[2] == FFN_MODULE[name]:
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    of = batch(name)
+    logits(theirs, name, of)
+    found = ffn_inputs(model, of)
+    assert model.training
+    decoded = [of["targets"].numel()] * 2 if name == "t5" else []
+    assert [len(x) for x in found] == [of["inputs"].numel()] * 2 + decoded
+    for mine, expected in zip(found, seen, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_flops_agree_with_those_that_torch_counts(name: str) -> None:
+    model = LanguageModel(config(name), MOE, SPECIALS, context=CONTEXT).eval()
+    # Masked attention would be counted at half in some kernels; the plain one computes the square.
+    model.backbone.set_attn_implementation("eager")
+    costs = forward_costs(config(name), MOE, SPECIALS, CONTEXT)
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(batch(name))
+        return counter.get_total_flops()
+
+    assert counted() == pytest.approx(3 * (costs.rest + costs.ffn))
+    assert costs.dense() == pytest.approx(3 * (costs.rest + costs.ffn))
+    for k in (1, 3):
+        model.set_mode("sparse", k)
+        assert counted() == pytest.approx(3 * (costs.rest + k / 4 * costs.ffn + costs.scores))
+        # The backward pass costs twice the forward pass, but for the router, which has none.
+        assert costs.sparse(MOE, k) == pytest.approx(3 * (costs.rest + k / 4 * costs.ffn) + costs.scores)
+
+
+@pytest.mark.parametrize(("name", "hf"), CASES)
+def test_weights_go_back_under_the_names_they_came_from(name: str, hf: dict[str, Any]) -> None:
+    kind = family(name)
+    theirs = backbone(kind, config(name), **hf).eval()
+    before, expected = theirs.state_dict(), logits(theirs, name, batch(name))
+    ours = copy.deepcopy(theirs)
+    ffns = swap_ffns(ours, kind, MOE, router="center")
+    as_was = [site.state(FFNParts.of(ffn)) for site, ffn in zip(kind.sites(ours), ffns, strict=True)]
+    written = {key: value for state in as_was for key, value in state.items()}
+    assert all(torch.equal(value, before[key]) for key, value in written.items())
+    # All of a layer's FFN: what is left in the swapped backbone is not.
+    assert before.keys() - written.keys() == {key for key in ours.state_dict() if key in before}
+
+    for ffn in ffns:
+        reorder_neurons(ffn, torch.randperm(32))
+    moved = {key: value for site, ffn in zip(kind.sites(ours), ffns, strict=True)
+             for key, value in site.state(FFNParts.of(ffn)).items()}  # fmt: skip
+    assert any(not torch.equal(value, before[key]) for key, value in moved.items())
+    theirs.load_state_dict(moved, strict=False)
+    torch.testing.assert_close(logits(theirs, name, batch(name)), expected, rtol=0, atol=1e-12)
+
+
+def test_a_llama_with_biases_in_its_ffns_is_refused() -> None:
+    with pytest.raises(ValueError, match="mlp_bias"):
+        swap_ffns(backbone(family("llama"), config("llama"), mlp_bias=True), family("llama"), MOE, router="center")
+
+
+def test_a_config_names_its_family_and_its_activation() -> None:
+    for name in FAMILIES:
+        model = LanguageModel(config(name, activation="silu"), MOE, SPECIALS, context=CONTEXT)
+        assert [ffn.activation for ffn in model.ffns] == ["silu"] * (4 if name == "t5" else 2)
+        assert [ffn.w_gate is not None for ffn in model.ffns] == [name == "llama"] * len(model.ffns)

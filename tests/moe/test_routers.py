@@ -1,0 +1,137 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.order import copy_into_experts
+from ssd_lit.moe.routers import build_router, gate_losses
+from ssd_lit.moe.selection import experts_above, scheduled_k, top_k_experts
+
+
+def ffn_with(router: str, *, copies: bool = False, top_k: int = 2, backend: str = "masked") -> ExpertFFN:
+    torch.manual_seed(1)
+    return ExpertFFN(
+        8, 96 if copies else 24, experts=4, top_k=top_k, router=build_router(router, 8, 4, 5), copies=copies,
+        backend=backend,
+    ).double()  # fmt: skip
+
+
+def test_a_learned_router_weighs_experts_by_a_softmax_over_the_chosen_that_adds_up_to_k() -> None:
+    ffn = ffn_with("learned")
+    ffn.set_mode("sparse")
+    x = torch.randn(7, 8, dtype=torch.double)
+    logits = x @ ffn.router.gate.T
+    expected = torch.zeros_like(x)
+    for t in range(7):
+        chosen = logits[t].topk(2).indices
+        share = logits[t, chosen].softmax(0)
+        for e, weight in zip(chosen.tolist(), share, strict=True):
+            part = slice(6 * e, 6 * e + 6)
+            hidden = torch.relu(ffn.w_in[part] @ x[t] + ffn.b_in[part])
+            expected[t] += 2 * weight * (hidden @ ffn.w_out[part])
+    torch.testing.assert_close(ffn(x), expected + ffn.b_out)
+    ffn(x).square().sum().backward()
+    assert ffn.router.gate.grad.abs().sum() > 0
+    # With logits that are all alike and every expert on, it is the dense FFN.
+    torch.nn.init.zeros_(ffn.router.gate)
+    ffn.set_mode("sparse", 4)
+    torch.testing.assert_close(ffn(x), ffn.set_mode("dense") or ffn(x))
+
+
+def test_the_load_balancing_loss_is_one_when_even_and_grows_with_collapse() -> None:
+    even, z = gate_losses(torch.zeros(8, 4), torch.arange(4).repeat(2)[:, None])
+    assert even.item() == pytest.approx(1.0)
+    assert z.item() == pytest.approx(torch.tensor(4.0).log().square().item())
+    scores = torch.zeros(8, 4)
+    scores[:, 0] = 20.0
+    collapsed, _ = gate_losses(scores, torch.zeros(8, 1, dtype=torch.long))
+    assert collapsed.item() == pytest.approx(4.0, rel=1e-3)
+
+
+def test_a_gate_trained_on_its_balance_loss_alone_evens_the_load() -> None:
+    torch.manual_seed(3)
+    router = build_router("learned", 8, 4, 1)
+    x = torch.randn(512, 8) + 1.5 * F.normalize(router.gate.detach()[0], dim=0)
+    router.gate.data *= 20
+
+    def largest_share() -> float:
+        chosen = top_k_experts(router(x), 1)
+        return float(chosen.flatten().bincount(minlength=4).max()) / len(x)
+
+    before = largest_share()
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        scores = router(x)
+        gate_losses(scores, top_k_experts(scores, 1))[0].backward()
+        optimizer.step()
+    assert before > 0.5
+    assert largest_share() < 0.35
+
+
+def test_copies_with_weights_that_add_up_to_one_compute_what_the_single_ffn_did() -> None:
+    source = ffn_with("learned")
+    target = ffn_with("learned", copies=True)
+    copy_into_experts(source, target)
+    x = torch.randn(5, 8, dtype=torch.double)
+    for k in (1, 3, 4):
+        target.set_mode("sparse", k)
+        torch.testing.assert_close(target(x), source(x))
+    target.set_mode("dense")
+    with pytest.raises(ValueError, match="no dense mode"):
+        target(x)
+    with pytest.raises(ValueError, match="4 copies of 96 neurons do not make 96"):
+        copy_into_experts(target, target)
+
+
+def test_dynamic_k_takes_the_experts_near_the_best_one() -> None:
+    scores = torch.tensor([[4.0, 3.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.1, 0.0]])
+    assert experts_above(scores, 0.5).tolist() == [[0, 1, 4, 4], [0, 1, 2, 3], [4, 4, 2, 4]]
+    ffn = ffn_with("norm", backend="loop")
+    # Tokens for which no hidden unit of the router fires shall not tie.
+    torch.nn.init.normal_(ffn.router.b_out)
+    ffn.set_mode("sparse")
+    x = torch.randn(30, 8, dtype=torch.double)
+    ffn.threshold = 0.0
+    torch.testing.assert_close(ffn(x), ffn.set_mode("dense") or ffn(x))
+    ffn.set_mode("sparse")
+    ffn.threshold = 1.0
+    few = ffn(x)
+    ffn.threshold = None
+    ffn.set_mode("sparse", 1)
+    torch.testing.assert_close(few, ffn(x))
+
+
+def test_a_frozen_router_has_nothing_to_train_and_the_oracle_beats_it() -> None:
+    for name in ("center", "random"):
+        ffn = ffn_with(name)
+        ffn.router.follow(ffn.key_rows)
+        assert not list(ffn.router.parameters())
+        ffn.set_mode("sparse")
+        x = torch.randn(200, 8, dtype=torch.double)
+        mass = ffn.mass(x)
+        found = mass.gather(1, ffn.choose(x).experts).sum()
+        ffn.oracle = True
+        assert found < mass.gather(1, ffn.choose(x).experts).sum()
+    with pytest.raises(ValueError, match="allowed are center, random, learned, mass, norm"):
+        build_router("centre", 8, 4, 1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "step"])
+def test_k_schedules_go_from_start_to_end_up_or_down_without_turning(kind: str) -> None:
+    for start, end in ((1, 16), (16, 4)):
+        ks = [scheduled_k(n, 100, kind=kind, start=start, end=end, stairs=4) for n in range(100)]  # type: ignore[arg-type]
+        assert (ks[0], ks[-1]) == (start, end)
+        assert ks == sorted(ks, reverse=start > end)
+        if kind == "step":
+            assert [len(set(ks)), ks.count(start), ks.count(end)] == [4, 25, 25]
+    assert {scheduled_k(n, 100, kind="constant", start=1, end=6, stairs=4) for n in range(100)} == {6}
+
+
+def test_linear_is_a_straight_line_and_cosine_is_behind_it_first() -> None:
+    def ks(kind: str) -> list[int]:
+        return [scheduled_k(n, 101, kind=kind, start=0, end=100, stairs=1) for n in range(101)]  # type: ignore[arg-type]
+
+    assert ks("linear") == list(range(101))
+    assert all(c <= n for n, c in enumerate(ks("cosine")[:50]))
+    assert ks("cosine")[50] == 50
