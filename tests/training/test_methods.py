@@ -1,0 +1,217 @@
+"""What each method promises, on real runs of a tiny model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssd_lit.data.blocks import load_index
+from ssd_lit.data.objectives import Specials
+from ssd_lit.files import read_json
+from ssd_lit.layout import read_chain
+from ssd_lit.models.flops import forward_costs
+from ssd_lit.points import read_points
+from ssd_lit.training.checkpoint import ROUTER
+from tests.conftest import Bench
+
+FFN = "model.backbone.transformer.h.0.mlp"
+
+
+def checkpoint(bench: Bench, arm: str, place: int = -1) -> dict[str, Any]:
+    """The checkpoint of a phase that is done, the last one by default."""
+    phases = sorted((bench.dir(arm) / "phases").iterdir())
+    content: dict[str, Any] = torch.load(phases[place] / "last.ckpt", weights_only=True)
+    return content
+
+
+def weights(bench: Bench, arm: str, place: int = -1) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = checkpoint(bench, arm, place)["state_dict"]
+    return found
+
+
+def evaluated(bench: Bench, arm: str) -> dict[str, Any]:
+    bench.phases(arm)
+    bench.stage("evaluate", bench.dir(arm))
+    found: dict[str, Any] = read_json(bench.dir(arm) / "evaluation.json")
+    return found
+
+
+def step_costs(bench: Bench, arm: str) -> tuple[Any, int]:
+    run = bench.runs[arm]
+    specials = Specials.of(load_index(bench.data / "tokens"))
+    return forward_costs(run.model, run.moe, specials, run.data.sequence_length), run.training.batch_size
+
+
+def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    grid = {"method": "ssd", "grid": {"moe.construction": ["kmeans", "random"]}}
+    bench = Bench(tmp_path / "a", arms={"ssd": grid})
+    owner, user = bench.runs
+    assert bench.runs[user].shares_warmup == bench.runs[owner].name
+    first = bench.phases(owner, stop_after=1)[0]
+    assert bench.phases(user, stop_after=1) == [first]
+    files = [bench.dir(arm) / "phases/00-dense/last.ckpt" for arm in (owner, user)]
+    assert files[0].samefile(files[1])
+    bench.phases(user)
+
+    alone = Bench(tmp_path / "b", arms={user: {"method": "ssd", "moe": {"construction": "random"}}})
+    assert alone.runs[user].shares_warmup is None
+    alone.phases(user)
+    expected, got = weights(alone, user), weights(bench, user)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    curves = [read_points(b.dir(user) / "metrics.jsonl") for b in (alone, bench)]
+    assert curves[0].keys() == curves[1].keys()
+    assert curves[0]["train/loss"] == curves[1]["train/loss"]
+    assert not torch.equal(weights(bench, owner, 0)[f"{FFN}.w_in"], got[f"{FFN}.w_in"])
+
+
+def test_matched_flops_are_those_of_the_other_arm_but_for_less_than_a_step(tmp_path: Path) -> None:
+    arms = {
+        "ssd": {"method": "ssd"},
+        "stopped": {"method": "dense", "match_flops": "ssd"},
+        "smaller": {"method": "dense", "match_flops": "ssd", "model": {"d_ff": 16}},
+    }
+    bench = Bench(tmp_path, arms=arms)
+    spent = bench.phases("ssd")[-1].total
+    stopped, smaller = bench.phases("stopped")[-1].total, bench.phases("smaller")[-1].total
+    assert stopped.steps < spent.steps < smaller.steps
+    for arm, total in (("stopped", stopped), ("smaller", smaller)):
+        costs, blocks = step_costs(bench, arm)
+        assert 0 <= spent.flops - total.flops < blocks * costs.dense()
+    # The learning rate has run its whole course all the same.
+    rates = [value for _, value in read_points(bench.dir("stopped") / "metrics.jsonl")["train/lr"]]
+    assert rates[-1] == pytest.approx(0.1 * 1e-2, rel=0.05)
+
+
+def test_smoe_dropout_freezes_its_router_lets_k_grow_and_pays_for_what_it_runs(tmp_path: Path) -> None:
+    moe = {"experts": 4, "top_k": 2, "router": "random", "k_schedule": {"kind": "linear", "start": 1, "end": 4}}
+    bench = Bench(tmp_path, arms={"smoe": {"method": "sparse", "moe": moe}})
+    bench.phases("smoe")
+    before, after = weights(bench, "smoe", 0), weights(bench, "smoe")
+    routers = [name for name in before if ROUTER in name]
+    assert len(routers) == 2
+    assert all(torch.equal(before[name], after[name]) for name in routers)
+    assert not torch.equal(before[f"{FFN}.w_in"], after[f"{FFN}.w_in"])
+    ks = read_points(bench.dir("smoe") / "metrics.jsonl")["experts/top_k"]
+    assert [k for _, k in ks] == sorted(k for _, k in ks)
+    assert (ks[0][1], ks[-1][1]) == (1, 4)
+    costs, blocks = step_costs(bench, "smoe")
+    every_k = [round(1 + 3 * step / 39) for step in range(40)]
+    expected = blocks * sum(costs.sparse(bench.runs["smoe"].moe, k) for k in every_k)
+    assert read_chain(bench.dir("smoe"), "sparse")[-1].flops == pytest.approx(expected, rel=0.01)
+
+
+def test_a_learned_gate_is_trained_with_the_model(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, arms={"gate": {"method": "sparse", "moe": {"router": "learned"}}})
+    bench.phases("gate")
+    before, after = weights(bench, "gate", 0), weights(bench, "gate")
+    assert not torch.equal(before[f"{FFN}.router.gate"], after[f"{FFN}.router.gate"])
+    losses = [value for _, value in read_points(bench.dir("gate") / "metrics.jsonl")["validation/loss"]]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_upcycling_begins_where_the_dense_model_ended_and_counts_its_copies(tmp_path: Path) -> None:
+    moe = {"router": "learned", "experts": 4, "top_k": 2}
+    arms = {
+        "dense": {"method": "dense"},
+        "up": {"method": "upcycle", "start_from": "dense", "moe": moe, "training": {"steps": 20}},
+    }
+    bench = Bench(tmp_path, arms=arms)
+    dense = evaluated(bench, "dense")
+    bench.phases("up", stop_after=1)
+    copied = weights(bench, "up", 0)[f"{FFN}.w_in"]
+    source = weights(bench, "dense")[f"{FFN}.w_in"]
+    assert torch.equal(copied, torch.cat([source] * 4))
+    points = bench.phases("up")
+    validated = read_points(bench.dir("up") / "metrics.jsonl")["validation/loss"]
+    assert validated[-1][1] < dense["loss_dense"] + 0.3
+    costs, blocks = step_costs(bench, "up")
+    # Two copies for a token are twice the FFN, and the gate comes on top.
+    expected = blocks * 20 * (3 * (costs.rest + 2 * costs.ffn) + 3 * costs.scores)
+    assert points[-1].flops == pytest.approx(expected)
+    assert points[-1].total.flops == pytest.approx(expected + bench.phases("dense")[-1].total.flops)
+    # It reads on where the dense run stopped.
+    assert points[-1].total.tokens == (40 + 20) * 4 * 16
+
+
+def test_a_dense_model_cut_into_experts_trains_on(tmp_path: Path) -> None:
+    arms = {
+        "dense": {"method": "dense"},
+        "cut": {"method": "sparse", "start_from": "dense", "moe": {"router": "learned", "construction": "kmeans"}},
+    }
+    bench = Bench(tmp_path, arms=arms)
+    bench.phases("dense")
+    record = bench.phases("cut")[-1]
+    assert (record.total.steps, record.total.sparse_steps) == (80, 40)
+    source, cut = weights(bench, "dense")[f"{FFN}.b_in"], weights(bench, "cut", 0)[f"{FFN}.b_in"]
+    assert torch.equal(source.sort().values, cut.sort().values)
+
+
+@pytest.mark.parametrize("kind", ["mass", "norm"])
+def test_router_training_touches_no_other_weight_and_learns(tmp_path: Path, kind: str) -> None:
+    moe = {"experts": 8, "top_k": 2, "trained_router": kind, "router_steps": 120, "router_lr": 1e-2}
+    bench = Bench(tmp_path, moe=moe, arms={"ssd": {"method": "ssd"}})
+    chain = bench.phases("ssd")
+    assert [record.mode for record in chain[-2:]] == ["moefy", "router"]
+    before, after = weights(bench, "ssd", -2), weights(bench, "ssd")
+    kept = [name for name in after if ROUTER not in name]
+    assert kept == [name for name in before if ROUTER not in name]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    losses = [value for _, value in read_points(bench.dir("ssd") / "metrics.jsonl")["router/loss"]]
+    assert losses[-1] < losses[0]
+    assert chain[-1].total.steps == chain[-2].total.steps
+    assert chain[-1].flops > 0
+    assert evaluated(bench, "ssd")["router"] == kind
+
+
+def test_moments_left_behind_are_the_only_difference_that_permute_optimizer_makes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, arms={"ssd": {"method": "ssd", "grid": {"moe.permute_optimizer": [True, False]}}})
+    moved, left = bench.runs
+    for arm in bench.runs:
+        bench.phases(arm, stop_after=2)
+    a, b, before = checkpoint(bench, moved, 1), checkpoint(bench, left, 1), checkpoint(bench, left, 0)
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+    first, second, third = (one["optimizer_states"][0]["state"] for one in (a, b, before))
+    assert all(torch.equal(second[i]["exp_avg"], third[i]["exp_avg"]) for i in third)
+    assert any(not torch.equal(first[i]["exp_avg"], third[i]["exp_avg"]) for i in third)
+
+
+def test_phases_change_at_the_steps_given(tmp_path: Path) -> None:
+    arms = {"ssd": {"method": "ssd", "switching": {"switch_points": [10, 20, 25, 31]}}}
+    chain = Bench(tmp_path, arms=arms).phases("ssd")
+    trained = [(record.mode, record.first_step, record.last_step) for record in chain if record.steps]
+    assert trained == [
+        ("dense", 0, 10), ("sparse", 10, 20), ("dense", 20, 25), ("sparse", 25, 31), ("dense", 31, 40),
+    ]  # fmt: skip
+    assert [r.ended_by for r in chain if r.steps] == ["switch point"] * 4 + ["budget"]
+    assert chain[-1].mode == "moefy"
+
+
+@pytest.mark.parametrize("construction", ["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"])
+def test_every_construction_keeps_the_dense_function(tmp_path: Path, construction: str) -> None:
+    arms = {
+        "dense": {"method": "dense"},
+        "posthoc": {"method": "posthoc", "start_from": "dense", "moe": {"construction": construction}},
+    }
+    bench = Bench(tmp_path, arms=arms)
+    dense, posthoc = evaluated(bench, "dense"), evaluated(bench, "posthoc")
+    assert posthoc["loss_dense"] == pytest.approx(dense["loss_dense"], rel=1e-6)
+    ids = weights(bench, "posthoc")[f"{FFN}.neuron_ids"]
+    assert torch.equal(ids.sort().values, torch.arange(32))
+    assert torch.equal(ids, torch.arange(32)) == (construction == "contiguous")
+    source, moved = weights(bench, "dense")[f"{FFN}.w_in"], weights(bench, "posthoc")[f"{FFN}.w_in"]
+    assert torch.equal(source[ids], moved)
+
+
+def test_snapshots_are_the_weights_at_their_steps(tmp_path: Path) -> None:
+    training = {"steps": 40, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+                "checkpoint_every": 4, "snapshot_every": 10}  # fmt: skip
+    bench = Bench(tmp_path, training=training, arms={"dense": {"method": "dense"}})
+    bench.phases("dense")
+    found = sorted((bench.dir("dense") / "snapshots").iterdir())
+    assert [path.name for path in found] == [f"step-{step:08d}.pt" for step in (10, 20, 30, 40)]
+    last = torch.load(found[-1], weights_only=True)["state_dict"]
+    expected = weights(bench, "dense")
+    assert all(torch.equal(expected[name], last[name]) for name in expected)
