@@ -36,16 +36,16 @@ def checkpoint_shape(folder: Path) -> dict[str, Any]:
     content = model_settings(folder)
     family = content["model_type"]
     weight_files(folder)
-    shape: dict[str, Any] = {"family": family}
-    for ours, theirs in KEYS[family].items():
-        if content.get(theirs) is not None:
-            shape[ours] = content[theirs]
-    if family == "gpt2":
+    shape = {ours: content[theirs] for ours, theirs in KEYS[family].items() if content.get(theirs) is not None}
+    if family == "gpt2" and "d_model" in shape:
         shape.setdefault("d_ff", 4 * shape["d_model"])
     if family == "t5":
         projection = content.get("feed_forward_proj", "relu")
         shape["activation"] = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
-    return shape
+    unknown = [theirs for ours, theirs in KEYS[family].items() if ours not in shape]
+    if unknown:
+        raise ValueError(f"{folder}: config.json does not say {', '.join(unknown)}")
+    return {"family": family, **shape}
 
 
 def model_settings(folder: Path) -> dict[str, Any]:
@@ -53,10 +53,8 @@ def model_settings(folder: Path) -> dict[str, Any]:
 
     Raises ValueError if there is none, or none of a whole model of a supported family in plain weights.
     """
-    if not folder.is_dir():
-        raise ValueError(f"no folder {str(folder)!r}")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no config.json in folder {str(folder)!r}")
+        raise ValueError(f"no config.json in folder {str(folder)!r}" + ("" if folder.is_dir() else ": no such folder"))
     content = read_json(folder / "config.json")
     family = content.get("model_type") if isinstance(content, Mapping) else None
     if family not in KEYS:

@@ -57,7 +57,7 @@ def seen(done: Bench) -> list[list[tuple[int, list[int], list[float]]]]:
                     hidden = torch.relu(ffn.w_in @ row + ffn.b_in)
                     mass = [float(part.sum()) for part in hidden.split(len(hidden) // EXPERTS)]
                     scores = ffn.router(row[None])[0].tolist()
-                    chosen = sorted(range(EXPERTS), key=lambda e: -scores[e])  # noqa: B023
+                    chosen = sorted(range(EXPERTS), key=lambda e: -scores[e])
                     rows.append((token, chosen, mass))
     return layers
 
@@ -104,7 +104,7 @@ def test_token_lift_against_a_count_over_all_tokens(done: Bench, seen: list) -> 
                 for token in chose
                 if times[token] >= MIN_COUNT and chose[token]
             }
-            best = sorted(lifts, key=lambda token: (-lifts[token], -chose[token], token))[:3]  # noqa: B023
+            best = sorted(lifts, key=lambda token: (-lifts[token], -chose[token], token))[:3]
             mine = tokens[(tokens["layer"] == layer) & (tokens["expert"] == expert)]
             assert mine["rank"].tolist() == list(range(1, len(best) + 1))
             assert mine["lift"].tolist() == pytest.approx([lifts[token] for token in best])

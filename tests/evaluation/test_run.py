@@ -15,7 +15,7 @@ ARMS = {
     "posthoc": {"method": "posthoc", "start_from": "dense"},
     "ssd": {"method": "ssd"},
     "routed": {"method": "posthoc", "start_from": "dense", "moe": {"trained_router": "norm", "router_steps": 30}},
-    "upcycle": {"method": "upcycle", "start_from": "dense", "moe": {"router": "learned", "top_k": 1}},
+    "upcycle": {"method": "upcycle", "start_from": "dense", "moe": {"router": "learned", "top_k": 2}},
 }
 
 

@@ -65,14 +65,17 @@ GRIDS: dict[str, dict[str, Any]] = {
 Losses = dict[str, tuple[float | None, float | None]]
 FINAL: Losses = {
     "dense": (3.30, None), "ssd": (3.33, 3.40), "sparse": (3.45, 3.42), "posthoc": (3.30, 5.90),
-    "ssd_fixed": (3.35, 3.44), "ssd_mass": (3.33, 3.37), "learned": (4.20, 3.39), "dropout": (3.40, 3.52),
-    "upcycle": (None, 3.24), "posthoc_norm": (3.30, 4.60), "matched": (3.335, None), "small": (3.38, None),
+    "ssd_fixed": (3.35, 3.44), "ssd_mass": (3.33, 3.385), "learned": (4.20, 3.39), "dropout": (3.40, 3.52),
+    "upcycle": (None, 3.24), "posthoc_norm": (3.30, 5.20), "matched": (3.335, None), "small": (3.38, None),
     "tau.tau_0.9": (3.31, 3.47), "tau.tau_0.6": (3.34, 3.41), "tau.tau_0.75": (3.32, 3.43),
     "square.top_k_4.construction_kmeans": (3.34, 3.50), "square.top_k_4.construction_random": (3.38, 3.70),
     "square.top_k_6.construction_kmeans": (3.33, 3.40), "square.top_k_6.construction_random": (3.36, 3.55),
     "square.top_k_8.construction_kmeans": (3.32, 3.36), "square.top_k_8.construction_random": (3.33, 3.42),
 }  # fmt: skip
 """Losses of the final models in dense and in sparse mode."""
+SAME_WEIGHTS = {"ssd_mass": "ssd", "posthoc_norm": "posthoc"}
+ORACLE = 0.6
+"""Share of the loss above dense mode that stays when the oracle chooses."""
 
 
 class Tree(NamedTuple):
@@ -109,15 +112,18 @@ def build(root: Path, config: Experiment, losses: Losses | None = None) -> Tree:
     runs = write_configs(config, results)
     chains: dict[str, list[PhaseRecord]] = {}
     for run in runs:
-        dense, sparse = (FINAL | (losses or {}))[run.arm]
-        shift = 0.004 * run.seed
-        dense, sparse = (None if loss is None else loss + shift for loss in (dense, sparse))
+        known, shift = FINAL | (losses or {}), 0.004 * run.seed
+        # The oracle sees the weights, which a router that is trained afterwards leaves as they are.
+        plain = known[SAME_WEIGHTS.get(run.arm, run.arm)][1]
+        dense, sparse, plain = (None if loss is None else loss + shift for loss in (*known[run.arm], plain))
         folder = run_dir(results, run)
         chains[run.name] = _chain(run, chains)
         for record in chains[run.name]:
             record.write(phase_dir(folder, record.index, record.mode) / "phase.json")
-        _write_metrics(folder / "metrics.jsonl", run, chains[run.name], dense or sparse or 0.0)
-        _write_evaluation(folder / "evaluation.json", run, dense, sparse)
+        trained = sparse if run.method in ("sparse", "upcycle") else dense
+        assert trained is not None
+        _write_metrics(folder / "metrics.jsonl", run, chains[run.name], trained)
+        _write_evaluation(folder / "evaluation.json", run, dense, sparse, plain)
     card_dir = data_dir(results, config.data)
     write_json(card_dir / "documents" / "card.json", {
         "sources": [{"name": "sotu", "description": "Presidential <addresses>", "terms": "public domain",
@@ -185,7 +191,8 @@ def _write_metrics(path: Path, run: RunConfig, chain: list[PhaseRecord], final: 
     for step in range(10, chain[-1].last_step + 1, 10):
         phase = next(record for record in chain if step <= record.last_step and record.steps)
         left = (phase.last_step - step) / phase.steps
-        loss = final + 4.3 * math.exp(-step / 60) + (0.08 if phase.mode == "sparse" and run.method == "ssd" else 0.0)
+        loss = final + (0.3 if run.starts_from else 4.3) * math.exp(-step / 60)
+        loss += 0.08 if phase.mode == "sparse" and run.method == "ssd" else 0.0
         values = {
             "train/loss": loss + 0.05 * math.sin(7.0 * step + run.seed),
             "train/flops": phase.total.flops - left * phase.flops,
@@ -202,15 +209,17 @@ def _write_metrics(path: Path, run: RunConfig, chain: list[PhaseRecord], final: 
     write_text(path, text + '{"step": 410, "time": 17000')
 
 
-def _write_evaluation(path: Path, run: RunConfig, dense: float | None, sparse: float | None) -> None:
+def _write_evaluation(
+    path: Path, run: RunConfig, dense: float | None, sparse: float | None, plain: float | None
+) -> None:
     experts, top_k = run.moe.experts, run.moe.top_k
     curve, oracle, thresholds = [], [], []
-    if sparse is not None:
+    if sparse is not None and plain is not None:
         floor = sparse - 0.02 if dense is None or dense > sparse else dense
         for k in [k for k in (1, 2, 4, 6, 8, 12, 16) if k <= experts]:
-            loss = floor + (sparse - floor) * (experts - k) / (experts - top_k)
-            curve.append({"top_k": k, "loss": loss})
-            oracle.append({"top_k": k, "loss": floor + 0.6 * (loss - floor)})
+            left = (experts - k) / (experts - top_k)
+            curve.append({"top_k": k, "loss": floor + (sparse - floor) * left})
+            oracle.append({"top_k": k, "loss": floor + ORACLE * (plain - floor) * left})
         if run.moe.trained_router is not None:
             thresholds = [
                 {"threshold": share, "mean_k": k, "loss": floor + 0.8 * (sparse - floor) * (16 - k) / (16 - top_k)}

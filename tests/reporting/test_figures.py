@@ -2,13 +2,18 @@ import pytest
 from matplotlib import image
 
 from ssd_lit.layout import read_chain, run_dir
+from ssd_lit.reporting import router_figure
+from ssd_lit.reporting.activation_figures import active_neurons
+from ssd_lit.reporting.arms import arms_of
 from ssd_lit.reporting.curves import over_seeds
 from ssd_lit.reporting.figures import write_figures
-from ssd_lit.reporting.loss_figures import over_flops, over_steps
+from ssd_lit.reporting.loss_figures import over_flops, over_seconds, over_steps
 from ssd_lit.reporting.names import figure_names
 from ssd_lit.reporting.perplexity_figure import over_k
-from ssd_lit.reporting.runs import load_results
+from ssd_lit.reporting.runs import by_arm, load_results
 from ssd_lit.reporting.style import arm_styles
+from ssd_lit.reporting.view import MOST_CURVES, MOST_PANELS, in_view
+from tests.reporting.conftest import ARMS, OTHERS, THRESHOLDS
 
 
 def test_every_figure_with_its_data_and_the_same_bytes_twice(two_seeds):
@@ -35,6 +40,7 @@ def test_shaded_stretches_are_the_sparse_phases(tree):
     ends = {
         over_steps: [(phase.first_step, phase.last_step) for phase in sparse],
         over_flops: [(phase.total.flops - phase.flops, phase.total.flops) for phase in sparse],
+        over_seconds: [(phase.total.seconds - phase.seconds, phase.total.seconds) for phase in sparse],
     }
     for draw, expected in ends.items():
         figure, _ = draw(results)
@@ -57,6 +63,19 @@ def test_data_of_the_loss_figure(tree):
     assert begins["step"].tolist() == [120]
 
 
+def test_time_is_that_of_the_whole_training(many):
+    """Against the phase records, for a run that starts from another."""
+    results = load_results(many.exp_dir, many.runs)
+    _, table = over_seconds(results)
+    loss = table[(table["run"] == "upcycle-seed0") & (table["what"] == "validation/loss")]
+    result = next(one for one in results if one.name == "upcycle-seed0")
+    start = next(one for one in results if one.name == "dense-seed0").total.seconds
+    moefy, sparse = result.chain
+    assert loss["seconds"].iloc[-1] == pytest.approx(result.total.seconds)
+    steps = loss["step"] / sparse.steps
+    assert loss["seconds"].tolist() == pytest.approx((start + moefy.seconds + steps * sparse.seconds).tolist())
+
+
 def test_perplexity_table_holds_the_curve(tree):
     results = load_results(tree.exp_dir, tree.runs)
     _, table = over_k(results)
@@ -69,7 +88,7 @@ def test_perplexity_table_holds_the_curve(tree):
 @pytest.mark.parametrize("arms", [("ssd",), ("dense", "posthoc")])
 def test_missing_arms_are_no_error(make_tree, arms):
     tree = make_tree((0,), arms)
-    assert len(write_figures(tree.exp_dir, tree.experiment)) == 3 * len(FIGURES)
+    assert len(write_figures(tree.exp_dir, tree.experiment)) == 3 * len(figure_names(tree.experiment))
 
 
 def test_band_is_the_range_over_seeds():
@@ -84,3 +103,62 @@ def test_an_arm_has_one_colour_whatever_the_seeds(tree, two_seeds):
     one, two = (arm_styles(load_results(each.exp_dir, each.runs)) for each in (tree, two_seeds))
     assert one == two
     assert len({style.colour for style in one.values()}) == 4
+
+
+def test_router_table_holds_own_router_oracle_and_dynamic_k(many):
+    results = {result.name: result for result in load_results(many.exp_dir, many.runs)}
+    _, table = router_figure.over_k(list(results.values()))
+    rows = table[table["run"] == "ssd_mass-seed1"].set_index("choice")
+    assert set(rows["router"]) == {"mass"}
+    at_k = rows[rows["k"] == 6]
+    assert at_k.loc["own", "perplexity"] == pytest.approx(results["ssd_mass-seed1"].ppl_sparse)
+    assert at_k.loc["oracle", "perplexity"] == pytest.approx(results["ssd_mass-seed1"].ppl_oracle)
+    # The weights are those of the arm without the trained router.
+    assert at_k.loc["oracle", "perplexity"] == pytest.approx(results["ssd-seed1"].ppl_oracle)
+    assert rows.loc["dynamic", ["threshold", "k"]].to_numpy().tolist() == [list(point) for point in THRESHOLDS]
+    assert set(table.loc[table["arm"] == "upcycle", "choice"]) == {"own"}
+    assert set(table["arm"]) == {result.arm for result in results.values() if result.evaluation.curve}
+
+
+def test_arms_that_differ_in_their_router_only_stand_together_on_one_scale(make_tree):
+    tree = make_tree((0,), (*ARMS, *OTHERS))
+    results = load_results(tree.exp_dir, tree.runs)
+    groups = [[arm.name for arm in group] for group in router_figure.by_router(arms_of(results))]
+    assert ["ssd", "ssd_mass"] in groups
+    assert ["sparse", "learned"] in groups
+    assert ["posthoc", "posthoc_norm"] in groups
+    assert ["dropout"] in groups
+    figure, _ = router_figure.over_k(results)
+    panels = {axes.get_title().splitlines()[0]: axes.get_ylim() for axes in figure.axes if axes.get_title()}
+    assert panels["SSD"] == panels["SSD, mass router"]
+    assert panels["SSD"] != panels["SSD, fixed switches"]
+
+
+def test_a_model_without_a_dense_mode_has_no_dashed_line(make_tree):
+    tree = make_tree((0,), ("dense", "upcycle", "learned"))
+    figure, table = over_k(load_results(tree.exp_dir, tree.runs))
+    dashed = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    dense = table[(table["mode"] == "dense") & (table["arm"] == "dense")]["perplexity"].item()
+    assert dashed == [dense]
+
+
+def test_with_many_arms_the_cells_of_grids_are_left_out_of_the_figures_but_not_of_their_data(many):
+    results = load_results(many.exp_dir, many.runs)
+    alone = set(by_arm(results)) - {"tau", "square"}
+    shown = {result.arm for result in in_view(results, MOST_CURVES)}
+    assert shown == {*ARMS, *OTHERS}
+    for draw in (over_steps, over_k, active_neurons, router_figure.over_k):
+        figure, table = draw(results)
+        assert "9 cells of grids are not drawn here" in figure.get_supxlabel()
+        assert {"tau.tau_0.6", "square.top_k_4.construction_random"} <= set(table["arm"]) <= alone
+
+
+def test_with_few_arms_cells_are_drawn_in_a_ramp_of_their_own(make_tree):
+    tree = make_tree((0,), ("dense", "tau"))
+    results = load_results(tree.exp_dir, tree.runs)
+    assert in_view(results, MOST_PANELS) == results
+    styles = arm_styles(results)
+    assert styles["dense"] == arm_styles(results[:1])["dense"]
+    assert len({style.colour for style in styles.values()}) == 4
+    figure, _ = active_neurons(results)
+    assert figure.get_supxlabel() == ""

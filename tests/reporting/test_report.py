@@ -8,7 +8,10 @@ import pytest
 from ssd_lit.layout import read_chain, run_dir
 from ssd_lit.reporting.figures import write_figures
 from ssd_lit.reporting.findings import findings
+from ssd_lit.reporting.grid import grids
+from ssd_lit.reporting.grid import page as grid_page
 from ssd_lit.reporting.report import write_report
+from ssd_lit.reporting.router_table import router_rows
 from ssd_lit.reporting.runs import load_results
 
 PROVENANCE = {
@@ -76,18 +79,63 @@ def test_every_run_and_its_numbers(page, two_seeds):
             assert f"runs/{result.name}/phases/{phase.name}/" in page.links
 
 
-def test_every_finding_leads_to_its_runs(page, two_seeds):
-    for finding in findings(load_results(two_seeds.exp_dir, two_seeds.runs)):
-        assert finding.text in page.text
-        assert all(f"#run-{run}" in page.links for run in finding.runs)
+@pytest.fixture(scope="module")
+def page_of_many(many):
+    write_figures(many.exp_dir, many.experiment)
+    return Page(write_report(many.exp_dir, many.experiment, many.data_dir, PROVENANCE).read_text())
 
 
-def test_links_lead_somewhere(page, two_seeds):
-    for link in page.links:
+def test_arms_of_every_method_are_told(page_of_many, many):
+    """Also one without a dense mode, and what runs start from and are matched to."""
+    for result in load_results(many.exp_dir, many.runs):
+        assert f"run-{result.name}" in page_of_many.ids
+        for other in (result.config.starts_from, result.config.matches):
+            assert other is None or f"#run-{other}" in page_of_many.links
+        for phase in result.chain:
+            assert f"runs/{result.name}/phases/{phase.name}/" in page_of_many.links
+    assert "gpt2-L2-D16-F64" in page_of_many.text
+    assert "nats per target" in page_of_many.text
+
+
+def test_routers_are_told_with_their_bounds(page_of_many, many):
+    results = load_results(many.exp_dir, many.runs)
+    for arm, told in router_rows(results):
+        assert " ".join(told) in " ".join(page_of_many.text.split())
+        assert arm.method != "dense"
+    rows = {arm.name: told for arm, told in router_rows(results)}
+    assert rows["upcycle"][3:] == ["-", "-"]
+    assert rows["ssd"][:2] == ["80.0%", "70.0%"]
+
+
+def test_a_grid_has_a_figure_and_a_table(page_of_many, many):
+    text = " ".join(page_of_many.text.split())
+    assert "Grid: SSD over k and construction" in text
+    assert {"figures/grid_tau.csv", "figures/grid_square.csv"} <= set(page_of_many.links)
+    for grid in grids(many.experiment, load_results(many.exp_dir, many.runs)):
+        for _, values, told in grid_page(grid):
+            assert " ".join([*values, *told]).strip() in text
+
+
+def test_settings_that_differ_are_columns(page_of_many):
+    text = " ".join(page_of_many.text.replace("\u200b", "").split())
+    start = text.index("Where the arms differ")
+    assert "arm model.layers moe.experts" in text[start:]
+    assert "Smaller dense 2 16 6" in text[start:]
+
+
+def test_every_finding_leads_to_its_runs(page_of_many, many):
+    results = load_results(many.exp_dir, many.runs)
+    for finding in findings(results, grids(many.experiment, results)):
+        assert finding.text in page_of_many.text
+        assert all(f"#run-{run}" in page_of_many.links for run in finding.runs)
+
+
+def test_links_lead_somewhere(page_of_many, many):
+    for link in page_of_many.links:
         if link.startswith("#"):
-            assert link[1:] in page.ids
+            assert link[1:] in page_of_many.ids
         elif link != "summary.csv":
-            assert (two_seeds.exp_dir / link).exists()
+            assert (many.exp_dir / link).exists()
 
 
 def test_nothing_is_loaded_from_outside(html, page):
@@ -132,13 +180,11 @@ def test_card_of_other_keys(make_tree):
     assert "odd" in text
 
 
-@pytest.mark.parametrize("missing", ["figures/loss_over_steps.svg", "experiment.yaml"])
-def test_missing_file_is_named(make_tree, missing):
+def test_missing_figure_is_named(make_tree):
     tree = make_tree((0,), ("dense",))
-    (tree.exp_dir / missing).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="not found") as error:
         write_report(tree.exp_dir, tree.experiment, tree.data_dir, {})
-    assert str(tree.exp_dir / missing) in str(error.value)
+    assert str(tree.exp_dir / "figures/loss_over_steps.svg") in str(error.value)
 
 
 def test_reporting_imports_no_training_library():

@@ -67,8 +67,8 @@ def matched(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
     for mode, theirs in modes:
         if theirs is not None:
             text += (
-                f" For the same FLOPs {other.label}'s perplexity of {theirs.text()} {mode} is "
-                f"{compare(theirs.mean, mine.mean, PERPLEXITY)} {arm.label}'s {mine.text()}.{theirs.overlap(mine)}"
+                f" {other.label}'s perplexity {mode}, {theirs.text()}, is "
+                f"{compare(theirs.mean, mine.mean, PERPLEXITY)} the {mine.text()} of {arm.label}.{theirs.overlap(mine)}"
             )
     return Finding(topic, text, run_names(other, arm))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ssd_lit.reporting.analyses import has_table, joined, read_table
 from ssd_lit.reporting.curves import draw_band, over_seeds
@@ -40,6 +40,7 @@ def expert_load(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
             _dead(mine), (1, 1), xycoords="axes fraction", xytext=(-4, -4), textcoords="offset points",
             ha="right", va="top", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("share of tokens")
     layer_bar(figure, panels, layers)

@@ -72,8 +72,9 @@ FIGURES = {
         perplexity_figure.over_k,
         "Perplexity over the number of experts",
         "Perplexity of the final models in sparse mode, by the number of experts k computed for a token; right: "
-        "the lowest part, enlarged. Rings mark the k an arm is set to; dashed lines are the models in dense mode. "
-        "Copied experts and learned gates have none.",
+        "the lowest part, enlarged. Rings mark the k an arm is set to; dashed lines are the models in dense mode: "
+        "with more than seven arms only those that have no other, for with all experts sparse mode equals dense mode. "
+        "(Copied experts and learned gates have no dense mode.)",
     ),
     "router_over_k": FigureKind(
         router_figure.over_k,
@@ -140,6 +141,6 @@ def _grid_kind(grid: Grid) -> FigureKind:
         lambda _: grid_figure.draw(grid),
         f"Grid: {grid.label}",
         f"What {listed(list(grid.keys))} {'changes' if len(grid.keys) == 1 else 'change'}: means over seeds, with the "
-        "range as a bar and the seeds as ticks where there are several. Dashed: the dense arm, trained for all its "
+        "range as a bar and the seeds as dots where there are several. Dashed: the dense arm, trained for all its "
         "steps.",
     )

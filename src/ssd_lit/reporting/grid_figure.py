@@ -14,9 +14,12 @@ from matplotlib.lines import Line2D
 from ssd_lit.reporting.arms import Arm
 from ssd_lit.reporting.grid import QUANTITIES, Grid, Quantity, measured, table
 from ssd_lit.reporting.style import GREY, MARKERS, PALETTE, WIDTH, ramp, scale_perplexities
+from ssd_lit.reporting.words import shortened
 
-SPREAD = 0.5
+SPREAD = 0.3
 """Share of the space between two values of the first key over which the series are spread."""
+LETTERS = 11
+"""Letters of a tick label to the inch."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Series:
 def draw(grid: Grid) -> tuple[Figure, pd.DataFrame]:
     """A panel for each quantity: the first key's values along the x axis, the others' as colours."""
     series = _series(grid)
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.0))
+    figure.set_layout_engine("constrained", hspace=0.08)
     upper, lower = QUANTITIES[:2], QUANTITIES[2:]
     panels = figure.subplot_mosaic(
         [
@@ -92,8 +96,8 @@ def _draw_quantity(panel: Axes, grid: Grid, series: Sequence[Series], quantity: 
             if len(measure.values) > 1:
                 panel.vlines(at, measure.low, measure.high, color=one.colour, linewidth=1)
                 panel.plot(
-                    [at] * len(measure.values), measure.values, color=one.colour, linestyle="none", marker="_",
-                    markersize=6,
+                    [at] * len(measure.values), measure.values, color=one.colour, linestyle="none", marker=".",
+                    markersize=4,
                 )  # fmt: skip
         panel.plot(
             places, means, color=one.colour, linestyle=_line(grid), linewidth=1.2, marker=one.marker, markersize=4.5
@@ -106,6 +110,7 @@ def _draw_quantity(panel: Axes, grid: Grid, series: Sequence[Series], quantity: 
     if quantity.column.startswith("perplexity"):
         scale_perplexities(panel, drawn)
     else:
+        panel.set_ylim(bottom=max(0.0, panel.get_ylim()[0]))
         panel.yaxis.set_major_formatter(lambda value, _: quantity.write(value).replace(".0%", "%"))
 
 
@@ -127,10 +132,12 @@ def _line(grid: Grid) -> Literal["-", "none"]:
 
 
 def _label_values(panel: Axes, grid: Grid, room: float) -> None:
-    """The first key's values below the axis, broken to the room in inches there is for each."""
-    values = grid.values[0]
-    letters = max(6, int(13 * room / len(values)))
-    panel.set_xticks(range(len(values)), [textwrap.fill(value, letters) for value in values])
+    """The first key's values below the axis, slanting where `room`, the panel's width in inches, is too little."""
+    values = [textwrap.fill(shortened(value, 40), 20) for value in grid.values[0]]
+    panel.set_xticks(range(len(values)), values)
+    if max(map(len, values)) > LETTERS * room / len(values):
+        for label in panel.get_xticklabels():
+            label.set(rotation=35, ha="right", va="center", rotation_mode="anchor")
     panel.set_xlim(-0.5, len(values) - 0.5)
     panel.grid(visible=False, axis="x")
 
@@ -142,6 +149,6 @@ def _legend(grid: Grid, series: Sequence[Series]) -> list[Line2D]:
         if one.label
     ]
     if grid.reference is not None:
-        label = f"{grid.reference.label}, dense mode"
+        label = f"{shortened(grid.reference.label)} (in dense mode)"
         entries.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=label))
     return entries

@@ -52,7 +52,10 @@ def layer_colours(layers: int) -> list[str]:
 def layer_bar(figure: Figure, panels: Sequence[Axes], layers: int) -> None:
     """Which of the `layer_colours` is which layer."""
     scale = ScalarMappable(BoundaryNorm(np.arange(layers + 1) - 0.5, layers), ListedColormap(layer_colours(layers)))
-    bar = figure.colorbar(scale, ax=list(panels), label="layer", ticks=range(0, layers, math.ceil(layers / 12)))
+    rows = math.ceil(len(panels) / COLUMNS)
+    bar = figure.colorbar(
+        scale, ax=list(panels), label="layer", ticks=range(0, layers, math.ceil(layers / 12)), aspect=20 * rows
+    )
     bar.ax.tick_params(length=0)
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from ssd_lit.reporting.curves import draw_band, over_seeds
 from ssd_lit.reporting.runs import Points, RunResult, by_arm, perplexity
-from ssd_lit.reporting.style import GREY, WIDTH, ArmStyle, arm_styles, scale_perplexities
+from ssd_lit.reporting.style import GREY, PALETTE, WIDTH, ArmStyle, arm_styles, scale_perplexities
 from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
 from ssd_lit.reporting.words import shortened
 
@@ -30,7 +30,9 @@ def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
         _draw_dense(axes, drawn, styles)
         _draw_curves(axes, drawn, styles)
         label_experts(axes, drawn)
-    values = [value for result in drawn for value in _drawn_of(result) if math.isfinite(value)]
+    values = [value for result in drawn for _, value in perplexities(result.evaluation.curve)]
+    values += [result.ppl_dense for result in _with_dense_line(drawn) if result.ppl_dense is not None]
+    values = [value for value in values if math.isfinite(value)]
     if values:
         scale_perplexities(whole, values)
         enlarged.set_ylim(0.98 * min(values), ENLARGED * min(values))
@@ -74,21 +76,25 @@ def _draw_curves(axes: Axes, results: Sequence[RunResult], styles: dict[str, Arm
 
 
 def _draw_dense(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
-    for arm, runs in by_arm([result for result in results if _has_dense_line(result)]).items():
+    for arm, runs in by_arm(_with_dense_line(results)).items():
         values = [result.ppl_dense for result in runs if result.ppl_dense is not None]
         if values:
             axes.axhline(sum(values) / len(values), color=styles[arm].colour, linestyle="--", linewidth=1)
 
 
-def _has_dense_line(result: RunResult) -> bool:
-    """Whether the run's dense mode is drawn: post-hoc MoEfication has that of the run it starts from."""
-    return result.serves_densely and (result.config.method != "posthoc" or result.config.start_from is None)
+def _with_dense_line(results: Sequence[RunResult]) -> list[RunResult]:
+    """The runs whose dense mode is drawn; with many arms only those that have no other.
 
-
-def _drawn_of(result: RunResult) -> list[float]:
-    """Every perplexity of the run that is drawn."""
-    dense = [result.ppl_dense] if _has_dense_line(result) and result.ppl_dense is not None else []
-    return [*dense, *(value for _, value in perplexities(result.evaluation.curve))]
+    Post-hoc MoEfication has the dense mode of the run it starts from.
+    """
+    crowded = len(by_arm(results)) > len(PALETTE)
+    return [
+        result
+        for result in results
+        if result.serves_densely
+        and (result.config.method != "posthoc" or result.config.start_from is None)
+        and not (crowded and result.evaluation.curve)
+    ]
 
 
 def _legend(results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> list[Line2D]:

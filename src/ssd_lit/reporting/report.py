@@ -52,6 +52,7 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         arms=arms_of(results),
         settings=settings(results),
         evaluation=flat(experiment.evaluation.model_dump()),
+        analysis=flat(experiment.analysis.model_dump()) if experiment.analysis is not None else [],
         provenance=flat(provenance),
     )
     path = exp_dir / "report.html"

@@ -24,7 +24,7 @@ ORACLE = ArmStyle(GREY, ":")
 
 
 def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
-    """A panel for each arm with a sparse mode; arms that differ in their router only stand together, on one scale."""
+    """A panel for each arm with a sparse mode; those that differ in their router only stand together, on one scale."""
     scored = [result for result in results if result.evaluation.curve]
     drawn = in_view(scored, MOST_PANELS)
     if not drawn:
@@ -50,15 +50,20 @@ def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
 
 
 def by_router(arms: Sequence[Arm]) -> list[list[Arm]]:
-    """The arms in groups whose members differ in their router only, in the order they first appear."""
+    """The arms in groups whose members differ in their router or within a grid only, in the order they first appear."""
     groups: list[list[Arm]] = []
     for arm in arms:
-        alike = [group for group in groups if alike_but(group[0].config, arm.config, ROUTER)]
+        alike = [group for group in groups if _belongs(arm, group)]
         if alike:
             alike[0].append(arm)
         else:
             groups.append([arm])
     return groups
+
+
+def _belongs(arm: Arm, group: Sequence[Arm]) -> bool:
+    first = group[0].config
+    return first.grid.keys() == arm.config.grid.keys() and alike_but(first, arm.config, ROUTER | first.grid.keys())
 
 
 def _draw(panel: Axes, arm: Arm, style: ArmStyle) -> None:

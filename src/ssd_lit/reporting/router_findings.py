@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ssd_lit.reporting.arms import Arm, Finding, dynamic_k, in_sparse_mode, run_names
 from ssd_lit.reporting.settings import AFTERWARDS, alike_but
-from ssd_lit.reporting.words import PERPLEXITY, compare, listed, percent
+from ssd_lit.reporting.words import PERPLEXITY, compare, listed, number, percent
 
 TARGETS = {"mass": "the experts' activation mass", "norm": "the norm of the experts' outputs"}
 
@@ -31,22 +31,24 @@ def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
     for other in plain[:1]:
         theirs = in_sparse_mode(other)
         if theirs is not None:
-            text += f" {_gain(arm, mine.mean, other, theirs.mean, oracle.mean)}{mine.overlap(theirs)}"
+            text += f" {_gain(mine.mean, other, theirs.mean, oracle.mean)}{mine.overlap(theirs)}"
     text += _dynamic(arm)
     return Finding(f"{arm.label}: what the router buys", text, run_names(arm, *plain[:1]))
 
 
-def _gain(arm: Arm, mine: float, other: Arm, theirs: float, oracle: float) -> str:
+def _gain(mine: float, other: Arm, theirs: float, oracle: float) -> str:
     """Which share of the gap to the oracle the trained router closes."""
-    router = f"{other.label}, the same model with its {other.config.moe.router} router"
-    how = compare(mine, theirs, PERPLEXITY)
-    told = f"That is {how} the {theirs:.2f} of {router}"
+    told = (
+        f"That is {compare(mine, theirs, PERPLEXITY)} the {number(theirs)} of {other.label}, the same model with its "
+        f"{other.config.moe.router} router"
+    )
     gap = theirs - oracle
     if gap <= 0:
         return f"{told}, which the oracle does not beat: there is no gap to close."
     closed = (theirs - mine) / gap
-    verb = "closes" if closed >= 0 else "widens"
-    return f"{told}: {arm.label} {verb} its gap to the oracle by {percent(abs(closed))}."
+    if closed < 0:
+        return f"{told}: the gap to the oracle grows by {percent(-closed)}."
+    return f"{told}: {percent(min(closed, 1.0))} of the gap to the oracle is closed."
 
 
 def _dynamic(arm: Arm) -> str:

@@ -9,7 +9,7 @@ from ssd_lit.reporting.analyses import has_table, read_table
 from ssd_lit.reporting.runs import RunResult, by_arm
 
 BUSIEST = 8
-"""Experts shown of a layer."""
+"""Experts shown of a layer, at most; those that no token chooses are left out."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def token_tables(results: Sequence[RunResult]) -> list[tuple[RunResult, list[Exp
 
 def _busiest(load: pd.DataFrame, tokens: pd.DataFrame) -> list[ExpertTokens]:
     load, tokens = load.astype({"layer": int}), tokens.astype({"layer": int})
-    ends = load[load["layer"].isin([load["layer"].min(), load["layer"].max()])]
+    ends = load[load["layer"].isin([load["layer"].min(), load["layer"].max()]) & (load["load"] > 0)]
     busiest = ends.sort_values(["layer", "load", "expert"], ascending=[True, False, True]).groupby("layer")
     return [
         ExpertTokens(int(layer), int(expert), float(share), _tokens_of(tokens, int(layer), int(expert)))

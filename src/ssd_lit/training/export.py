@@ -27,8 +27,9 @@ def export_run(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], d
     check_unfilled(target)
     model = final_model(run_dir, config, chain, Specials.of(load_index(data / "tokens")))
     # Training has no use for it, generation has.
-    for settings in (model.backbone.config, model.backbone.generation_config):
-        settings.use_cache = True
+    model.backbone.config.use_cache = True
+    if model.backbone.can_generate():
+        model.backbone.generation_config.use_cache = True
     has_experts = any(record.mode == "moefy" for record in chain)
     moe = config.moe
     trained = moe.trained_router if chain[-1].mode == "router" else None
