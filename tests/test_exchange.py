@@ -30,7 +30,7 @@ ARMS: dict[str, Any] = {
     "ssd": {"method": "ssd"},
     "gate": {"method": "sparse", "moe": {"router": "learned"}},
     "norm": {"method": "posthoc", "start_from": "dense", "moe": {"trained_router": "norm", "router_steps": 3}},
-    "up": {"method": "upcycle", "start_from": "dense", "moe": {"router": "learned", "experts": 2, "top_k": 1}},
+    "up": {"method": "upcycle", "start_from": "dense", "moe": {"router": "random", "experts": 2, "top_k": 1}},
 }
 
 

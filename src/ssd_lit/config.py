@@ -270,7 +270,7 @@ class TrainingConfig(Section):
     checkpoint_every: Positive = 50
     """Steps between rolling checkpoints of a phase."""
     snapshot_every: Positive | None = None
-    """Steps between snapshots of the FFNs' input weights, from which pairs of moments are compared; null keeps none."""
+    """Steps between snapshots of the weights, from which pairs of moments are compared; null keeps none."""
 
 
 class SwitchingConfig(Section):

@@ -1,10 +1,11 @@
 """Stages between Hugging Face checkpoint folders and ours: models come in and get experts, and go out whole."""
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ssd_lit import stages
-from ssd_lit.config import ConfigError, MoEConfig, load_run
+from ssd_lit.config import ConfigError, Construction, MoEConfig, load_run
 from ssd_lit.layout import data_dir, read_chain
 
 MODEL_OPTIONS = ("model", "experts", "top_k", "out", "construction", "router", "seed", "text", "calibration_tokens")
@@ -43,12 +44,12 @@ def export(args: argparse.Namespace) -> str:
 def _moefy_model(
     threads: int,
     *,
-    model: Any,
+    model: Path,
     experts: int,
     top_k: int,
-    out: Any,
-    construction: Any = "kmeans",
-    router: Any = "center",
+    out: Path,
+    construction: Construction = "kmeans",
+    router: Literal["center", "random", "mass", "norm"] = "center",
     **calibration: Any,
 ) -> str:
     if top_k > experts:
@@ -58,7 +59,7 @@ def _moefy_model(
     from ssd_lit.training.moefy_folder import moefy_folder
 
     torch.set_num_threads(threads)
-    chosen = {"trained_router": router} if router in ("mass", "norm") else {"router": router}
+    chosen: Any = {"trained_router" if router in ("mass", "norm") else "router": router}
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
     moefy_folder(model, out, moe, **calibration, progress=print)
     return f"{out}: {experts} experts a layer, {top_k} a token in sparse mode"

@@ -157,7 +157,8 @@ class RunTracker:
         book.superseded.clear()
         book.save()
         _log_params(client, book.run_id, self._config)
-        self._log_data(client)
+        with FileLock(self._results / ".mlflow.lock"):  # two runs of one data set would both make its row
+            self._log_data(client)
         child_tags = {
             "stage": self._stage,
             PARENT: book.run_id,

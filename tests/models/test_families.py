@@ -1,6 +1,7 @@
 """Every family's backbone with its FFNs swapped, beside the same backbone as Transformers made it."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.order import reorder_neurons
+from tests.models.conftest import save_model
 
 SPECIALS = Specials(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
 MOE = MoEConfig(experts=4, top_k=1, backend="loop")
@@ -163,3 +165,29 @@ def test_a_config_names_its_family_and_its_activation() -> None:
         model = LanguageModel(config(name, activation="silu"), MOE, SPECIALS, context=CONTEXT)
         assert [ffn.activation for ffn in model.ffns] == ["silu"] * (4 if name == "t5" else 2)
         assert [ffn.w_gate is not None for ffn in model.ffns] == [name == "llama"] * len(model.ffns)
+
+
+@pytest.mark.parametrize(("name", "saved"), [("gpt2", "gpt2 base"), ("bert", "bert base"), ("llama", "llama base")])
+def test_training_may_begin_at_a_model_without_a_head(tmp_path: Path, name: str, saved: str) -> None:
+    """What the folder has is read, in full precision; a head of its own is drawn, the same for the same seed."""
+    expected = save_model(tmp_path, saved, dtype=torch.bfloat16).state_dict()
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        settings = ModelConfig(pretrained=str(tmp_path))
+        assert (settings.family, settings.layers, settings.d_model) == (name, 2, 16)
+        models.append(LanguageModel(settings, MOE, SPECIALS, context=CONTEXT))
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
+    assert models[0].training
+    assert {parameter.dtype for parameter in models[0].parameters()} == {torch.float32}
+    ours = models[0].backbone.base_model.state_dict()
+    shared = expected.keys() & ours.keys()
+    assert len(shared) > 10
+    assert all(torch.equal(ours[key], expected[key].float()) for key in shared)
+
+
+def test_training_does_not_begin_at_half_a_model(tmp_path: Path) -> None:
+    save_model(tmp_path, "t5 encoder")
+    with pytest.raises(ValueError, match=r"the weights lack .* of the model's, such as decoder\."):
+        LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=CONTEXT)

@@ -34,13 +34,13 @@ def test_page_tells_means_and_ranges_beside_the_dense_arm(many):
     titles = [quantity.title for quantity in QUANTITIES]
     dense = dict(zip(titles, rows[0][2], strict=True))
     assert dense["perplexity, sparse mode"] == dense["routing recall"] == "-"
-    assert dense["FLOPs, of dense"] == "100.0%"
+    assert dense["FLOPs, relative to dense"] == "100.0%"
     told = dict(zip(titles, rows[1][2], strict=True))
     low, high = math.exp(3.47), math.exp(3.474)
     assert told["perplexity, sparse mode"] == f"{mean('tau.tau_0.9', 1):.2f} ({low:.2f} to {high:.2f})"
     # 160 of 400 steps at 2.2 instead of 3.0 MFLOP a token.
     assert told["sparse steps"] == "40.0%"
-    assert told["FLOPs, of dense"] == f"{100 * (240 * 3.0 + 160 * 2.2) / 1200:.1f}%"
+    assert told["FLOPs, relative to dense"] == f"{100 * (240 * 3.0 + 160 * 2.2) / 1200:.1f}%"
     assert told["routing recall"] == "80.0%"
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,29 +13,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from ssd_lit.config import load_experiment
 from ssd_lit.files import read_json
+from ssd_lit.reporting.names import figure_names
 from ssd_lit.tracking import tracking_uri
 from tests.conftest import Bench, tiny_experiment
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def command(experiment: str | Path, results: Path, *arguments: str) -> list[str]:
-    # Before `--config`, which takes all that follows it.
-    return [
-        sys.executable, "-m", "snakemake", "--cores", "2", *arguments,
-        "--config", f"experiment={experiment}", f"results={results}",
-    ]  # fmt: skip
-
-
-def snakemake(experiment: str | Path, results: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        command(experiment, results, *arguments), cwd=ROOT, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +42,9 @@ def test_the_quick_experiment_reaches_its_report(quick: Path) -> None:
     assert all(float(row["val_ppl_dense"]) < 300 for row in rows.values())
     html = (here / "report.html").read_text(encoding="utf-8")
     assert all(f"{arm}-seed0" in html for arm in rows)
-    assert len(list((here / "figures").iterdir())) == 15
+    names = figure_names(load_experiment(here / "experiment.yaml"))
+    kinds = ("svg", "png", "csv")
+    assert {path.name for path in (here / "figures").iterdir()} == {f"{name}.{kind}" for name in names for kind in kinds}
     for run in (here / "runs").iterdir():
         assert list((run / "logs").iterdir())
         assert list((run / "benchmarks").iterdir())

@@ -57,7 +57,7 @@ QUANTITIES = (
     Quantity("perplexity, dense mode", "perplexity_dense", lambda run, _: run.ppl_dense, number),
     Quantity("perplexity, sparse mode", "perplexity_sparse", lambda run, _: run.ppl_sparse, number),
     Quantity("sparse steps", "sparse_share", lambda run, _: run.sparse_share, percent),
-    Quantity("FLOPs, of dense", "relative_flops", _relative_flops, percent),
+    Quantity("FLOPs, relative to dense", "relative_flops", _relative_flops, percent),
     Quantity("active neurons", "active_neurons", lambda run, _: run.evaluation.active_neurons, digits),
     Quantity("routing recall", "routing_recall", lambda run, _: run.recall, percent),
 )

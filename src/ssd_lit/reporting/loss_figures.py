@@ -19,7 +19,7 @@ from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
 from ssd_lit.reporting.words import shortened
 
 ZOOM = 0.6
-"""The enlarged panel begins at this share of training."""
+"""The enlarged panel begins at this share of the training that ends first."""
 LANE, LABEL = 0.13, 0.16
 """Inches for a run's lane and for an arm's name beside its lanes."""
 
@@ -56,17 +56,19 @@ def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
     )
     ends = [place([result], np.array([0.0, result.last_step])) for result in trained]
     start, end = min(float(span[0]) for span in ends), max(float(span[1]) for span in ends)
-    for column, left in enumerate((start, start + ZOOM * (end - start))):
+    first_end = min(float(span[1]) for span in ends)
+    for column, left in enumerate((start, start + ZOOM * (first_end - start))):
         plot, lanes = grid[0, column], grid[1, column]
         for arm, runs in by_arm(trained).items():
             _draw_arm(plot, runs, styles[arm], place)
         _draw_lanes(plot, lanes, trained, styles, place)
-        plot.set_xlim(left, end)
+        # The last marker is not cut in half.
+        plot.set_xlim(left, end + 0.01 * (end - left))
         _fit_height(plot, trained, place, left)
         lanes.set_xlabel(x_label)
         lanes.xaxis.set_major_formatter(EngFormatter())
     grid[0, 0].set_ylabel("validation loss (nats per target)")
-    grid[0, 1].set_title(f"the last {1 - ZOOM:.0%}", color=GREY)
+    grid[0, 1].set_title("the last part", color=GREY)
     _label_lanes(grid[1, 0], trained)
     grid[1, 1].set_yticks([])
     handles = _legend(trained, styles)

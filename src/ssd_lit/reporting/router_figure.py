@@ -84,10 +84,12 @@ def _draw(panel: Axes, arm: Arm, style: ArmStyle) -> None:
 
 
 def _share_scale(panels: Sequence[Axes], group: Sequence[Arm]) -> None:
-    """The same y axis for all panels of a group, as far as the arms' own routers reach."""
-    values = [value for arm in group for run in arm.runs for _, value in perplexities(run.evaluation.curve)]
-    values += [value for arm in group for run in arm.runs if (value := run.ppl_oracle) is not None]
-    values += [value for arm in group for run in arm.runs if (value := run.ppl_dense) and run.serves_densely]
+    """The same y axis for all panels of a group."""
+    runs = [run for arm in group for run in arm.runs]
+    curves = [run.evaluation.curve for run in runs]
+    curves += [run.evaluation.oracle_curve for run in runs if run.ppl_oracle is not None]
+    values = [value for curve in curves for _, value in perplexities(curve)]
+    values += [run.ppl_dense for run in runs if run.ppl_dense is not None and run.serves_densely]
     values = [value for value in values if math.isfinite(value)]
     for panel in panels:
         scale_perplexities(panel, values)

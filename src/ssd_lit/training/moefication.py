@@ -1,6 +1,7 @@
 """MoEfication of a run between two phases: the checkpoint's neurons move into expert order, Adam's moments too."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,9 @@ def _experts(
             return tracker.labels, []
         found = tracker.update(rows)
         return tracker.labels, [] if found is None else [[phase.first_step, found]]
-    activations: list[Tensor | None] = [None] * len(rows)
+    activations: Iterable[Tensor | None] = [None] * len(rows)
     if moe.construction in NEEDS_ACTIVATIONS:
-        activations = [*layer_activations(model, tokens_dir, moe.calibration_blocks, specials)]
+        activations = layer_activations(model, tokens_dir, moe.calibration_blocks, specials)
     return [
         construct(moe.construction, w, moe.experts, seed=1000 * config.seed + layer, activations=h)
         for layer, (w, h) in enumerate(zip(rows, activations, strict=True))
