@@ -64,9 +64,9 @@ def tiny_experiment(folder: Path, **changes: Any) -> Path:
 class Bench:
     """An experiment with its data prepared, driven stage by stage as a person would."""
 
-    def __init__(self, folder: Path, **changes: Any):
+    def __init__(self, folder: Path, *, config: Path | None = None, **changes: Any):
         self.results = folder / "results"
-        config = tiny_experiment(folder, **changes)
+        config = config or tiny_experiment(folder, **changes)
         self.stage("configs", config, "--results", self.results)
         self.data = next((self.results / "data").iterdir())
         for stage in ("prepare", "tokenizer", "encode"):

@@ -102,6 +102,17 @@ def test_dynamic_k_takes_the_experts_near_the_best_one() -> None:
     torch.testing.assert_close(few, ffn(x))
 
 
+def test_the_oracle_changes_what_a_gate_chooses_and_not_how_it_weighs() -> None:
+    ffn = ffn_with("learned")
+    ffn.set_mode("sparse")
+    ffn.oracle = True
+    x = torch.randn(20, 8, dtype=torch.double)
+    choice = ffn.choose(x)
+    assert choice.experts.sort().values.equal(top_k_experts(ffn.mass(x), 2).sort().values)
+    expected = 2 * ffn.router(x).gather(1, choice.experts).softmax(-1)
+    torch.testing.assert_close(choice.weights, expected)
+
+
 def test_a_frozen_router_has_nothing_to_train_and_the_oracle_beats_it() -> None:
     for name in ("center", "random"):
         ffn = ffn_with(name)

@@ -119,11 +119,12 @@ class ExpertFFN(nn.Module):
 
     def choose(self, x: Tensor) -> Choice:
         """The experts that each token of x [T, D] runs through in sparse mode, and their weights."""
-        scores = self.mass(x) if self.oracle else self.router(x)
+        scores = self.router(x)
+        ranking = self.mass(x) if self.oracle else scores
         if self.threshold is not None:
-            return Choice(experts_above(scores, self.threshold), ragged=True)
-        chosen = top_k_experts(scores, self.top_k)
-        if not self.router.weighted or self.oracle:
+            return Choice(experts_above(ranking, self.threshold), ragged=True)
+        chosen = top_k_experts(ranking, self.top_k)
+        if not self.router.weighted:
             return Choice(chosen)
         if self.training:
             self.gate_losses = gate_losses(scores, chosen)

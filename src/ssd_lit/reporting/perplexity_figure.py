@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from ssd_lit.reporting.curves import draw_band, over_seeds
+from ssd_lit.reporting.panels import empty_figure
 from ssd_lit.reporting.runs import Points, RunResult, by_arm, perplexity
 from ssd_lit.reporting.style import GREY, PALETTE, WIDTH, ArmStyle, arm_styles, scale_perplexities
 from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
@@ -23,6 +24,8 @@ def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Curves of the arms with experts, and dense-mode perplexities as lines."""
     styles = arm_styles(results)
     drawn = in_view(results, MOST_CURVES)
+    if not drawn:
+        return empty_figure("only cells of grids were run: see their own figures"), _table(results)
     handles = _legend(drawn, styles)
     figure = Figure(figsize=(WIDTH, 3.5 + 0.15 * math.ceil(len(handles) / 4)), layout="constrained")
     whole, enlarged = figure.subplots(1, 2)
