@@ -388,7 +388,7 @@ class RunConfig(Section):
         if moe.router == "learned" and method in ("ssd", "posthoc"):
             raise ValueError(f"moe.router 'learned': not with method {method}; allowed: center, random")
         if moe.router == "learned" and moe.top_k == 1:
-            raise ValueError("moe.top_k 1: a learned router's weights are a softmax over the chosen; allowed: 2 and more")
+            raise ValueError("moe.top_k 1: a learned router weighs the chosen by a softmax; allowed: 2 and more")
         if moe.router == "center" and method == "upcycle":
             raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: learned, random")
         if moe.trained_router is not None and method not in ("ssd", "posthoc"):
