@@ -46,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssd-lit", description="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
-        epilog="The stages of an experiment, in order: configs, prepare, tokenizer, encode; for each run phases ("
-        "train, moefy, route), evaluate, analyse; then summarise, figures, report. `ssd-lit STAGE --help` explains one.",
+        epilog="The stages of an experiment, in order: configs, prepare, tokenizer, encode; for each run phases "
+        "(train, moefy, route), evaluate, analyse; then summarise, figures, report. `ssd-lit STAGE --help` tells more.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
 
