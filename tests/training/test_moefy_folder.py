@@ -13,7 +13,7 @@ from ssd_lit.config import MoEConfig
 from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.training.moefy_folder import moefy_folder
-from ssd_lit.training.router_loss import router_loss
+from ssd_lit.training.router_loss import contributions, router_loss
 from ssd_lit.training.text_calibration import text_inputs
 from tests.models.conftest import VOCABULARY, F, save_model
 
@@ -108,7 +108,12 @@ def test_a_trained_router_learns_what_its_experts_contribute(tmp_path: Path, tex
         model = ssd_lit.load(target)
         xs = text_inputs(model, experts_of(model), tmp_path / "dense", unseen, 500)
         with torch.no_grad():
-            losses.append(sum(router_loss(ffn, x, router) for ffn, x in zip(experts_of(model), xs, strict=True)))
+            losses.append(
+                sum(
+                    router_loss(ffn.router(x), contributions(ffn, x, router), router)
+                    for ffn, x in zip(experts_of(model), xs, strict=True)
+                )
+            )
     least = sum(entropy_of_shares(ffn, x) for ffn, x in zip(experts_of(model), xs, strict=True)) * (router == "mass")
     assert losses[1] - least < 0.3 * (losses[0] - least)
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter
 from ssd_lit.reporting.curves import Array, curves_of, draw_band, mean_flops, mean_seconds, over_seeds
 from ssd_lit.reporting.panels import empty_figure
 from ssd_lit.reporting.runs import RunResult, by_arm
-from ssd_lit.reporting.style import GREY, WIDTH, ArmStyle, arm_styles
+from ssd_lit.reporting.style import GREY, WIDTH, ArmStyle, arm_styles, legend_columns
 from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
 from ssd_lit.reporting.words import shortened
 
@@ -72,7 +72,7 @@ def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
     _label_lanes(grid[1, 0], trained)
     grid[1, 1].set_yticks([])
     handles = _legend(trained, styles)
-    figure.legend(handles=handles, loc="outside upper center", ncols=5 if len(handles) < 7 else 4)
+    figure.legend(handles=handles, loc="outside upper center", ncols=legend_columns(handles))
     tell_left_out(figure, results, drawn)
     return figure
 

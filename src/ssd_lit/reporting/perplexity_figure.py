@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from ssd_lit.reporting.curves import draw_band, over_seeds
 from ssd_lit.reporting.panels import empty_figure
 from ssd_lit.reporting.runs import Points, RunResult, by_arm, perplexity
-from ssd_lit.reporting.style import GREY, PALETTE, WIDTH, ArmStyle, arm_styles, scale_perplexities
+from ssd_lit.reporting.style import GREY, PALETTE, WIDTH, ArmStyle, arm_styles, legend_columns, scale_perplexities
 from ssd_lit.reporting.view import MOST_CURVES, in_view, tell_left_out
 from ssd_lit.reporting.words import shortened
 
@@ -27,7 +27,8 @@ def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     if not drawn:
         return empty_figure("only cells of grids were run: see their own figures"), _table(results)
     handles = _legend(drawn, styles)
-    figure = Figure(figsize=(WIDTH, 3.5 + 0.15 * math.ceil(len(handles) / 4)), layout="constrained")
+    columns = legend_columns(handles)
+    figure = Figure(figsize=(WIDTH, 3.5 + 0.15 * math.ceil(len(handles) / columns)), layout="constrained")
     whole, enlarged = figure.subplots(1, 2)
     for axes in (whole, enlarged):
         _draw_dense(axes, drawn, styles)
@@ -41,7 +42,7 @@ def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
         enlarged.set_ylim(0.98 * min(values), ENLARGED * min(values))
     enlarged.set_title(f"up to {ENLARGED:g} times the lowest", color=GREY)
     whole.set_ylabel("validation perplexity")
-    figure.legend(handles=handles, loc="outside upper center", ncols=5 if len(handles) < 6 else 4)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
     tell_left_out(figure, results, drawn)
     return figure, _table(results)
 

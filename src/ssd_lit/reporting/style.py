@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -16,8 +17,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ssd_lit.files import whole_file
 from ssd_lit.reporting.runs import RunResult, by_arm
 
-# Okabe and Ito's colours, told apart by colour-blind readers; their yellow is too faint on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours without yellow, too faint on white, then three of Tol's: colour-blind readers tell them apart.
+PALETTE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#44AA99", "#999933",
+)  # fmt: skip
 Line = Literal["-", "-.", ":"]
 LINES: tuple[Line, ...] = ("-", "-.", ":")
 """Dashes are left for what is not a curve: reference lines."""
@@ -94,6 +97,12 @@ def scale_perplexities(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_columns(handles: Sequence[Artist]) -> int:
+    """How many columns of a legend fit beside each other on a figure's width."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    return max(1, min(5, int(WIDTH / (0.6 + 0.07 * longest))))
 
 
 @contextmanager

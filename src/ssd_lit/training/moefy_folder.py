@@ -19,7 +19,7 @@ from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.order import moefy
-from ssd_lit.training.router_loss import router_loss
+from ssd_lit.training.router_loss import contributions, router_loss
 from ssd_lit.training.text_calibration import check_text, text_inputs
 
 TOKENS_A_STEP = 1024
@@ -94,13 +94,15 @@ def needs_text(moe: MoEConfig) -> bool:
 
 def fit_router(ffn: ExpertFFN, x: Tensor, moe: MoEConfig, *, seed: int) -> None:
     """Train the router of an FFN, and nothing else, on inputs x [T, D], for moe.router_steps steps."""
-    assert moe.trained_router is not None
+    kind = moe.trained_router
+    assert kind is not None
+    wanted = contributions(ffn, x, kind)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(ffn.router.parameters(), lr=moe.router_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moe.router_steps)
     for _ in range(moe.router_steps):
-        rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator)
+        rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator).to(x.device)
         optimizer.zero_grad()
-        router_loss(ffn, x[rows.to(x.device)], moe.trained_router).backward()
+        router_loss(ffn.router(x[rows]), wanted[rows], kind).backward()
         optimizer.step()
         schedule.step()

@@ -8,17 +8,25 @@ from torch import Tensor
 
 from ssd_lit.moe.ffn import ExpertFFN
 
+Kind = Literal["mass", "norm"]
 
-def router_loss(ffn: ExpertFFN, x: Tensor, kind: Literal["mass", "norm"]) -> Tensor:
-    """How far the router's scores for tokens x [T, D] are from what its experts contribute; a scalar.
 
-    `mass`: which share of the activation mass each expert holds, by cross-entropy (MoEfication, arXiv 2110.01786,
-    section 3.3). `norm`: the L2 norm of each expert's output, by mean squared error, in units of the layer's mean norm
-    (D2DMoE, arXiv 2310.04361, section 3.2).
+@torch.no_grad()
+def contributions(ffn: ExpertFFN, x: Tensor, kind: Kind) -> Tensor:
+    """What each expert contributes to tokens x [T, D], as [T, E].
+
+    `mass`: its share of the token's activation mass (MoEfication, arXiv 2110.01786, section 3.3). `norm`: the L2 norm
+    of its output (D2DMoE, arXiv 2310.04361, section 3.2), in units of the mean over tokens and experts.
     """
     if kind == "mass":
         mass = ffn.mass(x)
-        share = mass / mass.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-        return F.cross_entropy(ffn.router(x).clamp_min(1e-6).log(), share)
+        return mass / mass.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     norms = ffn.output_norms(x)
-    return F.mse_loss(ffn.router(x), norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny))
+    return norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def router_loss(scores: Tensor, contributed: Tensor, kind: Kind) -> Tensor:
+    """How far a router's scores [T, E] are from the contributions [T, E]: cross-entropy, or mean squared error."""
+    if kind == "mass":
+        return F.cross_entropy(scores.clamp_min(1e-6).log(), contributed)
+    return F.mse_loss(scores, contributed)

@@ -21,7 +21,7 @@ from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.records import finished
-from ssd_lit.training.router_loss import router_loss
+from ssd_lit.training.router_loss import contributions, router_loss
 from ssd_lit.training.schedule import Phase
 from ssd_lit.training.trainer import quiet
 
@@ -94,7 +94,10 @@ class RouterFitting(LightningModule):
         seen = ffn_inputs(self.model, batch)
         kind = self._config.moe.trained_router
         assert kind is not None
-        losses = [router_loss(ffn, x.float(), kind) for ffn, x in zip(self.model.ffns, seen, strict=True)]
+        losses = [
+            router_loss(ffn.router(x.float()), contributions(ffn, x.float(), kind), kind)
+            for ffn, x in zip(self.model.ffns, seen, strict=True)
+        ]
         loss = torch.stack(losses).mean()
         if self.global_step % self._config.training.log_every == 0:
             assert self.trainer.logger is not None
