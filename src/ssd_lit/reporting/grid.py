@@ -1,7 +1,8 @@
 """A grid of settings as one page: what every combination costs and gives, beside the dense arm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -66,25 +67,32 @@ QUANTITIES = (
 def grids(experiment: Experiment, results: Sequence[RunResult]) -> list[Grid]:
     """Every grid of the experiment, arm by arm."""
     arms = {arm.name: arm for arm in arms_of(results)}
-    found = []
-    for name, settings in experiment.arms.items():
-        if settings.grid:
-            members = tuple(
-                Cell(tuple(shown(value) for value in values.values()), arms[cell])
-                for cell, (_, values) in cells(name, settings).items()
-            )
-            found.append(
-                Grid(
-                    name,
-                    settings.label or name,
-                    tuple(settings.grid),
-                    tuple(tuple(shown(value) for value in values) for values in settings.grid.values()),
-                    tuple(all(_is_number(value) for value in values) for values in settings.grid.values()),
-                    members,
-                    _reference(members[0].arm, list(arms.values())),
-                )
-            )
-    return found
+    return [
+        _grid(name, settings.label or name, cells(name, settings), arms)
+        for name, settings in experiment.arms.items()
+        if settings.grid
+    ]
+
+
+def _grid(name: str, label: str, settings: Mapping[str, tuple[Any, dict[str, Any]]], arms: Mapping[str, Arm]) -> Grid:
+    """The grid of an arm, from the settings that tell each of its cells apart."""
+    keys = tuple(next(iter(settings.values()))[1])
+    values = [_distinct([told[key] for _, told in settings.values()]) for key in keys]
+    members = tuple(Cell(tuple(shown(told[key]) for key in keys), arms[cell]) for cell, (_, told) in settings.items())
+    return Grid(
+        name,
+        label,
+        keys,
+        tuple(tuple(shown(value) for value in of_key) for of_key in values),
+        tuple(all(_is_number(value) for value in of_key) for of_key in values),
+        members,
+        _reference(members[0].arm, list(arms.values())),
+    )
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    """The values in their order, each once; a list or a mapping may be among them."""
+    return [value for place, value in enumerate(values) if value not in values[:place]]
 
 
 def measured(grid: Grid, arm: Arm, quantity: Quantity) -> Measure | None:
