@@ -49,7 +49,11 @@ def test_every_family_goes_through_all_stages(tmp_path: Path, family: str, ffns:
 
 
 def test_every_construction_is_a_cell_of_its_grid(tmp_path: Path) -> None:
-    here, rows = run("ablations/construction", tmp_path, arms={"ssd": {"switching": FIXED}})
+    here, rows = run(
+        "ablations/construction",
+        tmp_path,
+        arms={"ssd": {"switching": FIXED, "grid": {"moe.construction": ["kmeans", "random"]}}},
+    )
     cells = [arm for arm in rows if arm.startswith("posthoc.")]
     assert [arm.partition("construction_")[2] for arm in cells] == [
         "kmeans", "kmeans_activations", "coactivation", "random", "contiguous",
