@@ -154,3 +154,17 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
     steps = [m.step for m in client.get_metric_history(runs[0].info.run_id, "train/loss")]
     assert sorted(steps) == sorted(set(steps))
     assert max(steps) == 120
+
+
+def test_runs_that_share_their_warm_up_are_done_once_they_are_done(tmp_path: Path) -> None:
+    grid = {
+        "method": "ssd",
+        "grid": {"moe.construction": ["kmeans", "random"]},
+        "switching": {"switch_points": [12, 28]},
+    }
+    config, results = tiny_experiment(tmp_path, arms={"ssd": grid}), tmp_path / "results"
+    snakemake(config, results)
+    phases = [results / f"tiny/runs/ssd.construction_{name}-seed0/phases" for name in ("kmeans", "random")]
+    first, second = (folder / "00-dense/last.ckpt" for folder in phases)
+    assert first.read_bytes() == second.read_bytes()
+    assert "Nothing to be done" in snakemake(config, results)

@@ -1,6 +1,5 @@
 """A first phase that several runs have in common is trained by one of them."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,8 @@ def adopt_warmup(run_dir: Path, owner: Path, phase: Phase, recorder: Recorder) -
     theirs, ours = (phase_dir(run, phase.index, phase.mode) for run in (owner, run_dir))
     record = PhaseRecord.read(theirs / "phase.json")
     with whole_file(ours / "last.ckpt") as part:
-        _link(theirs / "last.ckpt", part)
+        # A copy: the workflow dates its outputs anew, which a second name of the same file would pass on to the owner.
+        shutil.copyfile(theirs / "last.ckpt", part)
     for name, curve in read_points(owner / "metrics.jsonl").items():
         for step, value in curve:
             if step <= record.last_step:
@@ -27,14 +27,5 @@ def adopt_warmup(run_dir: Path, owner: Path, phase: Phase, recorder: Recorder) -
     for step, snapshot in snapshots(owner):
         if step <= record.last_step:
             with whole_file(snapshot_path(run_dir, step)) as part:
-                _link(snapshot, part)
+                shutil.copyfile(snapshot, part)
     return record
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
-    target.unlink()
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
