@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from ssd_lit.config import AnalysisConfig, load_experiment
 from ssd_lit.layout import run_dir
@@ -241,5 +240,6 @@ def test_only_an_experiment_with_analyses_has_their_figures(tmp_path: Path) -> N
 
 
 def test_the_shipped_analyses_take_a_snapshot_that_divides_training() -> None:
-    content = yaml.safe_load((ROOT / "configs/analysis.yaml").read_text(encoding="utf-8"))
-    assert content["training"]["steps"] % content["training"]["snapshot_every"] == 0
+    for run in load_experiment(ROOT / "configs/analysis.yaml").runs():
+        assert run.training.snapshot_every is not None
+        assert run.training.steps % run.training.snapshot_every == 0
