@@ -8,6 +8,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
 
@@ -42,6 +43,19 @@ class TokenData(LightningDataModule):
         self.workers = workers
         self.draws = draws
         self.skipped_steps = skipped_steps
+
+    @classmethod
+    def of_run(cls, config: RunConfig, tokens_dir: Path, draws: int, *, skipped_steps: int = 0) -> "TokenData":
+        """The data as a run's config has it read."""
+        return cls(
+            tokens_dir,
+            batch_size=config.training.batch_size,
+            validation_blocks=config.training.validation_blocks,
+            seed=config.seed,
+            workers=config.training.workers,
+            draws=draws,
+            skipped_steps=skipped_steps,
+        )
 
     def train_dataloader(self) -> Batches:
         """Endless; starts at the step the trainer stands at. Raises ValueError if devices do not divide B."""

@@ -45,16 +45,9 @@ def train_phase(
     # Before the run's own first step there is no optimiser state to go on from, only weights.
     resume = rolling if rolling.exists() else before if phase.first_step else None
     objective = build_objective(model.objective_name, specials)
-    data = TokenData(
-        tokens_dir,
-        batch_size=config.training.batch_size,
-        validation_blocks=config.training.validation_blocks,
-        seed=config.seed,
-        workers=config.training.workers,
-        draws=objective.draws,
-        # What the run that this one started from has read, in the same order.
-        skipped_steps=start.steps - phase.first_step,
-    )
+    # Reading goes on where the run that this one started from stopped, in the same order.
+    skipped = start.steps - phase.first_step
+    data = TokenData.of_run(config, tokens_dir, objective.draws, skipped_steps=skipped)
     costs = forward_costs(config.model, config.moe, specials, config.data.sequence_length)
     with quiet():
         trainer = build_trainer(config, phase, start, costs, recorder, run_dir)

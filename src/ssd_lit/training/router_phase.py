@@ -45,14 +45,7 @@ def train_routers(
     model = build_model(config, specials, router=config.moe.trained_router, read_weights=False)
     load_beside_routers(model, read_checkpoint(before))
     objective = build_objective(model.objective_name, specials)
-    data = TokenData(
-        tokens_dir,
-        batch_size=config.training.batch_size,
-        validation_blocks=config.training.validation_blocks,
-        seed=config.seed,
-        workers=config.training.workers,
-        draws=objective.draws,
-    )
+    data = TokenData.of_run(config, tokens_dir, objective.draws)
     fitting = RouterFitting(config, model, objective, history[-1].last_step)
     with quiet():
         _trainer(config, recorder, phase_dir(run_dir, phase.index, phase.mode)).fit(fitting, data)
