@@ -4,17 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_lit.moe.backends import BACKENDS, Experts
+from ssd_lit.moe.backends import BACKENDS, Activation, Experts
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.moe.selection import Choice
 
 SHAPES = [(1, 8, 4, 16, 2), (37, 16, 8, 8, 3), (64, 32, 4, 32, 4), (5, 16, 16, 4, 1)]  # T, D, E, H, K
 KINDS = list(itertools.product([False, True], repeat=4))  # bias, gate, weights, ragged
-
-
-def activate(pre: Tensor, gate: Tensor | None) -> Tensor:
-    return torch.relu(pre) if gate is None else torch.relu(gate) * pre
 
 
 def inputs(
@@ -48,7 +44,7 @@ def test_backend_agrees_with_the_masked_reference_in_output_and_gradients(name: 
         weight = torch.randn(shape[0], shape[1], dtype=dtype)
         found = []
         for backend in ("masked", name):
-            y = BACKENDS[backend](x, choice, experts, activate)
+            y = BACKENDS[backend](x, choice, experts, Activation("relu"))
             found.append([y, *torch.autograd.grad((y * weight).sum(), leaves, materialize_grads=True)])
         for reference, got in zip(*found, strict=True):
             torch.testing.assert_close(got, reference, rtol=tolerance, atol=tolerance)
@@ -65,7 +61,7 @@ def test_the_masked_reference_is_what_the_formula_says(kind: tuple[bool, ...]) -
         pre = experts.w_in[e] @ x[t] + (0 if experts.b_in is None else experts.b_in[e])
         hidden = pre.relu() if experts.w_gate is None else (experts.w_gate[e] @ x[t]).relu() * pre
         y[t] += (hidden @ experts.w_out[e]) * (1 if choice.weights is None else choice.weights[t, k])
-    torch.testing.assert_close(BACKENDS["masked"](x, choice, experts, activate), y)
+    torch.testing.assert_close(BACKENDS["masked"](x, choice, experts, Activation("relu")), y)
 
 
 @pytest.mark.parametrize("backend", ["masked", "loop"])

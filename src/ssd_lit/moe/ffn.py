@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd_lit.moe.activations import ACTIVATIONS
-from ssd_lit.moe.backends import Experts, choose_backend
+from ssd_lit.moe.backends import Activation, Experts, choose_backend
 from ssd_lit.moe.routers import Router, gate_losses
 from ssd_lit.moe.selection import Choice, experts_above, top_k_experts
 
@@ -99,7 +98,7 @@ class ExpertFFN(nn.Module):
     def activations(self, x: Tensor) -> Tensor:
         """Every neuron's activation, [..., F], whatever the mode."""
         gate = None if self.w_gate is None else F.linear(x, self.w_gate)
-        return self._activate(F.linear(x, self.w_in, self.b_in), gate)
+        return Activation(self.activation)(F.linear(x, self.w_in, self.b_in), gate)
 
     @torch.no_grad()
     def mass(self, x: Tensor) -> Tensor:
@@ -149,12 +148,5 @@ class ExpertFFN(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
         parts = (self.w_in, self.w_out, self.b_in, self.w_gate)
         experts = Experts(*(None if p is None else p.to(dtype).unflatten(0, (self.experts, -1)) for p in parts))  # type: ignore[arg-type]
-        return compute(x.to(dtype), choice, experts, self._activate_with_dropout)
-
-    def _activate(self, pre: Tensor, gate: Tensor | None) -> Tensor:
-        act = ACTIVATIONS[self.activation]
-        return act(pre) if gate is None else act(gate) * pre
-
-    def _activate_with_dropout(self, pre: Tensor, gate: Tensor | None) -> Tensor:
-        hidden: Tensor = self.hidden_dropout(self._activate(pre, gate))
-        return hidden
+        dropout = self.hidden_dropout.p if self.training else 0.0
+        return compute(x.to(dtype), choice, experts, Activation(self.activation, dropout))

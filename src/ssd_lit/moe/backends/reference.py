@@ -1,0 +1,20 @@
+"""The obvious way to compute the sparse FFN, against which all others are checked."""
+
+import torch
+from torch import Tensor
+
+from ssd_lit.moe.backends.contract import Activation, Experts
+from ssd_lit.moe.selection import Choice
+
+
+def masked(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+    """Compute every neuron, then weigh those of experts not chosen with zero. Saves nothing."""
+    n_experts = experts.w_in.shape[0]
+    weights = torch.ones_like(choice.experts, dtype=x.dtype) if choice.weights is None else choice.weights.to(x.dtype)
+    # The column behind the last expert takes the places of tokens with fewer than K experts.
+    mask = x.new_zeros(x.shape[0], n_experts + 1).scatter(1, choice.experts, weights)[:, :-1]  # [T, E]
+    pre = torch.einsum("td,ehd->teh", x, experts.w_in)
+    if experts.b_in is not None:
+        pre = pre + experts.b_in
+    gate = None if experts.w_gate is None else torch.einsum("td,ehd->teh", x, experts.w_gate)
+    return torch.einsum("teh,ehd->td", activation(pre, gate) * mask[:, :, None], experts.w_out)
