@@ -16,6 +16,8 @@ from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_d
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # Runs are compared bit for bit, which holds on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Before any test imports kernels: they are interpreted, which needs no GPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def write_text_files(folder: Path, documents: int = 400) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
 from ssd_lit.moe.routers import Router, gate_losses
-from ssd_lit.moe.selection import Choice, experts_above, top_k_experts
+from ssd_lit.moe.selection import Choice, experts_above, top_k_experts, top_k_products
 
 Mode = Literal["dense", "sparse"]
 
@@ -118,6 +118,9 @@ class ExpertFFN(nn.Module):
 
     def choose(self, x: Tensor) -> Choice:
         """The experts that each token of x [T, D] runs through in sparse mode, and their weights."""
+        directions = self.router.directions()
+        if directions is not None and not self.oracle and self.threshold is None:
+            return Choice(top_k_products(x, directions, self.top_k))
         scores = self.router(x)
         ranking = self.mass(x) if self.oracle else scores
         if self.threshold is not None:
@@ -141,12 +144,12 @@ class ExpertFFN(nn.Module):
         return out
 
     def _sparse(self, x: Tensor) -> Tensor:
-        compute = choose_backend(self.backend, x)
-        choice = self.choose(x)
         # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
         parts = (self.w_in, self.w_out, self.b_in, self.w_gate)
         experts = Experts(*(None if p is None else p.to(dtype).unflatten(0, (self.experts, -1)) for p in parts))  # type: ignore[arg-type]
-        dropout = self.hidden_dropout.p if self.training else 0.0
-        return compute(x.to(dtype), choice, experts, Activation(self.activation, dropout))
+        activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
+        # The router sees what the experts see.
+        x = x.to(dtype)
+        return choose_backend(self.backend, x, activation)(x, self.choose(x), experts, activation)

@@ -17,6 +17,10 @@ class Router(nn.Module):
     weighted = False
     """Whether an expert's output is multiplied by its share of the scores."""
 
+    def directions(self) -> Tensor | None:
+        """[E, D], where a score is a token's dot product with an expert's direction; None for other routers."""
+        return None
+
     def follow(self, rows: Tensor) -> None:
         """Take note of the experts' neurons, whose input rows [F, D] now stand in expert order."""
 
@@ -29,6 +33,9 @@ class CenterRouter(Router):
     def __init__(self, d_model: int, experts: int):
         super().__init__()
         self.register_buffer("centers", torch.zeros(experts, d_model))
+
+    def directions(self) -> Tensor:
+        return self.centers
 
     @torch.no_grad()
     def follow(self, rows: Tensor) -> None:
@@ -46,6 +53,9 @@ class RandomRouter(Router):
     def __init__(self, d_model: int, experts: int):
         super().__init__()
         self.register_buffer("projection", torch.randn(experts, d_model) / math.sqrt(d_model))
+
+    def directions(self) -> Tensor:
+        return self.projection
 
     def forward(self, x: Tensor) -> Tensor:
         return _products(x, self.projection)

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ssd_lit.moe import kernels
+
 ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 
 
@@ -23,6 +25,21 @@ class Choice(NamedTuple):
 def top_k_experts(scores: Tensor, k: int) -> Tensor:
     """The k experts with the largest scores [T, E] -> [T, K], unordered."""
     return scores.topk(k, dim=-1, sorted=False).indices
+
+
+@torch.no_grad()
+def top_k_products(x: Tensor, directions: Tensor, k: int) -> Tensor:
+    """The k experts whose directions [E, D] have the largest dot products with x [T, D] -> [T, k], unordered.
+
+    In the directions' precision, under autocast too: neighbouring products are often close.
+    """
+    if x.is_cuda and kernels.runs_on(x):
+        from ssd_lit.moe.kernels.routing import route
+
+        chosen: Tensor = route(x, directions, k)
+        return chosen
+    with torch.autocast(x.device.type, enabled=False):
+        return top_k_experts(x.to(directions.dtype) @ directions.T, k)
 
 
 def experts_above(scores: Tensor, share: float) -> Tensor:

@@ -1,18 +1,54 @@
 """Ways to compute the sparse FFN. All give the same outputs and gradients; they differ in speed."""
 
+import torch
 from torch import Tensor
 
+from ssd_lit.moe import kernels
 from ssd_lit.moe.backends.contract import Activation, Backend, Experts
 from ssd_lit.moe.backends.reference import masked
 from ssd_lit.moe.backends.sorted import grouped, loop
+from ssd_lit.moe.backends.views import views
 
-__all__ = ["BACKENDS", "Activation", "Backend", "Experts", "choose_backend"]
+__all__ = ["BACKENDS", "KERNELS", "Activation", "Backend", "Experts", "choose_backend", "fastest_backend"]
 
-BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": grouped}
+BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": grouped, "views": views}
+"""Backends in plain torch, which run anywhere."""
+
+KERNELS = ("fused", "few")
+"""Backends made of kernels, loaded where those can run."""
+
+FEW_TOKENS = {"cpu": 8, "cuda": 8}
+"""Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_cpu.py)."""
 
 
-def choose_backend(name: str, x: Tensor) -> Backend:
-    """The backend of that name; `auto` takes the loop on the CPU and grouped products on a GPU."""
+def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
+    """The backend of that name, or the fastest one for x [T, D] if the name is `auto`.
+
+    Raises ValueError for one made of kernels where they cannot run.
+    """
     if name == "auto":
-        name = "grouped" if x.is_cuda else "loop"
-    return BACKENDS[name]
+        name = fastest_backend(x, activation)
+    if name in BACKENDS:
+        return BACKENDS[name]
+    if not kernels.runs_on(x):
+        raise ValueError(f"backend {name!r}: needs a CUDA device and triton; allowed here are {', '.join(BACKENDS)}")
+    from ssd_lit.moe.backends.few import few
+    from ssd_lit.moe.backends.fused import fused
+
+    return {"fused": fused, "few": few}[name]
+
+
+def fastest_backend(x: Tensor, activation: Activation) -> str:
+    """What `auto` takes for x [T, D], by its device, dtype and number of tokens, as measured in benchmarks/.
+
+    On the CPU views for a few tokens, else the loop. On a GPU kernels, but for float32, whose products they compute
+    without tensor cores, and for dropout of activations, which they lack.
+    """
+    few = len(x) <= FEW_TOKENS[x.device.type] and not torch.is_grad_enabled()
+    if not x.is_cuda:
+        return "views" if few else "loop"
+    if not kernels.runs_on(x) or activation.dropout:
+        return "grouped" if x.dtype == torch.bfloat16 else "loop"
+    if few:
+        return "few"
+    return "loop" if x.dtype == torch.float32 else "fused"

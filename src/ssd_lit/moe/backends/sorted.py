@@ -5,31 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_lit.moe.backends.contract import Activation, Experts
+from ssd_lit.moe.backends.expert_products import gathered_products, scattered_products
 from ssd_lit.moe.selection import Choice
 
 
 def loop(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
     """One set of matrix products for each expert, over the tokens that chose it."""
-    n_experts = experts.w_in.shape[0]
-    place, count = _by_expert(choice, n_experts)
-    k = choice.experts.shape[1]
-    # Unbinding once gives one stacked gradient; indexing w_in[e] would build a full-size one for every expert.
-    parts = zip(
-        place.split(count.tolist()),
-        experts.w_in.unbind(),
-        experts.w_out.unbind(),
-        [None] * n_experts if experts.b_in is None else experts.b_in.unbind(),
-        [None] * n_experts if experts.w_gate is None else experts.w_gate.unbind(),
-        strict=True,
-    )
-    y = torch.zeros_like(x)
-    for mine, w_in, w_out, b_in, w_gate in parts:
-        if len(mine) == 0:
-            continue
-        token = mine // k
-        rows = x[token]
-        hidden = activation(F.linear(rows, w_in, b_in), None if w_gate is None else F.linear(rows, w_gate))
-        y = y.index_add(0, token, _weighed(hidden @ w_out, choice, mine))
+    place, count = _by_expert(choice, experts.w_in.shape[0])
+    token = place // choice.experts.shape[1]
+    pre = gathered_products(x, experts.w_in, experts.b_in, token, count)
+    gate = None if experts.w_gate is None else gathered_products(x, experts.w_gate, None, token, count)
+    hidden = _weighed(activation(pre, gate), choice, place)
+    y: Tensor = scattered_products(hidden, experts.w_out, token, count, x.shape[0])
     return y
 
 
@@ -51,7 +38,8 @@ def _by_expert(choice: Choice, n_experts: int) -> tuple[Tensor, Tensor]:
     """Places [N] in the flattened choice, sorted by their expert, and how many tokens go to each [E]."""
     expert = choice.experts.flatten()
     place = expert.argsort(stable=True)
-    count = expert.bincount(minlength=n_experts + 1)[:n_experts]
+    # bincount would say the same, but torch.compile does not know how long its answer is.
+    count = expert.new_zeros(n_experts + 1).scatter_add(0, expert, torch.ones_like(expert))[:n_experts]
     # Places without an expert stand last.
     return (place[: int(count.sum())] if choice.ragged else place), count
 

@@ -1,0 +1,290 @@
+"""The sparse FFN in fused kernels, for training and evaluation on a GPU.
+
+Dropless for any load of the experts, and deterministic: the same inputs give the same bits. Each direction is one
+operator to torch, so that torch.compile sees no break and no shape that depends on data.
+
+Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T * K pairs.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ssd_lit.moe.activations import ACTIVATIONS
+from ssd_lit.moe.backends.contract import Activation, Experts
+from ssd_lit.moe.kernels import products
+from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
+from ssd_lit.moe.selection import Choice
+
+
+def fused(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+    """Gather, products, activation and scatter in kernels.
+
+    Raises ValueError for dropout between activation and output.
+    """
+    if activation.dropout:
+        raise ValueError("backend 'fused': dropout of activations is not supported; take 'grouped'")
+    y: Tensor = _forward(
+        x, choice.experts, choice.weights, *experts, activation.name, choice.ragged
+    )[0]  # fmt: skip
+    return y
+
+
+class Plan(NamedTuple):
+    """Sizes of the pieces in which kernels work, and how many warps and stages of loads each gets."""
+
+    tile_rows: int
+    window: int
+    whole: bool
+    """Whether one kernel computes both projections."""
+    up: dict[str, int]
+    down: dict[str, int]
+    gradients: dict[str, int]
+
+
+def plan(d_model: int, neurons: int, gated: bool, rows: int) -> Plan:
+    """Sizes that were fastest on an H100 in bfloat16, for a model width, neurons an expert and its usual rows."""
+    h, d = _padded(neurons), _padded(d_model)
+    if rows < 512:
+        return _plan_of_few(h, d, rows)
+    wide = min(128 if gated else 256, h)
+    small = d_model <= 1024
+    up = {"NEURONS": wide, "INNER": min(64, d), "COLUMNS": min(64, d), "num_warps": 8, "num_stages": 3 if small else 4}
+    if wide <= 128 and not gated:
+        # Few enough registers for two programs to share a multiprocessor.
+        up["maxnreg"] = 128
+    return Plan(
+        tile_rows=128,
+        # All experts' weights stay in the cache, or else few of them at a time.
+        window=2 if small else 8,
+        whole=wide >= neurons,
+        up=up,
+        down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": 8, "num_stages": 3},
+        # A row's token is read stages before the row itself: half of the stages go to that.
+        gradients={
+            "ROWS": 32 if small else 64, "NEURONS": min(128, h), "COLUMNS": min(128 if small else 256, d),
+            "num_warps": 4 if small else 8, "num_stages": 7 if small else 5,
+        },
+    )  # fmt: skip
+
+
+def _plan_of_few(h: int, d: int, rows: int) -> Plan:
+    """Small pieces, so that a few rows an expert keep all multiprocessors at work."""
+    warps = 4
+    return Plan(
+        tile_rows=16 if rows < 32 else 64,
+        window=1,
+        whole=False,
+        up={
+            "NEURONS": min(32 if rows < 32 else 128, h), "INNER": min(128 if rows < 32 else 64, d), "COLUMNS": 16,
+            "num_warps": warps, "num_stages": 3,
+        },
+        down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": warps, "num_stages": 3},
+        gradients={
+            "ROWS": 32, "NEURONS": min(128, h), "COLUMNS": min(128, d), "num_warps": warps, "num_stages": 5,
+        },
+    )  # fmt: skip
+
+
+def _padded(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+class _Shape(NamedTuple):
+    n_tokens: int
+    k: int
+    n_experts: int
+    neurons: int
+    d_model: int
+
+
+def _shape(x: Tensor, chosen: Tensor, w_in: Tensor) -> _Shape:
+    return _Shape(len(x), chosen.shape[1], w_in.shape[0], w_in.shape[1], x.shape[1])
+
+
+def _keeps(activation: str, weights: Tensor | None, w_gate: Tensor | None) -> bool:
+    """Whether the backward pass needs more than the activations: a ReLU's tell all, unless they were weighed."""
+    return activation != "relu" or weights is not None or w_gate is not None
+
+
+@torch.library.custom_op("ssd_lit::fused_forward", mutates_args=())
+def _forward(
+    x: Tensor, chosen: Tensor, weights: Tensor | None,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y [T, D]; then what the backward pass reads: hidden, pre and gate [N, H] and the groups."""
+    x, chosen = x.contiguous(), chosen.contiguous()
+    shape = _shape(x, chosen, w_in)
+    n, h = chosen.numel(), shape.neurons
+    sizes = plan(shape.d_model, h, w_gate is not None, n // shape.n_experts)
+    groups = group_by_expert(chosen, shape.n_experts, ragged=ragged, tile_rows=sizes.tile_rows, window=sizes.window)
+    keep = _keeps(activation, weights, w_gate)
+    hidden = x.new_empty(n, h)
+    pre = x.new_empty(n if keep else 0, h)
+    gate = x.new_empty(n if w_gate is not None else 0, h)
+    out = x.new_empty(n, shape.d_model)
+    most = len(groups.tiles) - 1
+    products.up[(most * triton.cdiv(h, sizes.up["NEURONS"]),)](
+        x, w_in, w_gate, b_in, weights, groups.pairs, groups.tiles, hidden, pre, gate, w_out, out, most,
+        D=shape.d_model, H=h, K=shape.k, ACTIVATION=activation, GATED=w_gate is not None, BIAS=b_in is not None,
+        WEIGHTED=weights is not None, KEEP=keep, DOWN=sizes.whole,
+        ROWS=sizes.tile_rows, PRECISION=_precision(x), **sizes.up,
+    )  # fmt: skip
+    if not sizes.whole:
+        _down(hidden, w_out, None, None, groups, out, sizes)
+    y = torch.empty_like(x)
+    _add_pairs(out, chosen, y, shape, ragged)
+    return y, hidden, pre, gate, *groups
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, chosen: Tensor, weights: Tensor | None,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = _shape(x, chosen, w_in)
+    n, h = chosen.numel(), shape.neurons
+    sizes = plan(shape.d_model, h, w_gate is not None, n // shape.n_experts)
+    tiles = n // sizes.tile_rows + shape.n_experts + 1
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(n, h),
+        x.new_empty(n if _keeps(activation, weights, w_gate) else 0, h),
+        x.new_empty(n if w_gate is not None else 0, h),
+        x.new_empty(n, dtype=torch.int32),
+        x.new_empty(shape.n_experts + 1, dtype=torch.int32),
+        x.new_empty(tiles, 3, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("ssd_lit::fused_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, chosen: Tensor, weights: Tensor | None,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    hidden: Tensor, pre: Tensor, gate: Tensor, pairs: Tensor, bounds: Tensor, tiles: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weights, w_in, w_out, b_in and w_gate; empty where there is no such input."""
+    dy, x, chosen = dy.contiguous(), x.contiguous(), chosen.contiguous()
+    shape = _shape(x, chosen, w_in)
+    n, h, d = chosen.numel(), shape.neurons, shape.d_model
+    gated, weighted = w_gate is not None, weights is not None
+    sizes = plan(d, h, gated, n // shape.n_experts)
+    groups = Groups(pairs, bounds, tiles)
+    most = len(tiles) - 1
+    pieces = triton.cdiv(h, sizes.up["NEURONS"])
+    dpre = torch.empty_like(hidden)
+    dgate = torch.empty_like(hidden) if gated else None
+    db_tiles = x.new_empty(most, h, dtype=torch.float32) if b_in is not None else None
+    out, dx = x.new_empty(n, d), torch.empty_like(x)
+    # Pairs without an expert have no gradient and are in no tile.
+    dweights = x.new_zeros(pieces, n, dtype=torch.float32) if weighted else None
+    products.up_backward[(most * pieces,)](
+        dy, w_out, weights, pairs, tiles, pre if len(pre) else hidden, gate, dpre, dgate, dweights, db_tiles,
+        w_in, w_gate, out, most, shape.n_tokens,
+        D=d, H=h, K=shape.k, ACTIVATION=activation, GATED=gated, BIAS=b_in is not None,
+        WEIGHTED=weighted, DOWN=sizes.whole,
+        ROWS=sizes.tile_rows, PRECISION=_precision(x), **sizes.up,
+    )  # fmt: skip
+    if not sizes.whole:
+        _down(dpre, w_in, dgate, w_gate, groups, out, sizes)
+    # Adding up waits for memory, the gradients of weights for products: side by side they take little more than one.
+    side = _side_stream(x.device)
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream())
+    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
+    dw_gate = torch.empty_like(w_gate) if w_gate is not None else None
+    db_in = torch.empty_like(b_in) if b_in is not None else None
+    columns, neurons = sizes.gradients["COLUMNS"], sizes.gradients["NEURONS"]
+    grid = (shape.n_experts * triton.cdiv(h, neurons) * triton.cdiv(d, columns), 3 if gated else 2)
+    products.weight_gradients[grid](
+        hidden, dy, dw_out, dpre, x, dw_in,
+        # Without a gate the third is not computed, but its names need something to stand for.
+        dpre if dgate is None else dgate, x, dw_in if dw_gate is None else dw_gate, pairs, bounds,
+        D=d, H=h, K=shape.k, PRECISION=_precision(x), **sizes.gradients,
+    )  # fmt: skip
+    with torch.cuda.stream(side):
+        _add_pairs(out, chosen, dx, shape, ragged)
+    if db_in is not None:
+        products.bias_gradient[(shape.n_experts, triton.cdiv(h, 32))](
+            db_tiles, bounds, db_in, H=h, ROWS=sizes.tile_rows, TILES=32, NEURONS=32
+        )
+    if side is not None:
+        torch.cuda.current_stream().wait_stream(side)
+    return (
+        dx,
+        x.new_empty(0) if weights is None or dweights is None else dweights.sum(0).view_as(weights).to(weights.dtype),
+        dw_in,
+        dw_out,
+        x.new_empty(0) if db_in is None else db_in,
+        x.new_empty(0) if dw_gate is None else dw_gate,
+    )
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, chosen: Tensor, weights: Tensor | None,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    hidden: Tensor, pre: Tensor, gate: Tensor, pairs: Tensor, bounds: Tensor, tiles: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def like(value: Tensor | None) -> Tensor:
+        return x.new_empty(0) if value is None else value.new_empty(value.shape)
+
+    return like(x), like(weights), like(w_in), like(w_out), like(b_in), like(w_gate)
+
+
+def _down(
+    a: Tensor, w: Tensor, a_gate: Tensor | None, w_gate: Tensor | None, groups: Groups, out: Tensor, sizes: Plan
+) -> None:
+    """Write each pair's product with its expert's rows of w, [N, H] -> out [N, D]."""
+    d = out.shape[1]
+    most = len(groups.tiles) - 1
+    products.down[(most * triton.cdiv(d, sizes.down["COLUMNS"]),)](
+        a, w, a_gate, w_gate, groups.pairs, groups.tiles, out, most,
+        D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=_precision(a), **sizes.down,
+    )  # fmt: skip
+
+
+def _add_pairs(out: Tensor, chosen: Tensor, y: Tensor, shape: _Shape, ragged: bool) -> None:
+    """Add up each token's pairs: out [N, D] -> y [T, D]."""
+    tokens, columns = 2, min(1024, _padded(shape.d_model))
+    products.add_pairs[(triton.cdiv(shape.n_tokens, tokens), triton.cdiv(shape.d_model, columns))](
+        out, chosen, y, shape.n_tokens, shape.n_experts,
+        D=shape.d_model, K=shape.k, RAGGED=ragged, TOKENS=tokens, COLUMNS=columns,
+    )  # fmt: skip
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second queue of work for the device; none where kernels are interpreted."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _precision(x: Tensor) -> str:
+    """float32 products as exact as float32, unless torch itself was told otherwise."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, chosen, weights, w_in, w_out, b_in, w_gate, ctx.activation, ctx.ragged = inputs
+    ctx.save_for_backward(x, chosen, weights, w_in, w_out, b_in, w_gate, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    saved = ctx.saved_tensors
+    weights, b_in, w_gate = saved[2], saved[5], saved[6]
+    dx, dweights, dw_in, dw_out, db_in, dw_gate = _backward(dy, *saved[:7], ctx.activation, ctx.ragged, *saved[7:])
+    return (
+        dx, None, None if weights is None else dweights, dw_in, dw_out,
+        None if b_in is None else db_in, None if w_gate is None else dw_gate, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+assert set(ACTIVATIONS) == {"relu", "relu2", "gelu", "gelu_new", "silu"}, "every activation has its kernel"

@@ -1,0 +1,296 @@
+"""Matrix products of the sparse FFN over grouped pairs, forward and backward.
+
+Every row of a group's product belongs to one pair (a token with one of its experts, `kernels.grouping`). Rows of
+tokens are gathered where they are read and scattered where they are written, so that no sorted copy of them exists;
+weights are read in place. Sums are in float32, in an order that does not depend on timing.
+
+Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T * K pairs.
+"""
+
+import triton
+import triton.language as tl
+
+from ssd_lit.moe.kernels.activations import activate, derivative
+
+
+@triton.jit
+def _rows_by_neurons(
+    rows, token, w, w_gate, neurons, inside,
+    D: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """rows[token] @ w[neurons].T [ROWS, NEURONS], and the same with w_gate where there is a gate."""
+    inner = tl.arange(0, INNER)
+    row_at = rows + token.to(tl.int64)[:, None] * D + inner[None, :]
+    weight_at = neurons.to(tl.int64)[None, :] * D + inner[:, None]
+    product = tl.zeros([ROWS, NEURONS], tl.float32)
+    gate = tl.zeros([ROWS, NEURONS] if GATED else [1, 1], tl.float32)
+    for d in range(0, D, INNER):
+        if D % INNER == 0:
+            a = tl.load(row_at + d)
+            mask = inside[None, :]
+        else:
+            left = inner < D - d
+            a = tl.load(row_at + d, mask=left[None, :], other=0.0)
+            mask = inside[None, :] & left[:, None]
+        b = tl.load(w + weight_at + d, mask=mask, other=0.0)
+        product = tl.dot(a, b, product, input_precision=PRECISION)
+        if GATED:
+            b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
+            gate = tl.dot(a, b_gate, gate, input_precision=PRECISION)
+    return product, gate
+
+
+@triton.jit
+def _tile(tiles, most_tiles, number):
+    """Expert, first row and end of a tile; an empty range of rows behind the last tile."""
+    exists = number < tl.load(tiles + most_tiles * 3)
+    expert = tl.load(tiles + number * 3, mask=exists, other=0)
+    first = tl.load(tiles + number * 3 + 1, mask=exists, other=0)
+    end = tl.load(tiles + number * 3 + 2, mask=exists, other=0)
+    return expert, first, end
+
+
+@triton.jit
+def _spread(
+    a, w, a_gate, w_gate, neurons, inside, out, pair, there,
+    D: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[pair] = a @ w[neurons] (+ a_gate @ w_gate[neurons]), for a [ROWS, NEURONS] that lies in registers."""
+    column = tl.arange(0, COLUMNS)
+    weight_at = neurons.to(tl.int64)[:, None] * D + column[None, :]
+    out_at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
+    for d in range(0, D, COLUMNS):
+        if D % COLUMNS == 0:
+            mask = inside[:, None]
+            out_mask = there[:, None]
+        else:
+            mask = inside[:, None] & (column < D - d)[None, :]
+            out_mask = there[:, None] & (column < D - d)[None, :]
+        product = tl.dot(a, tl.load(w + weight_at + d, mask=mask, other=0.0), input_precision=PRECISION)
+        if GATED:
+            b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
+            product = tl.dot(a_gate, b_gate, product, input_precision=PRECISION)
+        tl.store(out_at + d, product.to(out.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def up(
+    x, w_in, w_gate, b_in, weights, pairs, tiles, hidden, pre, gate, w_out, out, most_tiles,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr, DOWN: tl.constexpr,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """hidden [N, H]: activations of each pair's expert, times the pair's weight; KEEP also writes their inputs.
+
+    DOWN, with all H neurons in one piece, also writes the pairs' outputs out [N, D], as `down` does.
+    """
+    pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
+    expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    pair = tl.load(pairs + row, mask=row < end, other=0)
+    neuron = tl.program_id(0) % pieces * NEURONS + tl.arange(0, NEURONS)
+    inside = neuron < H
+    product, gated = _rows_by_neurons(
+        x, pair // K, w_in, w_gate, expert * H + neuron, inside, D, GATED, ROWS, NEURONS, INNER, PRECISION
+    )
+    if BIAS:
+        product += tl.load(b_in + expert * H + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * H + neuron[None, :]
+    mask = (row < end)[:, None] & inside[None, :]
+    kind = hidden.dtype.element_ty
+    if KEEP:
+        tl.store(pre + at, product.to(kind), mask=mask)
+        if GATED:
+            tl.store(gate + at, gated.to(kind), mask=mask)
+    if GATED:
+        value = activate(gated, ACTIVATION) * product
+    else:
+        value = activate(product, ACTIVATION)
+    if WEIGHTED:
+        value *= tl.load(weights + pair, mask=row < end, other=0.0).to(tl.float32)[:, None]
+    tl.store(hidden + at, value.to(kind), mask=mask)
+    if DOWN:
+        _spread(
+            value.to(kind), w_out, value.to(kind), w_out, expert * H + neuron, inside, out, pair, row < end,
+            D, False, COLUMNS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def up_backward(
+    dy, w_out, weights, pairs, tiles, pre, gate, dpre, dgate, dweights, db_tiles, w_in, w_gate, out, most_tiles,
+    n_tokens,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, DOWN: tl.constexpr,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what `up` fed to the activations, from dy [T, D], and of the pairs' weights by piece of H.
+
+    DOWN, with all H neurons in one piece, also writes each pair's gradient of its token, out [N, D]. With
+    BIAS, db_tiles holds the sums of dpre over each tile's rows, for `bias_gradient`.
+    """
+    pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
+    piece = tl.program_id(0) % pieces
+    expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    pair = tl.load(pairs + row, mask=row < end, other=0)
+    neuron = piece * NEURONS + tl.arange(0, NEURONS)
+    inside = neuron < H
+    grad, _ = _rows_by_neurons(
+        dy, pair // K, w_out, w_out, expert * H + neuron, inside, D, False, ROWS, NEURONS, INNER, PRECISION
+    )
+    at = row.to(tl.int64)[:, None] * H + neuron[None, :]
+    mask = (row < end)[:, None] & inside[None, :]
+    kind = dpre.dtype.element_ty
+    before = tl.load(pre + at, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        gated = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+        act = activate(gated, ACTIVATION)
+        if WEIGHTED:
+            by_weight = tl.sum(grad * act * before, axis=1)
+    elif WEIGHTED:
+        by_weight = tl.sum(grad * activate(before, ACTIVATION), axis=1)
+    if WEIGHTED:
+        tl.store(dweights + piece.to(tl.int64) * n_tokens * K + pair, by_weight, mask=row < end)
+        grad *= tl.load(weights + pair, mask=row < end, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        slope = (grad * act).to(kind)
+        slope_gate = (grad * before * derivative(gated, ACTIVATION)).to(kind)
+        tl.store(dgate + at, slope_gate, mask=mask)
+    else:
+        slope = (grad * derivative(before, ACTIVATION)).to(kind)
+        slope_gate = slope
+    tl.store(dpre + at, slope, mask=mask)
+    if BIAS:
+        sums = tl.sum(tl.where(mask, slope, 0.0).to(tl.float32), axis=0)
+        tl.store(db_tiles + _slot(expert, first, ROWS) * H + neuron, sums, mask=inside)
+    if DOWN:
+        _spread(
+            slope, w_in, slope_gate, w_gate, expert * H + neuron, inside, out, pair, row < end,
+            D, GATED, COLUMNS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def down(
+    hidden, w, hidden_gate, w_gate, pairs, tiles, out, most_tiles,
+    D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [N, D], at the pair's own place: hidden [N, H] @ w[expert] [H, D], and the gate's product added to it."""
+    pieces: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    column = tl.program_id(0) % pieces * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < D
+    inner = tl.arange(0, INNER)
+    there = (row < end)[:, None]
+    hidden_at = row.to(tl.int64)[:, None] * H + inner[None, :]
+    weight_at = (expert * H + inner).to(tl.int64)[:, None] * D + column[None, :]
+    product = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for h in range(0, H, INNER):
+        left = inner < H - h
+        mask = there & left[None, :]
+        weight_mask = left[:, None] & inside[None, :]
+        a = tl.load(hidden + hidden_at + h, mask=mask, other=0.0)
+        b = tl.load(w + weight_at + h * D, mask=weight_mask, other=0.0)
+        product = tl.dot(a, b, product, input_precision=PRECISION)
+        if GATED:
+            a_gate = tl.load(hidden_gate + hidden_at + h, mask=mask, other=0.0)
+            b_gate = tl.load(w_gate + weight_at + h * D, mask=weight_mask, other=0.0)
+            product = tl.dot(a_gate, b_gate, product, input_precision=PRECISION)
+    pair = tl.load(pairs + row, mask=row < end, other=0)
+    at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(at, product.to(out.dtype.element_ty), mask=there & inside[None, :])
+
+
+@triton.jit
+def add_pairs(
+    out, chosen, y, n_tokens, n_experts,
+    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y [T, D]: the sum of each token's pairs in out [N, D], in the order in which it names its experts."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (token < n_tokens)[:, None] & (column < D)[None, :]
+    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for k in tl.static_range(K):
+        pair = token.to(tl.int64) * K + k
+        mask = there
+        if RAGGED:
+            mask = there & (tl.load(chosen + pair, mask=token < n_tokens, other=0) < n_experts)[:, None]
+        total += tl.load(out + pair[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = y + token.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(at, total.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def weight_gradients(
+    a_first, b_first, dw_first, a_second, b_second, dw_second, a_third, b_third, dw_third, pairs, bounds,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Up to three gradients at once, each dw [E, H, D] = a[pairs of e].T @ b[their tokens]; a [N, H], b [T, D]."""
+    down_pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
+    across: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    piece = tl.program_id(0) % (down_pieces * across)
+    expert = tl.program_id(0) // (down_pieces * across)
+    a, b, dw = a_first, b_first, dw_first
+    if tl.program_id(1) == 1:
+        a, b, dw = a_second, b_second, dw_second
+    elif tl.program_id(1) == 2:
+        a, b, dw = a_third, b_third, dw_third
+    neuron = piece // across * NEURONS + tl.arange(0, NEURONS)
+    column = piece % across * COLUMNS + tl.arange(0, COLUMNS)
+    inside = neuron < H
+    within = column < D
+    step = tl.arange(0, ROWS)
+    end = tl.load(bounds + expert + 1)
+    product = tl.zeros([NEURONS, COLUMNS], tl.float32)
+    for first in range(tl.load(bounds + expert), end, ROWS):
+        row = first + step
+        there = row < end
+        token = tl.load(pairs + row, mask=there, other=0) // K
+        left = tl.load(
+            a + row.to(tl.int64)[None, :] * H + neuron[:, None], mask=there[None, :] & inside[:, None], other=0.0
+        )
+        # Rows behind the last meet zeros of `left`; masking only what the tile's shape asks for keeps loads wide.
+        right_at = b + token.to(tl.int64)[:, None] * D + column[None, :]
+        if D % COLUMNS == 0:
+            right = tl.load(right_at)
+        else:
+            right = tl.load(right_at, mask=within[None, :], other=0.0)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+    at = (expert * H + neuron).to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(dw + at, product.to(dw.dtype.element_ty), mask=inside[:, None] & within[None, :])
+
+
+@triton.jit
+def _slot(expert, first, ROWS: tl.constexpr):
+    """A number for the tile of an expert that begins at a row: tiles of one expert follow each other."""
+    return first // ROWS + expert
+
+
+@triton.jit
+def bias_gradient(
+    db_tiles, bounds, db, H: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NEURONS: tl.constexpr
+):
+    """db [E, H]: each expert's sum over its tiles of ROWS rows, as `up_backward` left them."""
+    expert = tl.program_id(0)
+    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
+    tile = tl.arange(0, TILES)
+    begin = tl.load(bounds + expert)
+    count = (tl.load(bounds + expert + 1) - begin + ROWS - 1) // ROWS
+    total = tl.zeros([TILES, NEURONS], tl.float32)
+    for number in range(0, count, TILES):
+        slot = _slot(expert, begin, ROWS) + number + tile
+        mask = (number + tile < count)[:, None] & (neuron < H)[None, :]
+        total += tl.load(db_tiles + slot[:, None] * H + neuron[None, :], mask=mask, other=0.0)
+    tl.store(db + expert * H + neuron, tl.sum(total, axis=0).to(db.dtype.element_ty), mask=neuron < H)

@@ -1,0 +1,130 @@
+"""The kernels against plain torch, on the CPU through Triton's interpreter (tests/conftest.py turns it on)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd_lit.moe.activations import ACTIVATIONS
+from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, fused
+from ssd_lit.moe.backends.few import few
+from ssd_lit.moe.kernels.grouping import group_by_expert
+from ssd_lit.moe.kernels.routing import route
+from ssd_lit.moe.selection import Choice
+
+pytest.importorskip("triton")
+
+
+def problem(
+    tokens: int, width: int, experts: int, neurons: int, k: int, *,
+    gated: bool = False, bias: bool = True, weighted: bool = False, load: str = "random", seed: int = 0,
+) -> tuple[Tensor, Choice, Experts, list[Tensor]]:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def fresh(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g).requires_grad_()
+
+    x, w_in, w_out = fresh(tokens, width), fresh(experts, neurons, width), fresh(experts, neurons, width)
+    b_in, w_gate = fresh(experts, neurons) if bias else None, fresh(experts, neurons, width) if gated else None
+    weights = fresh(tokens, k) if weighted else None
+    chosen = torch.stack([torch.randperm(experts, generator=g)[:k] for _ in range(tokens)])
+    if load == "one expert":
+        chosen = torch.arange(k).expand(tokens, k).contiguous()
+    if load == "ragged":
+        chosen = torch.where(torch.rand(tokens, k, generator=g) < 0.4, experts, chosen)
+    leaves = [p for p in (x, w_in, w_out, b_in, w_gate, weights) if p is not None]
+    return x, Choice(chosen, weights, load == "ragged"), Experts(w_in, w_out, b_in, w_gate), leaves
+
+
+def outcome(backend: Backend, parts: tuple[Tensor, Choice, Experts, Sequence[Tensor]], activation: str) -> list[Tensor]:
+    x, choice, experts, leaves = parts
+    y = backend(x, choice, experts, Activation(activation))
+    weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return [y, *torch.autograd.grad((y * weight).sum(), leaves, materialize_grads=True)]
+
+
+CASES = {
+    "one token": (1, 16, 4, 8, 2),
+    "odd sizes": (37, 24, 5, 12, 3),
+    "a gate and weights": (20, 16, 4, 16, 2),
+    "all tokens to one expert": (40, 16, 6, 8, 1),
+    "fewer experts for some": (30, 16, 4, 8, 3),
+}
+"""Tokens, width, experts, neurons of one, experts a token."""
+
+KINDS: dict[str, dict[str, Any]] = {
+    "a gate and weights": {"gated": True, "weighted": True, "bias": False},
+    "all tokens to one expert": {"load": "one expert"},
+    "fewer experts for some": {"weighted": True, "load": "ragged"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rows", ["few rows an expert", "many"])
+def test_fused_agrees_with_the_masked_reference(case: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if rows == "many":
+        plan = fused.plan
+        monkeypatch.setattr(fused, "plan", lambda d, h, gated, _: plan(d, h, gated, 1000))
+    parts = problem(*CASES[case], **KINDS.get(case, {}))
+    for reference, got in zip(*(outcome(b, parts, "relu") for b in (BACKENDS["masked"], fused.fused)), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_and_its_gradient(activation: str) -> None:
+    for gated in (False, True):
+        parts = problem(9, 16, 3, 8, 2, gated=gated)
+        for reference, got in zip(
+            *(outcome(b, parts, activation) for b in (BACKENDS["masked"], fused.fused)), strict=True
+        ):
+            torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_few_agrees_with_the_masked_reference(case: str) -> None:
+    x, choice, experts, _ = problem(*CASES[case], **KINDS.get(case, {}))
+    with torch.no_grad():
+        expected = BACKENDS["masked"](x, choice, experts, Activation("relu"))
+        torch.testing.assert_close(few(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_refuses_dropout_of_activations() -> None:
+    x, choice, experts, _ = problem(3, 16, 4, 8, 2)
+    with pytest.raises(ValueError, match=r"'fused'.*dropout.*take 'grouped'"):
+        fused.fused(x, choice, experts, Activation("relu", dropout=0.1))
+
+
+@pytest.mark.parametrize(("tokens", "width", "experts", "k"), [(1, 16, 4, 1), (70, 40, 12, 5), (5, 300, 33, 33)])
+def test_route_takes_the_largest_products(tokens: int, width: int, experts: int, k: int) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    x, directions = torch.randn(tokens, width, generator=g), torch.randn(experts, width, generator=g)
+    found = route(x, directions, k)
+    expected = (x.double() @ directions.double().T).topk(k).indices
+    assert torch.equal(found.sort().values, expected.sort().values)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 1000])
+def test_groups_hold_every_pair_once_in_order_and_tiles_cover_them(window: int, ragged: bool) -> None:
+    tokens, experts, k, rows = 300, 7, 3, 16
+    g = torch.Generator().manual_seed(window)
+    chosen = torch.stack([torch.randperm(experts, generator=g)[:k] for _ in range(tokens)])
+    chosen[chosen == 5] = experts if ragged else 4  # nobody's expert
+    groups = group_by_expert(chosen, experts, ragged=ragged, tile_rows=rows, window=window)
+    assert torch.equal(groups.pairs.long(), chosen.flatten().argsort(stable=True))
+    assert groups.bounds.tolist() == [0, *chosen.flatten().bincount(minlength=experts + 1)[:experts].cumsum(0)]
+    bounds = groups.bounds.tolist()
+    expected = [
+        [e, first, min(first + rows, bounds[e + 1])]
+        for e in range(experts)
+        for first in range(bounds[e], bounds[e + 1], rows)
+    ]
+    number = int(groups.tiles[-1, 0])
+    tiles = groups.tiles[:number].tolist()
+    assert sorted(tiles) == expected
+    if window == 1000:
+        assert tiles == expected
+    if window == 1:  # the first tile of every expert comes before any second one
+        assert [e for e, first, _ in tiles[:6]] == [0, 1, 2, 3, 4, 6]
