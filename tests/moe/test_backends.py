@@ -1,15 +1,21 @@
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 
 from ssd_lit.moe.backends import BACKENDS, Activation, Experts
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.moe.selection import Choice
 
-SHAPES = [(1, 8, 4, 16, 2), (37, 16, 8, 8, 3), (64, 32, 4, 32, 4), (5, 16, 16, 4, 1)]  # T, D, E, H, K
+# T, D, E, H, K
+SHAPES = [(1, 8, 4, 16, 2), (37, 16, 8, 8, 3), (64, 32, 4, 32, 4), (5, 16, 16, 4, 1)]
+ODD_SHAPES = [(1, 16, 4, 7, 4), (3, 5, 6, 48, 2)]
+"""Grouped products take only rows of whole 16 bytes."""
 KINDS = list(itertools.product([False, True], repeat=4))  # bias, gate, weights, ragged
 
 
@@ -34,8 +40,10 @@ def inputs(
     return x, Choice(chosen, weights, ragged), Experts(w_in, w_out, b_in, w_gate), leaves
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["loop", "grouped"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*itertools.product(["loop", "grouped", "views"], SHAPES), *itertools.product(["loop", "views"], ODD_SHAPES)],
+)
 def test_backend_agrees_with_the_masked_reference_in_output_and_gradients(name: str, shape: tuple[int, ...]) -> None:
     # Grouped products exist for float32 only.
     dtype, tolerance = (torch.float32, 2e-4) if name == "grouped" else (torch.float64, 1e-12)
@@ -48,6 +56,81 @@ def test_backend_agrees_with_the_masked_reference_in_output_and_gradients(name: 
             found.append([y, *torch.autograd.grad((y * weight).sum(), leaves, materialize_grads=True)])
         for reference, got in zip(*found, strict=True):
             torch.testing.assert_close(got, reference, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["loop", "grouped", "views"])
+def test_all_tokens_to_one_expert(name: str) -> None:
+    x, choice, experts, leaves = inputs((33, 16, 8, 8, 1), (True, False, False, False), torch.float32, seed=0)
+    choice = choice._replace(experts=torch.full_like(choice.experts, 5))
+    found = []
+    for backend in ("masked", name):
+        y = BACKENDS[backend](x, choice, experts, Activation("relu"))
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for reference, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, reference, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["loop", "views"])
+def test_gradients_have_gradients(name: str) -> None:
+    _, choice, _, leaves = inputs((3, 4, 3, 2, 2), (True, True, True, True), torch.float64, seed=2)
+
+    def compute(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, w_gate: Tensor, weights: Tensor) -> Tensor:
+        parts = Experts(w_in, w_out, b_in, w_gate)
+        return BACKENDS[name](x, choice._replace(weights=weights), parts, Activation("gelu"))
+
+    assert torch.autograd.gradcheck(compute, leaves)
+    assert torch.autograd.gradgradcheck(compute, leaves)
+
+
+def sparse_ffn(backend: str, **how: Any) -> ExpertFFN:
+    torch.manual_seed(0)
+    ffn = ExpertFFN(64, 512, experts=16, top_k=3, router=CenterRouter(64, 16), backend=backend, **how)
+    ffn.router.follow(ffn.key_rows)
+    ffn.set_mode("sparse")
+    return ffn
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("backend", ["loop", "grouped", "views"])
+def test_no_weights_are_copied(backend: str, gated: bool) -> None:
+    ffn = sparse_ffn(backend, gated=gated)
+    x = torch.randn(2, 64)
+    with profile(profile_memory=True) as profiled:
+        ffn(x)
+    largest = max(event.self_cpu_memory_usage for event in profiled.events())
+    # The weights of one expert are [32, 64]; neurons and outputs of two tokens are fewer.
+    assert 0 < largest < 32 * 64 * 4
+
+
+def test_compiled_and_recomputed_ffns_are_the_same_ffn() -> None:
+    ffn = sparse_ffn("loop")
+    torch._dynamo.reset()
+    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
+    ways = (ffn, compiled, lambda x: checkpoint(ffn, x, use_reentrant=False))
+    found = []
+    for way in ways:
+        ffn.zero_grad()
+        x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        way(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in ffn.parameters())])
+    for others in found[1:]:
+        for reference, got in zip(found[0], others, strict=True):
+            torch.testing.assert_close(got, reference)
+
+
+@pytest.mark.parametrize("backend", ["loop", "views"])
+def test_autocast_computes_in_its_precision(backend: str) -> None:
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for name in ("masked", backend):
+        ffn = sparse_ffn(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ffn(x)
+        y.float().square().sum().backward()
+        found.append([y, *(p.grad for p in ffn.parameters())])
+    for reference, got in zip(*found, strict=True):
+        assert got.dtype == reference.dtype
+        assert (got - reference).norm() < 0.02 * reference.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +147,7 @@ def test_the_masked_reference_is_what_the_formula_says(kind: tuple[bool, ...]) -
     torch.testing.assert_close(BACKENDS["masked"](x, choice, experts, Activation("relu")), y)
 
 
-@pytest.mark.parametrize("backend", ["masked", "loop"])
+@pytest.mark.parametrize("backend", ["masked", "loop", "views"])
 def test_neurons_of_experts_that_nobody_chose_get_no_gradient(backend: str) -> None:
     torch.manual_seed(0)
     ffn = ExpertFFN(8, 16, experts=4, top_k=1, router=CenterRouter(8, 4), backend=backend).double()

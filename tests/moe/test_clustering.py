@@ -3,19 +3,66 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ssd_lit.moe.clustering import balanced_assignment, balanced_kmeans, normalised_rows, random_balanced
+from ssd_lit.moe import clustering
+from ssd_lit.moe.clustering import (
+    balanced_assignment,
+    balanced_kmeans,
+    balanced_kmeans_layers,
+    normalised_rows,
+    random_balanced,
+)
+
+SHAPES = [(24, 4), (60, 6), (64, 16), (128, 2), (30, 1), (12, 12), (240, 8)]
 
 
-@pytest.mark.parametrize(("n", "clusters"), [(24, 4), (60, 6), (64, 16), (128, 2), (30, 1), (12, 12)])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_assignment_is_the_cheapest_balanced_one(n: int, clusters: int, seed: int) -> None:
-    cost = np.random.default_rng([n, clusters, seed]).normal(size=(n, clusters))
-    labels = balanced_assignment(cost)
-    assert np.bincount(labels, minlength=clusters).tolist() == [n // clusters] * clusters
-    # The peer sees every place in a cluster as a column of its own.
-    rows, places = linear_sum_assignment(np.repeat(cost, n // clusters, axis=1))
-    best = cost[rows, places // (n // clusters)].sum()
-    assert cost[np.arange(n), labels].sum() == pytest.approx(best, abs=1e-9)
+def costs(kind: str, n: int, clusters: int, seed: int) -> np.ndarray:
+    draw = np.random.default_rng([n, clusters, seed])
+    cost = draw.normal(size=(n, clusters))
+    match kind:
+        case "zeros":
+            return np.zeros((n, clusters))
+        case "many ties":
+            return cost.round()
+        case "equal rows":
+            return cost[draw.integers(0, max(1, n // 6), n)]
+        case "equal columns":
+            return cost[:, draw.integers(0, max(1, clusters // 2), clusters)]
+        case "columns far apart":
+            return cost + 1e6 * draw.normal(size=(1, clusters))
+        case "heavy tails":
+            return np.exp(6 * cost)
+    return cost
+
+
+@pytest.mark.parametrize(("n", "clusters"), SHAPES)
+@pytest.mark.parametrize(
+    "kind", ["normal", "zeros", "many ties", "equal rows", "equal columns", "columns far apart", "heavy tails"]
+)
+def test_the_assignment_is_the_cheapest_balanced_one(n: int, clusters: int, kind: str) -> None:
+    # Problems solved together stay apart.
+    cost = np.stack([costs(kind, n, clusters, seed) for seed in range(3)])
+    labels = balanced_assignment(torch.from_numpy(cost)).numpy()
+    for one, found in zip(cost, labels, strict=True):
+        assert np.bincount(found, minlength=clusters).tolist() == [n // clusters] * clusters
+        # The peer sees every place in a cluster as a column of its own.
+        rows, places = linear_sum_assignment(np.repeat(one, n // clusters, axis=1))
+        best = one[rows, places // (n // clusters)].sum()
+        assert one[np.arange(n), found].sum() == pytest.approx(best, abs=1e-9, rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [0.01, 0.3, 3.0])
+def test_wrong_prices_do_not_make_the_assignment_wrong(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    right = clustering._prices
+
+    def prices(cost: torch.Tensor) -> torch.Tensor:
+        return right(cost) + error * torch.arange(cost.shape[-1]).remainder(2)
+
+    cost = np.random.default_rng(0).normal(size=(200, 10))
+    best = cost[np.arange(200), balanced_assignment(torch.from_numpy(cost)).numpy()].sum()
+    monkeypatch.setattr(clustering, "_prices", prices)
+    labels = balanced_assignment(torch.from_numpy(cost)).numpy()
+    assert np.bincount(labels).tolist() == [20] * 10
+    assert cost[np.arange(200), labels].sum() == pytest.approx(best, abs=1e-9)
 
 
 def test_planted_clusters_are_found() -> None:
@@ -47,6 +94,37 @@ def test_a_warm_start_is_never_worse_than_the_cold_one(seed: int) -> None:
     warm = balanced_kmeans(x, 8, init=random_balanced(64, 8, seed=seed), seed=seed)
     assert warm.inertia <= cold.inertia
     assert torch.equal(balanced_kmeans(x, 8, init=cold.labels, seed=seed).labels, cold.labels)
+
+
+def test_layers_clustered_together_are_clustered_as_if_alone() -> None:
+    g = torch.Generator().manual_seed(4)
+    layers = [torch.randn(n, d, generator=g) for n, d in [(96, 10), (64, 10), (96, 10), (96, 10)]]
+    init = [random_balanced(len(x), 8, seed=i) for i, x in enumerate(layers)]
+    for starts in (None, init):
+        together = balanced_kmeans_layers(layers, 8, init=starts, seed=3)
+        for i, (x, found) in enumerate(zip(layers, together, strict=True)):
+            alone = balanced_kmeans(x, 8, init=None if starts is None else starts[i], seed=3)
+            assert torch.equal(found.labels, alone.labels)
+            torch.testing.assert_close(found.centers, alone.centers)
+            assert found.inertia == pytest.approx(alone.inertia, rel=1e-12)
+    assert balanced_kmeans_layers([], 8) == []
+
+
+def test_the_number_of_threads_changes_no_bit_and_is_left_alone() -> None:
+    layers = [torch.randn(512, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(balanced_kmeans_layers(layers, 16))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one.labels, three.labels)
+        assert torch.equal(one.centers, three.centers)
+        assert one.inertia == three.inertia
 
 
 @pytest.mark.parametrize("x", [torch.zeros(16, 3), torch.ones(16, 3), torch.eye(16)[:, :2].repeat(1, 2)])

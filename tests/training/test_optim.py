@@ -37,3 +37,29 @@ def test_the_scheduler_follows_the_factor() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * lr_factor(step, config=config, steps=20))
         optimizer.step()
         scheduler.step()
+
+
+def test_state_of_a_fused_optimizer_loads_where_there_is_no_gpu_and_goes_on_alike() -> None:
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours, theirs = (build_optimizer(model, OptimConfig()) for model in models)
+    x = torch.randn(4, 3)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    step(models[0], ours)
+    step(models[1], theirs)
+    state = theirs.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = True
+    fresh = build_optimizer(models[1], OptimConfig())
+    fresh.load_state_dict(state)
+    assert [group["fused"] for group in fresh.param_groups] == [None, None]
+    assert all(group["fused"] for group in state["param_groups"])
+    step(models[0], ours)
+    step(models[1], fresh)
+    assert torch.equal(models[0].weight, models[1].weight)

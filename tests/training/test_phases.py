@@ -49,7 +49,8 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
     (tmp_path / "b").mkdir()
     longer = {"steps": 240, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
               "checkpoint_every": 4}  # fmt: skip
-    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 60,
+    # Long enough to be killed, however soon the pattern is stable.
+    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 60,
                  "sparse_steps": 96, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 60}  # fmt: skip
     whole = Bench(tmp_path / "a", training=longer, switching=switching)
     broken = Bench(tmp_path / "b", training=longer, switching=switching)

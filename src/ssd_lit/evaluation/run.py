@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from ssd_lit.config import EvaluationConfig, RunConfig
@@ -20,6 +19,7 @@ from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
 from ssd_lit.training.checkpoint import final_model
+from ssd_lit.training.running_mean import RunningMean
 
 SPLIT = "validation"
 WATCHED = 8
@@ -74,9 +74,9 @@ def evaluate_run(
 
 
 def _loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
-    mean = MeanMetric().to(batches[0]["inputs"].device)
+    mean = RunningMean()
     for batch in batches:
-        mean.update(model.loss(batch), weight=(batch["targets"] != IGNORED).sum())
+        mean.update(model.loss(batch), (batch["targets"] != IGNORED).sum())
     return float(mean.compute())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Specials
+from ssd_lit.models.attention import attend_whole_blocks
 from ssd_lit.models.families import family
 from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN, Mode
@@ -45,6 +46,7 @@ class LanguageModel(nn.Module):
             _check_vocabulary(self.backbone, config.pretrained, specials, context)
         # Training and scoring read no cache; a folder's own config may ask for one.
         self.backbone.config.use_cache = False
+        attend_whole_blocks(self.backbone)
         # A plain tuple: the backbone already registers these modules.
         self._ffns = swap_ffns(self.backbone, kind, moe, router=router or moe.router, copies=copies)
 
@@ -59,11 +61,18 @@ class LanguageModel(nn.Module):
             ffn.set_mode(mode, top_k)
 
     def forward(self, batch: Batch) -> Tensor:
+        logits: Tensor = self._read(self.backbone, batch).logits
+        return logits
+
+    def run_layers(self, batch: Batch) -> None:
+        """A forward pass for what is seen on the way; leaves out the head, the most expensive layer, if it can."""
+        self._read(self.backbone.base_model, batch)
+
+    def _read(self, reader: Any, batch: Batch) -> Any:
         extra = {}
         if self.objective_name == "spans":
             extra["decoder_input_ids"] = self.decoder_inputs(batch)
-        logits: Tensor = self.backbone(input_ids=batch["inputs"], **extra).logits
-        return logits
+        return reader(input_ids=batch["inputs"], **extra)
 
     def decoder_inputs(self, batch: Batch) -> Tensor:
         """What the decoder of an encoder-decoder reads, [B, S']: the targets, one place later."""

@@ -37,7 +37,7 @@ def ffn_inputs(model: LanguageModel, batch: Batch) -> list[Tensor]:
     training = model.training
     try:
         with watched(model.ffns) as seen:
-            model.eval()(batch)
+            model.eval().run_layers(batch)
     finally:
         model.train(training)
     return [seen[ffn] for ffn in model.ffns]

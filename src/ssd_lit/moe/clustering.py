@@ -1,9 +1,19 @@
 """Balanced clustering of neurons: E clusters of exactly F/E rows each.
 
 k-means with an exact balanced assignment, as MoEfication groups neurons (arXiv 2110.01786, section 3.2) and SSD
-does at every switch (arXiv 2410.03440, section 4). Shape letters: n rows, D columns, E clusters.
+does at every switch (arXiv 2410.03440, section 4). Shape letters: L layers, S starts, n rows, D columns, E clusters.
+
+A balanced assignment is a transport problem. Its dual has one price for each column: every row takes the column
+with the smallest cost - price, and any such assignment is the cheapest one for its own column counts. So the work is
+to find prices that make the counts equal (Bertsekas' auction, 1988, raises them bid by bid). Here they come from
+Newton's method on the dual, smoothed by an entropy term that is lowered step by step (Cuturi, 2013,
+arXiv 1306.0895): a few dozen passes over [n, E], which run for all layers at once and on a GPU. The prices need not be
+right: whatever rows they leave in the wrong column are settled exactly afterwards.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,16 +26,34 @@ from torch import Tensor
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
-MAX_ROUNDS = 20
+KMEANS_ROUNDS = 20
+"""Rounds of plain k-means before the balanced ones; they are cheaper, and more of them gain nothing."""
+
+BALANCED_ROUNDS = 20
+
+LEAST_GAIN = 1e-5
+"""Balanced rounds go on while each lowers the inertia by more than this share."""
+
+TEMPERATURES = [4.0**-level for level in range(10)]
+"""Entropy of the smoothed dual, from high to low, in units of the spread of the costs."""
+
+NEWTON_STEPS = 3
+"""Steps at each temperature."""
+
+FREE_ROWS = 8
+"""Rows for each column that may change columns at first when prices leave some in the wrong one."""
+
+SETTLED = 1 - 1e-6
+"""A row that gives this share to one column takes that column at lower temperatures too."""
 
 
 class Clustering(NamedTuple):
     """Rows put into clusters of equal size."""
 
     labels: Tensor
-    """[n], the cluster of each row."""
+    """[n] on the CPU, the cluster of each row."""
     centers: Tensor
-    """[E, D], the mean of each cluster's rows."""
+    """[E, D] on the device of the rows, the mean of each cluster's rows."""
     inertia: float
     """Sum of squared distances from the rows to their centres."""
 
@@ -40,20 +68,47 @@ def balanced_kmeans(x: Tensor, n_clusters: int, *, init: Tensor | None = None, s
 
     A cold start (k-means, then balanced assignments and centres in turn until the inertia stops falling) runs
     always; with `init`, labels [n] of an earlier balanced clustering, a warm start from them runs beside it. The
-    better one is kept, the warm one if they tie. The same arguments give the same result, and the global random
-    state is left alone. Raises ValueError if n is not divisible by `n_clusters`, if x is not finite, or if `init`
-    does not give a cluster for every row.
+    better one is kept, the warm one if they tie. Runs on the device of x and in its precision, float32 or float64;
+    the assignments, and the inertia by which starts are compared, are in float64. The same arguments give the same
+    result, on a CPU whatever the number of threads, and the global random state is left alone. Raises ValueError if n
+    is not divisible by `n_clusters`, if x is not finite, or if `init` does not give a cluster for every row.
     """
-    rows: Floats = x.detach().cpu().double().numpy()
-    _check(rows, n_clusters)
-    best = _refine(rows, _kmeans_centers(rows, n_clusters, seed))
-    if init is not None:
-        if init.shape != (len(rows),) or (len(init) and not 0 <= int(init.min()) <= int(init.max()) < n_clusters):
-            raise ValueError(f"init must give one of {n_clusters} clusters for each of {len(rows)} rows")
-        warm = _refine(rows, _centers(rows, init.cpu().numpy(), n_clusters))
-        best = min(warm, best, key=lambda found: found[2])
-    labels, centers, inertia = best
-    return Clustering(torch.from_numpy(labels), torch.from_numpy(centers).to(x.dtype), inertia)
+    return balanced_kmeans_layers([x], n_clusters, init=None if init is None else [init], seed=seed)[0]
+
+
+def balanced_kmeans_layers(
+    layers: Sequence[Tensor], n_clusters: int, *, init: Sequence[Tensor] | None = None, seed: int = 0
+) -> list[Clustering]:
+    """`balanced_kmeans` of the rows [n, D] of every layer; layers of one shape are clustered together."""
+    with _one_thread():
+        return _cluster_layers(layers, n_clusters, init, seed)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums round differently on another number of threads. On a GPU this changes nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _cluster_layers(
+    layers: Sequence[Tensor], n_clusters: int, init: Sequence[Tensor] | None, seed: int
+) -> list[Clustering]:
+    for x in layers:
+        _check(x, n_clusters)
+    for x, labels in zip(layers, init or [], strict=init is not None):
+        if labels.shape != (len(x),) or not 0 <= int(labels.min()) <= int(labels.max()) < n_clusters:
+            raise ValueError(f"init must give one of {n_clusters} clusters for each of {len(x)} rows")
+    found: dict[int, Clustering] = {}
+    for group in _groups(layers):
+        x = torch.stack([layers[i].detach() for i in group])
+        warm = None if init is None else torch.stack([init[i] for i in group]).to(x.device)
+        found.update(zip(group, _cluster(x, n_clusters, warm, seed), strict=True))
+    return [found[i] for i in range(len(layers))]
 
 
 def random_balanced(n: int, n_clusters: int, *, seed: int = 0) -> Tensor:
@@ -63,28 +118,231 @@ def random_balanced(n: int, n_clusters: int, *, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(n) % n_clusters))
 
 
-def balanced_assignment(cost: Floats) -> Labels:
-    """The cheapest way to give each row one column so that every column gets n/E rows; cost [n, E] -> [n].
+def balanced_assignment(cost: Tensor) -> Tensor:
+    """The cheapest way to give each row one column so that every column gets n/E rows; cost [..., n, E] -> [..., n].
 
-    Exact: every row starts at its cheapest column; then rows move from columns with too many to columns with
-    too few, one at a time along the shortest path of moves (successive shortest paths on the graph of columns).
+    Exact, for any cost that is finite.
     """
-    n, columns = cost.shape
-    size = n // columns
-    labels: Labels = cost.argmin(axis=1)
-    count = np.bincount(labels, minlength=columns)
+    problems = cost.flatten(0, -3) if cost.ndim > 2 else cost[None]
+    return _assign(problems.double()).view(cost.shape[:-1])
+
+
+def _groups(layers: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Places of layers that are clustered together: of one shape, and no more than pays or fits."""
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(layers):
+        alike.setdefault((x.shape, x.dtype, x.device), []).append(i)
+    for (shape, _, device), places in alike.items():
+        # A CPU gains from company only where calls cost more than work; a GPU needs it, up to 1 GiB of float32.
+        most = 2**28 if device.type == "cuda" else 2**20
+        count = max(1, most // shape.numel())
+        yield from (places[i : i + count] for i in range(0, len(places), count))
+
+
+def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iterator[Clustering]:
+    """x [L, n, D], init [L, n]."""
+    centers = _kmeans(x, _seeds(x, n_clusters, seed))[:, None]
+    if init is not None:
+        centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
+    for rows, tried in zip(x, _refine(x, centers, init), strict=True):
+        # The warm start stands last; min takes the first of equals.
+        yield min((_clustering(rows, labels, n_clusters) for labels in tried.flip(0)), key=lambda found: found.inertia)
+
+
+def _clustering(x: Tensor, labels: Tensor, n_clusters: int) -> Clustering:
+    """Centres and inertia in float64, for what is reported and compared."""
+    rows = x.double()
+    centers = _centers(rows[None], labels[None, None], n_clusters)[0, 0]
+    inertia = float((rows - centers[labels]).square().sum())
+    return Clustering(labels.cpu(), centers.to(x.dtype), inertia)
+
+
+def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
+    """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that helps most.
+
+    Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a chance that grows with its squared distance
+    to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise comes from
+    the CPU and is the same for all layers, so that a layer's result depends on nothing else.
+    """
+    layers, n, _ = x.shape
+    trials = 2 + int(math.log(n_clusters))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.empty(n_clusters, trials, n).exponential_(generator=generator).to(x)
+    layer = torch.arange(layers, device=x.device)
+    squares = x.square().sum(-1)
+    distance = torch.ones_like(squares)
+    seeds = x.new_empty(layers, n_clusters, x.shape[-1])
+    for e in range(n_clusters):
+        drawn = (noise[e] / distance[:, None]).argmin(-1)
+        rows = x[layer[:, None], drawn]
+        products = (x @ rows.mT).mT
+        reached = (squares[:, None] + squares.gather(1, drawn)[..., None] - 2 * products).clamp(min=0)
+        if e > 0:
+            reached = torch.minimum(reached, distance[:, None])
+        best = reached.sum(-1).argmin(-1)
+        seeds[:, e], distance = rows[layer, best], reached[layer, best]
+    return seeds
+
+
+def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
+    """Lloyd's rounds from centers [L, E, D]; a cluster that is left empty keeps its centre."""
+    before: Tensor | None = None
+    for _ in range(KMEANS_ROUNDS):
+        labels = _costs(x, centers[:, None]).argmin(-1)
+        if before is not None and torch.equal(labels, before):
+            break
+        before = labels
+        means = _centers(x, labels, centers.shape[1])[:, 0]
+        empty = F.one_hot(labels[:, 0], centers.shape[1]).sum(1) == 0
+        centers = torch.where(empty[..., None], centers, means)
+    return centers
+
+
+def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
+    """Balanced assignments and centres in turn until the inertia stops falling; labels [L, S, n] of the best round.
+
+    x [L, n, D] and centers [L, S, E, D] to begin with. `init`, labels [L, n] of which the last start's centres are the
+    means, is kept if no round gains on it.
+    """
+    layers, starts, n_clusters, _ = centers.shape
+    size = x.shape[1] // n_clusters
+    labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
+    squares = torch.stack([rows.double().square().sum() for rows in x])[:, None]
+    inertia = torch.full((layers, starts), torch.inf, dtype=torch.float64, device=x.device)
+    if init is not None:
+        labels[:, -1] = init
+        inertia[:, -1:] = squares - size * centers[:, -1:].double().square().sum((2, 3))
+    going = torch.ones_like(inertia, dtype=torch.bool)
+    for _ in range(BALANCED_ROUNDS):
+        found = _assign(_costs(x, centers).double().flatten(0, 1)).view_as(labels)
+        centers = _centers(x, found, n_clusters)
+        # The means of balanced clusters: no second pass over the rows.
+        reached = squares - size * centers.double().square().sum((2, 3))
+        going &= reached < inertia * (1 - LEAST_GAIN)
+        labels = torch.where(going[..., None], found, labels)
+        inertia = torch.where(going, reached, inertia)
+        if not going.any():
+            break
+    return labels
+
+
+def _costs(x: Tensor, centers: Tensor) -> Tensor:
+    """Squared distances [L, S, n, E] from x [L, n, D] to centers [L, S, E, D], less the squared lengths of x."""
+    layers, starts, n_clusters, _ = centers.shape
+    products = x @ centers.flatten(1, 2).mT
+    return centers.square().sum(-1)[:, :, None] - 2 * products.view(layers, -1, starts, n_clusters).transpose(1, 2)
+
+
+def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
+    """The mean [L, S, E, D] of each cluster's rows, for labels [L, S, n]; the origin for an empty one."""
+    layers, starts, n = labels.shape
+    # A product adds in a fixed order; a scatter on a GPU does not.
+    member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
+    sums = (member.view(layers, -1, n) @ x).view(layers, starts, n_clusters, -1)
+    return sums / member.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _assign(cost: Tensor) -> Tensor:
+    """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
+    n, n_columns = cost.shape[1:]
+    # Only differences within a row and within a column matter: prices start at the columns' mean costs.
+    cost = cost - cost.mean(1, keepdim=True)
+    cost -= cost.mean(2, keepdim=True)
+    reduced = cost - _prices(cost)[:, None]
+    labels = reduced.argmin(-1)
+    counts = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1)
+    for problem in (counts != n // n_columns).any(-1).nonzero().flatten().tolist():
+        _settle(reduced[problem], labels[problem], n // n_columns)
+    return labels
+
+
+def _prices(cost: Tensor) -> Tensor:
+    """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often."""
+    n_problems, n, n_columns = cost.shape
+    size = n // n_columns
+    prices = cost.new_zeros(n_problems, n_columns)
+    wanted = torch.full_like(prices, size)
+    spread = cost.std((1, 2), correction=0).clamp(min=1e-100)[:, None]
+    # Prices are defined up to a constant, so the Hessian is singular along it.
+    fix = 1e-3 * torch.eye(n_columns, dtype=cost.dtype, device=cost.device) + 1 / n_columns
+    for level in TEMPERATURES:
+        temperature = spread * level
+        for _ in range(NEWTON_STEPS):
+            share = torch.softmax((prices[:, None] - cost) / temperature[:, None], -1)
+            count = share.sum(1)
+            hessian = torch.diag_embed(count) - share.mT @ share + fix
+            newton, _ = torch.linalg.solve_ex(hessian, wanted - count)
+            # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
+            sinkhorn = -((count - wanted) / size + 1).clamp(min=1e-100).log()
+            near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
+            prices = prices + temperature * torch.where(near, newton.clamp(-4, 4), sinkhorn)
+        cost, wanted = _unsettled(cost, wanted, share)
+    return prices
+
+
+def _unsettled(cost: Tensor, wanted: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of cost [P, n, E] that may still change columns, and how many the columns want of them.
+
+    share [P, n, E]: how much of each row goes to each column at the present temperature.
+    """
+    settled = share.amax(-1) > SETTLED
+    most = cost.shape[1] - int(settled.sum(-1).min())
+    if most > cost.shape[1] // 2:
+        return cost, wanted
+    rows = settled.byte().argsort(dim=-1, stable=True)[:, :most, None].expand(-1, -1, cost.shape[-1])
+    gone = share.sum(1) - share.gather(1, rows).sum(1)
+    return cost.gather(1, rows), wanted - gone.round()
+
+
+def _settle(reduced: Tensor, labels: Tensor, size: int) -> None:
+    """Make the assignment of one problem balanced, at the least cost, in place.
+
+    reduced [n, E] is cost - price, labels [n] the columns where it is least. Only rows whose choice is narrow move. The
+    sum of all rows' least reduced costs bounds any balanced assignment from below; a row whose second choice costs more
+    than what a solution is above that bound keeps its first choice in every optimum. So a solution is optimal once all
+    narrower rows were free in it.
+    """
+    n, columns = reduced.shape
+    if columns == 1:
+        return
+    least, second = reduced.topk(2, largest=False).values.unbind(-1)
+    margin, narrowest = (second - least).sort(stable=True)
+    margins, choices = margin.cpu().numpy(), labels[narrowest].cpu().numpy()
+    surplus = np.bincount(choices, minlength=columns) - size
+    # A column that too many rows prefer must be able to lose as many.
+    must = max(int(np.flatnonzero(choices == a)[surplus[a] - 1]) + 1 for a in np.flatnonzero(surplus > 0))
+    count = min(n, max(FREE_ROWS * columns, must))
+    while True:
+        costs = reduced[narrowest[:count]].cpu().numpy()
+        moved = _move(costs, choices[:count].copy(), surplus)
+        rows = np.arange(count)
+        needed = int(np.searchsorted(margins, (costs[rows, moved] - costs[rows, choices[:count]]).sum()))
+        if needed <= count:
+            break
+        count = min(needed, 4 * count)
+    labels[narrowest[:count]] = torch.from_numpy(moved).to(labels.device)
+
+
+def _move(cost: Floats, labels: Labels, surplus: Labels) -> Labels:
+    """Move rows from columns with a surplus to columns with too few; cost [m, E], labels [m], surplus [E] -> labels.
+
+    One at a time along the shortest path of moves (successive shortest paths on the graph of columns): exact when
+    every row starts at its cheapest column.
+    """
+    columns = cost.shape[1]
+    surplus = surplus.copy()
     move = np.empty((columns, columns))  # move[a, b]: what it costs to move the best row of a to b
     row = np.zeros((columns, columns), dtype=np.int64)  # that row
     for a in range(columns):
         _cheapest_moves(cost, labels, a, move, row)
-    for _ in range(int(np.maximum(count - size, 0).sum())):
-        path = _shortest_path(move, count > size, count < size)
+    for _ in range(int(surplus.clip(0).sum())):
+        path = _shortest_path(move, surplus > 0, surplus < 0)
         moved = [row[a, b] for a, b in pairwise(path)]
         labels[moved] = path[1:]
         for a in path:
             _cheapest_moves(cost, labels, a, move, row)
-        count[path[0]] -= 1
-        count[path[-1]] += 1
+        surplus[path[0]] -= 1
+        surplus[path[-1]] += 1
     return labels
 
 
@@ -118,45 +376,10 @@ def _shortest_path(move: Floats, sources: npt.NDArray[np.bool_], targets: npt.ND
     return path
 
 
-def _refine(rows: Floats, centers: Floats) -> tuple[Labels, Floats, float]:
-    """Balanced assignments and centres in turn, until the inertia stops falling."""
-    best: tuple[Labels, Floats, float] | None = None
-    for _ in range(MAX_ROUNDS):
-        cost = (centers**2).sum(axis=1) - 2 * rows @ centers.T
-        labels = balanced_assignment(cost)
-        centers = _centers(rows, labels, len(centers))
-        inertia = float(((rows - centers[labels]) ** 2).sum())
-        if best is not None and inertia >= best[2] * (1 - 1e-9):
-            break
-        best = labels, centers, inertia
-    assert best is not None
-    return best
-
-
-def _kmeans_centers(rows: Floats, n_clusters: int, seed: int) -> Floats:
-    from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
-
-    # More clusters than distinct rows makes k-means warn; the balanced assignment does not mind.
-    distinct = min(n_clusters, len(np.unique(rows, axis=0)))
-    # Threads would add up their parts of a centre in the order in which they finish.
-    with threadpool_limits(1, user_api="openmp"):
-        found: Floats = KMeans(distinct, n_init=1, random_state=seed).fit(rows).cluster_centers_
-    return np.concatenate([found, np.repeat(found[:1], n_clusters - distinct, axis=0)])
-
-
-def _centers(rows: Floats, labels: Labels, n_clusters: int) -> Floats:
-    """The mean of each cluster's rows; the origin for an empty one."""
-    onehot = np.zeros((n_clusters, len(rows)))
-    onehot[labels, np.arange(len(rows))] = 1.0
-    means: Floats = onehot @ rows / np.maximum(onehot.sum(axis=1, keepdims=True), 1)
-    return means
-
-
-def _check(rows: Floats, n_clusters: int) -> None:
-    if rows.ndim != 2 or len(rows) == 0:
-        raise ValueError(f"x must be rows by columns, given shape {rows.shape}")
-    if n_clusters < 1 or len(rows) % n_clusters:
-        raise ValueError(f"{len(rows)} rows do not divide into {n_clusters} clusters of equal size")
-    if not np.isfinite(rows).all():
+def _check(x: Tensor, n_clusters: int) -> None:
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"x must be rows by columns, given shape {tuple(x.shape)}")
+    if n_clusters < 1 or len(x) % n_clusters:
+        raise ValueError(f"{len(x)} rows do not divide into {n_clusters} clusters of equal size")
+    if not x.isfinite().all():
         raise ValueError("x holds values that are not finite")

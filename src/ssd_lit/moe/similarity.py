@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows
+from ssd_lit.moe.clustering import balanced_kmeans_layers
 
 
 def pattern_similarity(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -15,10 +16,21 @@ def pattern_similarity(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
     Both are lists of labels [F], one for each layer. 1 is the same grouping, 0 what chance gives (SSD,
     arXiv 2410.03440, section 4).
     """
-    from sklearn.metrics import adjusted_rand_score
+    scores = [_adjusted_rand(a.long(), b.long()) for a, b in zip(before, after, strict=True)]
+    return sum(scores) / len(scores)
 
-    scores = [adjusted_rand_score(a.numpy(), b.numpy()) for a, b in zip(before, after, strict=True)]
-    return float(sum(scores) / len(scores))
+
+def _adjusted_rand(a: Tensor, b: Tensor) -> float:
+    """Hubert and Arabie's index (1985), from the table that counts the neurons in cluster i of a and j of b."""
+    columns = int(b.max()) + 1
+    table = torch.bincount(a * columns + b, minlength=(int(a.max()) + 1) * columns).view(-1, columns)
+    both, in_a, in_b, pairs = (
+        int((count * (count - 1)).sum()) // 2 for count in (table, table.sum(1), table.sum(0), table.sum())
+    )
+    expected = in_a * in_b / max(pairs, 1)
+    mean = (in_a + in_b) / 2
+    # Nothing can differ where all neurons are together or each is alone.
+    return 1.0 if mean == expected else (both - expected) / (mean - expected)
 
 
 class PatternTracker:
@@ -36,11 +48,10 @@ class PatternTracker:
         Returns the similarity to the last clustering, or None for the first.
         """
         before = self.labels
-        starts: Sequence[Tensor | None] = before or [None] * len(weights)
-        self.labels = [
-            balanced_kmeans(normalised_rows(w), self._n_clusters, init=labels, seed=self._seed).labels
-            for w, labels in zip(weights, starts, strict=True)
-        ]
+        # float32, where the weights are: a check costs a small part of the steps between two checks.
+        rows = [F.normalize(w.detach().float(), dim=-1) for w in weights]
+        found = balanced_kmeans_layers(rows, self._n_clusters, init=before or None, seed=self._seed)
+        self.labels = [layer.labels for layer in found]
         return pattern_similarity(before, self.labels) if before else None
 
     def reorder(self, orders: Sequence[Tensor]) -> None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.probe import ffn_inputs
-from ssd_lit.moe.statistics import active_ratio, expert_load, load_entropy
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
 
 SEQUENCES = 4  # Enough tokens for a steady figure, at about one per cent of a step's cost.
@@ -16,7 +18,8 @@ SEQUENCES = 4  # Enough tokens for a steady figure, at about one per cent of a s
 class ActivationMonitor(Callback):
     """Logs, for every layer, the active-neuron ratio and in sparse mode the experts' load and its entropy.
 
-    Taken on the first sequences of the step's batch with the weights after the step, averaged over processes.
+    Taken on the first sequences of the step's batch with the weights after the step, over all processes. Stands before
+    what waits for the device at the same steps, so that its own work is queued behind the step's.
     """
 
     def __init__(self, log_every: int):
@@ -27,18 +30,26 @@ class ActivationMonitor(Callback):
     ) -> None:
         if trainer.global_step % self._log_every:
             return
-        values: dict[str, float] = {}
+        ffns = module.model.ffns
+        # In the precision of the training itself.
         with trainer.precision_plugin.forward_context():
             inputs = ffn_inputs(module.model, {name: rows[:SEQUENCES] for name, rows in batch.items()})
-        for layer, (ffn, x) in enumerate(zip(module.model.ffns, inputs, strict=True)):
-            x = x.float()
-            values[f"activation/active_ratio/layer_{layer:02d}"] = active_ratio(ffn, x)
+            found = torch.stack([_shares(ffn, x) for ffn, x in zip(ffns, inputs, strict=True)])  # [L, 1 + E]
+        # One transfer: whatever else asked for a value would make the host wait for the device once more.
+        shares = trainer.strategy.reduce(found, reduce_op="mean").cpu()
+        values: dict[str, float] = {}
+        for layer, (ffn, (active, *_), load) in enumerate(zip(ffns, shares.tolist(), shares[:, 1:], strict=True)):
+            values[f"activation/active_ratio/layer_{layer:02d}"] = active
             if ffn.mode == "sparse":
-                load = expert_load(ffn, x)
                 values[f"experts/load_entropy/layer_{layer:02d}"] = load_entropy(load)
                 values[f"experts/load_max/layer_{layer:02d}"] = load.max().item()
                 values[f"experts/load_min/layer_{layer:02d}"] = load.min().item()
                 values[f"experts/dead/layer_{layer:02d}"] = float((load == 0).sum())
                 values["experts/top_k"] = ffn.top_k
-        mean = trainer.strategy.reduce(torch.tensor(list(values.values()), device=module.device), reduce_op="mean")
-        module.record(dict(zip(values, mean.tolist(), strict=True)))
+        module.record(values)
+
+
+def _shares(ffn: ExpertFFN, x: Tensor) -> Tensor:
+    """For x [T, D], on its device: the share of active neurons, then in sparse mode the load [E]."""
+    active = active_neurons(ffn, x).float().mean()[None]
+    return torch.cat([active, expert_load(ffn, x)]) if ffn.mode == "sparse" else active

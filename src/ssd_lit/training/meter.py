@@ -34,6 +34,7 @@ class Meter(Callback):
         self._every = (config.training.log_every, config.training.checkpoint_every)
         self._peak: float | None = None
         self._since = 0.0
+        self._steps = 0
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         if module.device.type == "cuda" and module.config.training.precision == "bf16":
@@ -51,15 +52,14 @@ class Meter(Callback):
         step = trainer.global_step
         step_flops = phase_flops(self._config, self._phase, self._costs, step, since=step - 1)
         self._flops += step_flops
+        self._steps += 1
         if not (trainer.should_stop or any(step % every == 0 for every in self._every)):
             return
-        loss = module.train_loss.compute().item()
-        tokens = module.train_tokens.compute().item()
-        module.train_loss.reset()
-        module.train_tokens.reset()
+        loss = module.take_train_loss()
         now = time.perf_counter()
-        rate = tokens / (now - self._since)
-        self._since = now
+        step_tokens = self._config.training.batch_size * self._config.data.sequence_length
+        rate = self._steps * step_tokens / (now - self._since)
+        self._steps, self._since = 0, now
         self.last = {
             "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
@@ -68,7 +68,6 @@ class Meter(Callback):
             "train/seconds": self._start.seconds + self._switch.elapsed(),
         }
         if self._peak is not None:
-            step_tokens = self._config.training.batch_size * self._config.data.sequence_length
             self.last["train/mfu"] = rate * step_flops / step_tokens / (self._peak * trainer.world_size)
         module.record(self.last)
 

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
+from torch.optim import Optimizer
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.optim import build_optimizer, build_scheduler
+from ssd_lit.training.running_mean import RunningMean
 from ssd_lit.training.top_k import top_k_at
 
 
@@ -27,12 +28,15 @@ class Pretraining(LightningModule):
         self.config = config
         self.model = model
         self._objective = objective
-        # Torchmetrics adds up over all processes when a value is computed.
-        self.train_loss = MeanMetric()
-        self.train_tokens = SumMetric()
-        self.validation_loss = MeanMetric()
-        # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
-        self._loss = torch.compile(self._losses) if config.training.compile else self._losses
+        self._train_loss = RunningMean()
+        self._validation_loss = RunningMean()
+        self._loss = self._losses
+        if config.training.compile:
+            # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
+            self._loss = torch.compile(self._losses)
+            # One graph for every k of a schedule: beyond its limit torch would go on without compiling.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, config.moe.experts + 1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """What the model is to read and to predict; the blocks' own noise in validation, fresh noise in training."""
@@ -50,8 +54,7 @@ class Pretraining(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, gate = self._loss(batch)
-        self.train_loss.update(loss.detach(), weight=_targets(batch))
-        self.train_tokens.update(len(batch["inputs"]) * self.config.data.sequence_length)
+        self._train_loss.update(loss, _targets(batch))
         if gate is None:
             return loss
         moe = self.config.moe
@@ -62,13 +65,35 @@ class Pretraining(LightningModule):
         loss = self.model.loss(batch)
         return loss, self.model.gate_losses() if self.config.moe.router == "learned" else None
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 scales none.
+        assert gradient_clip_val is not None
+        torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Lightning would keep them through the next forward pass, where memory is needed most.
+        self.trainer.optimizers[0].zero_grad()
+
+    def take_train_loss(self) -> float:
+        """The mean loss over all targets since the last call, of all processes; waits for the device."""
+        return self._take(self._train_loss).item()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_loss.update(self.model.loss(batch), weight=_targets(batch))
+        self._validation_loss.update(self.model.loss(batch), _targets(batch))
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.validation_loss.compute()
-        self.validation_loss.reset()
+        loss = self._take(self._validation_loss)
         self.record({"validation/loss": loss.item(), "validation/perplexity": loss.exp().item()})
+
+    def _take(self, mean: RunningMean) -> Tensor:
+        total, weight = self.trainer.strategy.reduce(mean.sums(), reduce_op="sum").unbind()
+        mean.reset()
+        return total / weight
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

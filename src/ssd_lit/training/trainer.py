@@ -60,8 +60,8 @@ def build_trainer(
         callbacks=[
             # In this order at the end of a step: decide, measure, show, and save what is then known.
             switch,
-            meter,
             ActivationMonitor(training.log_every),
+            meter,
             Progress(config.name, phase, meter),
             *snapshots,
             RollingCheckpoint(rolling, training.checkpoint_every, training.validate_every),

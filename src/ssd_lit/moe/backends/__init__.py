@@ -17,7 +17,7 @@ BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": group
 KERNELS = ("fused", "few")
 """Backends made of kernels, loaded where those can run."""
 
-FEW_TOKENS = {"cpu": 8, "cuda": 8}
+FEW_TOKENS = {"cpu": 4, "cuda": 8}
 """Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_cpu.py)."""
 
 
@@ -46,7 +46,8 @@ def fastest_backend(x: Tensor, activation: Activation) -> str:
     """
     few = len(x) <= FEW_TOKENS[x.device.type] and not torch.is_grad_enabled()
     if not x.is_cuda:
-        return "views" if few else "loop"
+        # Which views are taken is known only outside a compiled graph.
+        return "views" if few and not torch.compiler.is_compiling() else "loop"
     if not kernels.runs_on(x) or activation.dropout:
         return "grouped" if x.dtype == torch.bfloat16 else "loop"
     if few:

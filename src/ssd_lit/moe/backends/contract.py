@@ -27,7 +27,8 @@ class Experts(NamedTuple):
     """[E, H, D], for a gated FFN."""
 
 
-@dataclass(frozen=True)
+# Compared by identity: torch.compile would hash one that it has not built yet.
+@dataclass(frozen=True, eq=False)
 class Activation:
     """From a neuron's inputs to its activation."""
 

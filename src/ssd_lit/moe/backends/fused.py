@@ -45,9 +45,11 @@ class Plan(NamedTuple):
     gradients: dict[str, int]
 
 
-def plan(d_model: int, neurons: int, gated: bool, rows: int) -> Plan:
+def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype) -> Plan:
     """Sizes that were fastest on an H100 in bfloat16, for a model width, neurons an expert and its usual rows."""
     h, d = _padded(neurons), _padded(d_model)
+    if dtype.itemsize > 2:
+        return _plan_of_wide_numbers(h, d)
     if rows < 512:
         return _plan_of_few(h, d, rows)
     wide = min(128 if gated else 256, h)
@@ -89,6 +91,19 @@ def _plan_of_few(h: int, d: int, rows: int) -> Plan:
     )  # fmt: skip
 
 
+def _plan_of_wide_numbers(h: int, d: int) -> Plan:
+    """Sizes that fit shared memory in float32."""
+    inner = {"INNER": 32, "num_warps": 4, "num_stages": 2}
+    return Plan(
+        tile_rows=64,
+        window=2,
+        whole=False,
+        up={"NEURONS": min(64, h), "COLUMNS": 16, **inner},
+        down={"COLUMNS": min(64, d), **inner},
+        gradients={"ROWS": 32, "NEURONS": min(64, h), "COLUMNS": min(64, d), "num_warps": 4, "num_stages": 3},
+    )
+
+
 def _padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
@@ -119,7 +134,7 @@ def _forward(
     x, chosen = x.contiguous(), chosen.contiguous()
     shape = _shape(x, chosen, w_in)
     n, h = chosen.numel(), shape.neurons
-    sizes = plan(shape.d_model, h, w_gate is not None, n // shape.n_experts)
+    sizes = plan(shape.d_model, h, w_gate is not None, n // shape.n_experts, x.dtype)
     groups = group_by_expert(chosen, shape.n_experts, ragged=ragged, tile_rows=sizes.tile_rows, window=sizes.window)
     keep = _keeps(activation, weights, w_gate)
     hidden = x.new_empty(n, h)
@@ -147,7 +162,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _shape(x, chosen, w_in)
     n, h = chosen.numel(), shape.neurons
-    sizes = plan(shape.d_model, h, w_gate is not None, n // shape.n_experts)
+    sizes = plan(shape.d_model, h, w_gate is not None, n // shape.n_experts, x.dtype)
     tiles = n // sizes.tile_rows + shape.n_experts + 1
     return (
         x.new_empty(x.shape),
@@ -171,7 +186,7 @@ def _backward(
     shape = _shape(x, chosen, w_in)
     n, h, d = chosen.numel(), shape.neurons, shape.d_model
     gated, weighted = w_gate is not None, weights is not None
-    sizes = plan(d, h, gated, n // shape.n_experts)
+    sizes = plan(d, h, gated, n // shape.n_experts, x.dtype)
     groups = Groups(pairs, bounds, tiles)
     most = len(tiles) - 1
     pieces = triton.cdiv(h, sizes.up["NEURONS"])

@@ -1,0 +1,253 @@
+"""What it takes to start each kind of stage, and the share of an experiment's time that goes into starting.
+
+    python benchmarks/startup.py [--rounds 5] [--experiment results/default]
+
+A stage has started when it has imported what it needs, read its inputs, and built its model: the point at which its own
+work begins is named in STAGES. Seconds from the start of the process, and the processor seconds it took to get there,
+user and system, which other work on the machine hardly touches. All in turns; medians. With --experiment, a results
+folder that one call of the workflow has finished, the share of its time that is overhead: the time in which no stage
+ran (Snakemake itself), and of the rest what starting its stages takes, and ending them: the stages of a run, which
+tell MLflow what they did, are counted at the whole time that they take where there is next to nothing to do.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from machine import RESULTS, machine
+
+from ssd_lit.config import load_run
+from ssd_lit.files import write_json
+
+RESULT = RESULTS / "startup.json"
+
+STAGES = {
+    # Kind of stage: the module that must be imported first, and where its own work begins.
+    "configs": ("ssd_lit.stages", "write_configs"),
+    "prepare": ("ssd_lit.data.documents", "prepare_documents"),
+    "tokenizer": ("ssd_lit.data.tokenizer", "train_tokenizer"),
+    "encode": ("ssd_lit.data.encode", "encode_documents"),
+    "store": ("ssd_lit.tracking", "ensure_store"),
+    "train": ("ssd_lit.training.trainer", "Trainer.fit"),
+    "moefy": ("ssd_lit.training.moefication", "_experts"),
+    "route": ("ssd_lit.training.router_phase", "Trainer.fit"),
+    "evaluate": ("ssd_lit.evaluation.run", "scoring_batches"),
+    "analyse": ("ssd_lit.evaluation.experts", "final_model"),
+    "summarise": ("ssd_lit.reporting.summary", "write_summary"),
+    "figures": ("ssd_lit.reporting.figures", "write_figures"),
+    "report": ("ssd_lit.reporting.report", "write_report"),
+}
+CHILD = """
+import sys
+from ssd_lit import cli
+
+def begun(*_, **__):
+    import json, os, time
+    told = os.times()
+    print(json.dumps({"time": time.time(), "processor": told.user + told.system}), flush=True)
+    os._exit(0)
+
+def main():
+    from functools import reduce
+    from importlib import import_module
+    *path, last = sys.argv[2].split(".")
+    setattr(reduce(getattr, path, import_module(sys.argv[1])), last, begun)
+    return real(sys.argv[3:])
+
+real, cli.main = cli.main, main
+cli.run()
+"""
+"""Calls the command line as the console script does, and tells the time where the stage would begin its work."""
+
+LIMITS = {"train": 6.0, "route": 6.0}
+OTHERS = 3.0
+ALLOWED_SHARE = 0.10
+
+
+def main() -> int:
+    arguments = parse()
+    seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    processor: dict[str, list[float]] = {stage: [] for stage in seconds}
+    with tempfile.TemporaryDirectory() as name:
+        calls, whole = prepare(Path(name))
+        for number in range(arguments.rounds + 1):
+            for stage in seconds:
+                wall, cpu = started(stage, calls[stage]())
+                if number:  # the first round fills the caches of the file system
+                    seconds[stage].append(wall)
+                    processor[stage].append(cpu)
+    found: dict[str, Any] = {
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "median_seconds": {stage: statistics.median(values) for stage, values in seconds.items()},
+        "median_processor_seconds": {stage: statistics.median(values) for stage, values in processor.items()},
+    }
+    found["empty_stage_seconds"] = whole
+    if arguments.experiment is not None:
+        found["experiment"] = share_of(arguments.experiment, found["median_seconds"] | whole)
+    write_json(RESULT, {"machine": machine("lightning", "transformers", "mlflow"), **found})
+    show(found)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--experiment", type=Path, help="a finished folder of results, such as results/default")
+    return parser.parse_args()
+
+
+def prepare(folder: Path) -> tuple[dict[str, Callable[[], list[str]]], dict[str, float]]:
+    """A tiny experiment, run to its end: for each stage the arguments with which it begins its work (again).
+
+    Beside them, the seconds that the stages of a run took as a whole.
+    """
+    words = np.random.default_rng(0).choice(["river", "moves", "senate", "the", "harvest", "praises"], (300, 60))
+    (folder / "text.txt").write_text("\n\n".join(" ".join(row) for row in words), encoding="utf-8")
+    experiment = folder / "tiny.yaml"
+    content = {
+        "experiment": "tiny", "description": "A start.",
+        "data": {
+            "name": "words", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
+            "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
+        },
+        "model": {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32},
+        "moe": {"experts": 4, "top_k": 2, "trained_router": "mass", "router_steps": 4, "calibration_blocks": 4},
+        "optim": {"warmup_steps": 2},
+        "training": {"steps": 12, "batch_size": 4, "validation_blocks": 4},
+        "switching": {"switch_points": [4, 8]},
+        "evaluation": {"blocks": 4, "top_k_curve": [2]},
+        "analysis": {"blocks": 4},
+        "arms": {"ssd": {"method": "ssd"}},
+    }  # fmt: skip
+    experiment.write_text(yaml.safe_dump(content), encoding="utf-8")
+    results = folder / "results"
+    stage(["configs", str(experiment), "--results", str(results)])
+    data = next((results / "data").iterdir())
+    here, run = results / "tiny", results / "tiny/runs/ssd-seed0"
+    for name in ("prepare", "tokenizer", "encode"):
+        stage([name, str(data)])
+    stage(["store", str(results)])
+    took: dict[str, list[float]] = {}
+    for phase in ("00-dense", "01-moefy", "02-sparse", "03-dense", "04-moefy", "05-router"):
+        kind = kind_of(phase)
+        took.setdefault(kind, []).append(stage([kind, str(run), phase]))
+    for name in ("evaluate", "analyse"):
+        took[name] = [stage([name, str(run)])]
+    for name in ("summarise", "figures", "report"):
+        stage([name, str(here)])
+
+    calls: dict[str, Callable[[], list[str]]] = {
+        "configs": lambda: ["configs", str(experiment), "--results", str(results)],
+        "store": lambda: ["store", str(results)],
+        **{name: (lambda name=name: [name, str(data)]) for name in ("prepare", "tokenizer", "encode")},
+        **{name: (lambda name=name: [name, str(run)]) for name in ("evaluate", "analyse")},
+        **{name: (lambda name=name: [name, str(here)]) for name in ("summarise", "figures", "report")},
+    }
+    for kind, phase in {"train": "00-dense", "moefy": "01-moefy", "route": "05-router"}.items():
+        # To begin a phase anew takes back those behind it: each has results of its own.
+        shutil.copytree(results, folder / kind)
+        calls[kind] = partial(again, kind, folder / kind / "tiny/runs/ssd-seed0", phase)
+    return calls, {kind: statistics.median(values) for kind, values in took.items()}
+
+
+def again(kind: str, run: Path, phase: str) -> list[str]:
+    """The arguments that begin a phase that is done already."""
+    (run / "phases" / phase / "phase.json").unlink(missing_ok=True)
+    (run / "work" / phase / "rolling.ckpt").unlink(missing_ok=True)
+    return [kind, str(run), phase]
+
+
+def stage(arguments: list[str]) -> float:
+    """Run a stage to its end; returns the seconds it took."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", "from ssd_lit.cli import run; run()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return time.perf_counter() - began
+
+
+def started(name: str, arguments: list[str]) -> tuple[float, float]:
+    """Seconds and processor seconds until a stage begins its work."""
+    command = [sys.executable, "-c", CHILD, *STAGES[name], *arguments]
+    began = time.time()
+    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        told = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        raise RuntimeError(f"{name} did not begin:\n{done.stderr[-2000:]}") from None
+    return told["time"] - began, told["processor"]
+
+
+def share_of(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """The overhead of an experiment that one call of the workflow ran, from the records of its jobs."""
+    data = {folder.parent / "data" / one for one in data_names(folder)}
+    records = [path for place in (folder, *data) for path in place.rglob("benchmarks/*.tsv")]
+    jobs = [(kind_of(path.stem), duration(path), path.stat().st_mtime) for path in records]
+    jobs = [job for job in jobs if job[0] in STAGES]
+    spans = sorted((end - wall, end) for _, wall, end in jobs)
+    total = max(end for _, end in spans) - spans[0][0]
+    idle, reached = 0.0, spans[0][0]
+    for begin, end in spans:
+        idle += max(0.0, begin - reached)
+        reached = max(reached, end)
+    starting = sum(seconds[kind] for kind, _, _ in jobs)
+    working = sum(wall for _, wall, _ in jobs)
+    return {
+        "jobs": dict(Counter(kind for kind, _, _ in jobs)),
+        "seconds": total,
+        "seconds_without_a_job": idle,
+        "job_seconds": working,
+        "starting_and_ending_seconds": starting,
+        "overhead_share": idle / total + (1 - idle / total) * starting / working,
+    }
+
+
+def data_names(folder: Path) -> Iterator[str]:
+    """The data sets of an experiment's runs, by the names of their folders."""
+    for path in folder.glob("runs/*/config.yaml"):
+        data = load_run(path).data
+        yield f"{data.name}-{data.digest()}"
+
+
+def kind_of(record: str) -> str:
+    """The kind of stage by the name of its record: phases are called by number and mode."""
+    mode = record.partition("-")[2]
+    return {"dense": "train", "sparse": "train", "moefy": "moefy", "router": "route"}.get(mode, record)
+
+
+def duration(path: Path) -> float:
+    """Seconds of a job, as Snakemake recorded them."""
+    return float(path.read_text(encoding="utf-8").splitlines()[1].split("\t")[0])
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"{'stage':<12}{'seconds':>9}{'processor':>11}{'at most':>9}{'whole':>9}")
+    for name, seconds in found["median_seconds"].items():
+        limit = LIMITS.get(name, OTHERS)
+        whole = f"{found['empty_stage_seconds'][name]:9.2f}" if name in found["empty_stage_seconds"] else ""
+        print(f"{name:<12}{seconds:9.2f}{found['median_processor_seconds'][name]:11.2f}{limit:9.1f}{whole}")
+    told = found.get("experiment")
+    if told is not None:
+        print(
+            f"overhead: {told['overhead_share']:.1%} (at most {ALLOWED_SHARE:.0%}): "
+            f"{told['seconds_without_a_job']:.0f} of {told['seconds']:.0f} s without a job; "
+            f"{told['starting_and_ending_seconds']:.0f} of {told['job_seconds']:.0f} s of jobs to start and end them"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Greedy generation with a causal model of Transformers in either mode, one token a step, without waiting for the host.
+
+On a GPU the step is one CUDA graph. Shape letters: B batch, S tokens of the prompt, N places of the cache.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ssd_lit.models.row_products import row_products
+from ssd_lit.moe.ffn import ExpertFFN
+
+
+class Generator:
+    """Continues prompts by the likeliest tokens.
+
+    `start(prompt)` reads a prompt, `advance(n)` adds n tokens, and calling the generator does both. With `compiled`,
+    the step goes through torch.compile first. A graph is made once for a shape of prompt and a mode and used again from
+    then on. End-of-text does not stop it.
+    """
+
+    def __init__(self, model: nn.Module, *, compiled: bool = False):
+        self.model: Any = model.eval()
+        self._ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
+        self._compiled = compiled
+        self._forward: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self._made_for: tuple[Any, ...] | None = None
+
+    def __call__(self, prompt: Tensor, new_tokens: int) -> Tensor:
+        """The prompts and what follows them: [B, S] -> [B, S + new_tokens].
+
+        Raises ValueError if that is more than the model's positions.
+        """
+        if new_tokens < 1:
+            return prompt
+        self.start(prompt, new_tokens)
+        self.advance(new_tokens - 1)
+        return self.tokens
+
+    @property
+    def tokens(self) -> Tensor:
+        """The prompts and what followed them so far."""
+        return self._tokens[:, : self._seen + 1].clone()
+
+    @torch.inference_mode()
+    def start(self, prompt: Tensor, new_tokens: int) -> None:
+        """Read prompts [B, S], find the first token after them and make room for `new_tokens`."""
+        length, places = prompt.shape[1], prompt.shape[1] + new_tokens
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        if longest is not None and places > longest:
+            raise ValueError(f"{length} + {new_tokens} tokens: this model has {longest} positions")
+        read = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        self._prepare(prompt, places, read.past_key_values)
+        for mine, layer in zip(self._cache.places, read.past_key_values.layers, strict=True):
+            mine[0][:, :, :length] = layer.keys
+            mine[1][:, :, :length] = layer.values
+        self._tokens[:, :length] = prompt
+        self._tokens[:, length] = read.logits[:, -1].argmax(dim=-1)
+        self.rewind(length)
+
+    @torch.inference_mode()
+    def rewind(self, length: int) -> None:
+        """Go back to where the texts had that many tokens before their last one."""
+        self._last.copy_(self._tokens[:, length, None])
+        self._position.fill_(length)
+        self._seen = length
+
+    @torch.inference_mode()
+    def advance(self, steps: int) -> None:
+        """Add `steps` tokens to every text."""
+        if self._graph is not None:
+            for _ in range(steps):
+                self._graph.replay()
+            self._seen += steps
+            return
+        with nullcontext() if self._compiled else row_products(self.model):
+            for _ in range(steps):
+                self._seen += 1
+                if not self._compiled:
+                    self._cache.seen = self._seen
+                self._step()
+
+    def _prepare(self, prompt: Tensor, places: int, read: Any) -> None:
+        """Buffers of fixed addresses, and the graph that works on them."""
+        wanted = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.backend) for ffn in self._ffns))
+        if wanted == self._made_for:
+            return
+        self._made_for = wanted
+        batch, device = prompt.shape[0], prompt.device
+        self._tokens = torch.zeros(batch, places, dtype=torch.long, device=device)
+        self._last = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(1, dtype=torch.long, device=device)
+        self._slots = torch.arange(places, device=device)
+        self._cache = _FixedCache(read, places, self._position)
+        self._graph = self._captured() if device.type == "cuda" else None
+
+    def _step(self) -> None:
+        seen = self._slots[: self._cache.seen] <= self._position
+        out = self._forward(
+            input_ids=self._last,
+            position_ids=self._position.expand(len(self._last), 1),
+            attention_mask=seen.expand(len(self._last), 1, 1, -1),
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._last.copy_(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+        self._position.add_(1)
+        self._tokens.index_copy_(1, self._position, self._last)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles and tunes what has to be
+                self._position.zero_()
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._position.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+
+class _FixedCache(Cache):
+    """Keys and values of N places whose addresses stay; the model writes those of one token at `position`."""
+
+    def __init__(self, read: Any, places: int, position: Tensor):
+        super().__init__(layers=[])
+        self.places = [
+            tuple(part.new_zeros(*part.shape[:2], places, part.shape[3]) for part in (layer.keys, layer.values))
+            for layer in read.layers
+        ]
+        self.position = position
+        self.seen = places
+        """Places that attention looks at; a graph looks at all of them, since it does the same at every step."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, ...]:
+        """Add a token's keys and values [B, heads, 1, width] to a layer's."""
+        keys, values = self.places[layer_idx]
+        keys.index_copy_(2, self.position, key_states)
+        values.index_copy_(2, self.position, value_states)
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.position

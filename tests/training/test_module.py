@@ -1,0 +1,44 @@
+"""What a step of training costs beside its arithmetic."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Bench
+
+TRAINING = {"steps": 40, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+            "checkpoint_every": 4, "compile": True}  # fmt: skip
+MOE = {"experts": 16, "top_k": 2, "backend": "masked"}
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of nodes of every graph that is compiled from now on; no code is generated."""
+    found: list[int] = []
+    compile_for_real = torch.compile
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function: compile_for_real(function, backend=note, fullgraph=True))
+    return found
+
+
+def test_a_phase_compiles_once_with_monitors_validation_and_checkpoints_between(
+    tmp_path: Path, graphs: list[int]
+) -> None:
+    bench = Bench(tmp_path, training=TRAINING, moe=MOE)
+    bench.phases("dense")
+    assert len(graphs) == 1
+    bench.phases("sparse")
+    assert len(graphs) == 2
+
+
+def test_every_number_of_experts_is_compiled_however_many_there_are(tmp_path: Path, graphs: list[int]) -> None:
+    bench = Bench(tmp_path, training=TRAINING, moe={**MOE, "top_k": 16, "k_schedule": {"kind": "linear", "start": 1}})
+    bench.phases("sparse")
+    assert len(graphs) == 16
