@@ -16,8 +16,8 @@ from ssd_lit.moe.kernels.activations import activate, derivative
 @triton.jit
 def _rows_by_neurons(
     rows, token, w, w_gate, neurons, inside,
-    D: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """rows[token] @ w[neurons].T [ROWS, NEURONS], and the same with w_gate where there is a gate."""
     inner = tl.arange(0, INNER)
@@ -26,6 +26,7 @@ def _rows_by_neurons(
     product = tl.zeros([ROWS, NEURONS], tl.float32)
     gate = tl.zeros([ROWS, NEURONS] if GATED else [1, 1], tl.float32)
     for d in range(0, D, INNER):
+        # Loads without a mask are faster, and most sizes need none.
         if D % INNER == 0:
             a = tl.load(row_at + d)
             mask = inside[None, :]
@@ -33,10 +34,16 @@ def _rows_by_neurons(
             left = inner < D - d
             a = tl.load(row_at + d, mask=left[None, :], other=0.0)
             mask = inside[None, :] & left[:, None]
-        b = tl.load(w + weight_at + d, mask=mask, other=0.0)
+        if (D % INNER == 0) & (H % NEURONS == 0):
+            b = tl.load(w + weight_at + d)
+        else:
+            b = tl.load(w + weight_at + d, mask=mask, other=0.0)
         product = tl.dot(a, b, product, input_precision=PRECISION)
         if GATED:
-            b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
+            if (D % INNER == 0) & (H % NEURONS == 0):
+                b_gate = tl.load(w_gate + weight_at + d)
+            else:
+                b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
             gate = tl.dot(a, b_gate, gate, input_precision=PRECISION)
     return product, gate
 
@@ -54,7 +61,8 @@ def _tile(tiles, most_tiles, number):
 @triton.jit
 def _spread(
     a, w, a_gate, w_gate, neurons, inside, out, pair, there,
-    D: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = a @ w[neurons] (+ a_gate @ w_gate[neurons]), for a [ROWS, NEURONS] that lies in registers."""
     column = tl.arange(0, COLUMNS)
@@ -67,9 +75,16 @@ def _spread(
         else:
             mask = inside[:, None] & (column < D - d)[None, :]
             out_mask = there[:, None] & (column < D - d)[None, :]
-        product = tl.dot(a, tl.load(w + weight_at + d, mask=mask, other=0.0), input_precision=PRECISION)
+        if (D % COLUMNS == 0) & (H % NEURONS == 0):
+            b = tl.load(w + weight_at + d)
+        else:
+            b = tl.load(w + weight_at + d, mask=mask, other=0.0)
+        product = tl.dot(a, b, input_precision=PRECISION)
         if GATED:
-            b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
+            if (D % COLUMNS == 0) & (H % NEURONS == 0):
+                b_gate = tl.load(w_gate + weight_at + d)
+            else:
+                b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
             product = tl.dot(a_gate, b_gate, product, input_precision=PRECISION)
         tl.store(out_at + d, product.to(out.dtype.element_ty), mask=out_mask)
 
@@ -94,7 +109,7 @@ def up(
     neuron = tl.program_id(0) % pieces * NEURONS + tl.arange(0, NEURONS)
     inside = neuron < H
     product, gated = _rows_by_neurons(
-        x, pair // K, w_in, w_gate, expert * H + neuron, inside, D, GATED, ROWS, NEURONS, INNER, PRECISION
+        x, pair // K, w_in, w_gate, expert * H + neuron, inside, D, H, GATED, ROWS, NEURONS, INNER, PRECISION
     )
     if BIAS:
         product += tl.load(b_in + expert * H + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -115,7 +130,7 @@ def up(
     if DOWN:
         _spread(
             value.to(kind), w_out, value.to(kind), w_out, expert * H + neuron, inside, out, pair, row < end,
-            D, False, COLUMNS, PRECISION,
+            D, H, False, NEURONS, COLUMNS, PRECISION,
         )  # fmt: skip
 
 
@@ -142,7 +157,7 @@ def up_backward(
     neuron = piece * NEURONS + tl.arange(0, NEURONS)
     inside = neuron < H
     grad, _ = _rows_by_neurons(
-        dy, pair // K, w_out, w_out, expert * H + neuron, inside, D, False, ROWS, NEURONS, INNER, PRECISION
+        dy, pair // K, w_out, w_out, expert * H + neuron, inside, D, H, False, ROWS, NEURONS, INNER, PRECISION
     )
     at = row.to(tl.int64)[:, None] * H + neuron[None, :]
     mask = (row < end)[:, None] & inside[None, :]
@@ -172,7 +187,7 @@ def up_backward(
     if DOWN:
         _spread(
             slope, w_in, slope_gate, w_gate, expert * H + neuron, inside, out, pair, row < end,
-            D, GATED, COLUMNS, PRECISION,
+            D, H, GATED, NEURONS, COLUMNS, PRECISION,
         )  # fmt: skip
 
 
@@ -191,24 +206,31 @@ def down(
     column = tl.program_id(0) % pieces * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < D
     inner = tl.arange(0, INNER)
-    there = (row < end)[:, None]
-    hidden_at = row.to(tl.int64)[:, None] * H + inner[None, :]
+    # Rows behind the last are computed from the last one, and not written.
+    hidden_at = tl.minimum(row, end - 1).to(tl.int64)[:, None] * H + inner[None, :]
     weight_at = (expert * H + inner).to(tl.int64)[:, None] * D + column[None, :]
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for h in range(0, H, INNER):
-        left = inner < H - h
-        mask = there & left[None, :]
-        weight_mask = left[:, None] & inside[None, :]
-        a = tl.load(hidden + hidden_at + h, mask=mask, other=0.0)
-        b = tl.load(w + weight_at + h * D, mask=weight_mask, other=0.0)
+        if (H % INNER == 0) & (D % COLUMNS == 0):
+            a = tl.load(hidden + hidden_at + h)
+            b = tl.load(w + weight_at + h * D)
+        else:
+            left = inner < H - h
+            weight_mask = left[:, None] & inside[None, :]
+            a = tl.load(hidden + hidden_at + h, mask=left[None, :], other=0.0)
+            b = tl.load(w + weight_at + h * D, mask=weight_mask, other=0.0)
         product = tl.dot(a, b, product, input_precision=PRECISION)
         if GATED:
-            a_gate = tl.load(hidden_gate + hidden_at + h, mask=mask, other=0.0)
-            b_gate = tl.load(w_gate + weight_at + h * D, mask=weight_mask, other=0.0)
+            if (H % INNER == 0) & (D % COLUMNS == 0):
+                a_gate = tl.load(hidden_gate + hidden_at + h)
+                b_gate = tl.load(w_gate + weight_at + h * D)
+            else:
+                a_gate = tl.load(hidden_gate + hidden_at + h, mask=left[None, :], other=0.0)
+                b_gate = tl.load(w_gate + weight_at + h * D, mask=weight_mask, other=0.0)
             product = tl.dot(a_gate, b_gate, product, input_precision=PRECISION)
     pair = tl.load(pairs + row, mask=row < end, other=0)
     at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(at, product.to(out.dtype.element_ty), mask=there & inside[None, :])
+    tl.store(at, product.to(out.dtype.element_ty), mask=(row < end)[:, None] & inside[None, :])
 
 
 @triton.jit
