@@ -215,8 +215,9 @@ class MoEConfig(Section):
     router_lr: Annotated[float, Field(gt=0)] = 1e-3
     permute_optimizer: bool = True
     """Whether Adam's moments move with their neurons at MoEfication; false is for showing what that is worth."""
-    backend: Literal["auto", "masked", "loop", "grouped"] = "auto"
-    """How the sparse FFN is computed; all agree, they differ in speed."""
+    backend: Literal["auto", "masked", "loop", "grouped", "views", "fused", "few"] = "auto"
+    """How the sparse FFN is computed; all agree, they differ in speed. auto takes the fastest for the device, the
+    precision and the number of tokens; fused and few are kernels, for GPUs."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:

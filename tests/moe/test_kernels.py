@@ -91,10 +91,29 @@ def test_few_agrees_with_the_masked_reference(case: str) -> None:
         torch.testing.assert_close(few(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_few_refuses_a_gradient() -> None:
+    x, choice, experts, _ = problem(3, 16, 4, 8, 2)
+    with pytest.raises(ValueError, match=r"'few'.*no gradient.*'fused'"):
+        few(x, choice, experts, Activation("relu"))
+
+
 def test_fused_refuses_dropout_of_activations() -> None:
     x, choice, experts, _ = problem(3, 16, 4, 8, 2)
     with pytest.raises(ValueError, match=r"'fused'.*dropout.*take 'grouped'"):
         fused.fused(x, choice, experts, Activation("relu", dropout=0.1))
+
+
+def test_parts_of_a_busy_expert_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = fused.plan
+    sizes = plan(16, 8, False, 1000, torch.bfloat16)
+    monkeypatch.setattr(fused, "plan", lambda *_: sizes._replace(gradients={**sizes.gradients, "ROWS": 16}))
+    g = torch.Generator().manual_seed(0)
+    x, _, experts, leaves = problem(200, 16, 5, 8, 1)
+    # Of 40 rows in an even share, one expert gets 150, one 49, one 1, and two none.
+    chosen = torch.tensor([1] * 150 + [3] * 49 + [4])[torch.randperm(200, generator=g), None]
+    parts = (x, Choice(chosen), experts, leaves)
+    for reference, got in zip(*(outcome(b, parts, "relu") for b in (BACKENDS["masked"], fused.fused)), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("tokens", "width", "experts", "k"), [(1, 16, 4, 1), (70, 40, 12, 5), (5, 300, 33, 33)])

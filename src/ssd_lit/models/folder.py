@@ -19,7 +19,7 @@ from ssd_lit.config import MoEConfig
 from ssd_lit.files import read_json, write_json
 from ssd_lit.models.families import family
 from ssd_lit.models.swap import swap_ffns
-from ssd_lit.moe.backends import BACKENDS
+from ssd_lit.moe.backends import NAMES
 from ssd_lit.moe.ffn import ExpertFFN, Mode
 
 FORMAT = 1
@@ -68,8 +68,8 @@ def open_folder(folder: Path, *, mode: Mode = "dense", top_k: int | None = None,
     told, fingerprint = Experts.read(folder)
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r}: allowed are {', '.join(get_args(Mode))}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend {backend!r}: allowed are auto, {', '.join(BACKENDS)}")
+    if backend not in NAMES:
+        raise ValueError(f"backend {backend!r}: allowed are {', '.join(NAMES)}")
     if top_k is not None and not 1 <= top_k <= told.experts:
         raise ValueError(f"top_k {top_k}: allowed are 1 to {told.experts}")
     kind = family(checkpoint_shape(folder)["family"])

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import torch
+
 from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import load_index
 from ssd_lit.data.module import TokenData
@@ -10,6 +12,8 @@ from ssd_lit.data.objectives import Specials, build_objective
 from ssd_lit.files import whole_file
 from ssd_lit.layout import PhaseRecord, Totals, phase_dir, rolling_checkpoint
 from ssd_lit.models.flops import forward_costs
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
 from ssd_lit.training.checkpoint import SWITCH_STATE, build_model, load_weights, read_checkpoint
 from ssd_lit.training.logger import Recorder
 from ssd_lit.training.meter import phase_flops
@@ -49,9 +53,29 @@ def train_phase(
     skipped = start.steps - phase.first_step
     data = TokenData.of_run(config, tokens_dir, objective.draws, skipped_steps=skipped)
     costs = forward_costs(config.model, config.moe, specials, config.data.sequence_length)
+    backend = _backend(config, model)
+    if phase.mode == "sparse":
+        print(f"{config.name} {phase.name}: sparse FFNs are computed by {backend}", flush=True)
     with quiet():
         trainer = build_trainer(config, phase, start, costs, recorder, run_dir)
         trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
+
+
+def _backend(config: RunConfig, model: LanguageModel) -> str:
+    """The name of the backend that training takes, for `auto` the one that fits its batches.
+
+    Raises ValueError for one that this machine cannot run, before any phase is trained in vain.
+    """
+    ffn, name = model.ffns[0], config.moe.backend
+    activation = Activation(ffn.activation, ffn.hidden_dropout.p)
+    tokens = config.training.batch_size // config.training.devices * config.data.sequence_length
+    x = torch.empty(
+        tokens, 0,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+    )  # fmt: skip
+    choose_backend(name, x, activation)
+    return f"{fastest_backend(x, activation)} (auto)" if name == "auto" else name
 
 
 def close_phase(

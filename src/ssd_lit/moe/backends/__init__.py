@@ -9,13 +9,13 @@ from ssd_lit.moe.backends.reference import masked
 from ssd_lit.moe.backends.sorted import grouped, loop
 from ssd_lit.moe.backends.views import views
 
-__all__ = ["BACKENDS", "KERNELS", "Activation", "Backend", "Experts", "choose_backend", "fastest_backend"]
+__all__ = ["BACKENDS", "NAMES", "Activation", "Backend", "Experts", "choose_backend", "fastest_backend"]
 
 BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": grouped, "views": views}
 """Backends in plain torch, which run anywhere."""
 
-KERNELS = ("fused", "few")
-"""Backends made of kernels, loaded where those can run."""
+NAMES = ("auto", *BACKENDS, "fused", "few")
+"""All that can be asked for; the last two are made of kernels, which are loaded where they can run."""
 
 FEW_TOKENS = {"cpu": 4, "cuda": 8}
 """Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_cpu.py)."""

@@ -13,7 +13,12 @@ from ssd_lit.moe.selection import Choice
 
 
 def few(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
-    """Two launches and a sum over K; no gradient. Nothing depends on the host: it can be captured in a CUDA graph."""
+    """Two launches and a sum over K. Nothing depends on the host: it can be captured in a CUDA graph.
+
+    Raises ValueError where a gradient is wanted.
+    """
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, choice.weights, *experts)):
+        raise ValueError("backend 'few': has no gradient; take 'fused' for training")
     out: Tensor = _forward(x, choice.experts, choice.weights, *experts, activation.name)
     return out.sum(dim=1).to(x.dtype)
 

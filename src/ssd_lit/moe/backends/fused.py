@@ -16,6 +16,7 @@ from torch import Tensor
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends.contract import Activation, Experts
 from ssd_lit.moe.kernels import products
+from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradients
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
 from ssd_lit.moe.selection import Choice
 
@@ -43,6 +44,12 @@ class Plan(NamedTuple):
     up: dict[str, int]
     down: dict[str, int]
     gradients: dict[str, int]
+    even_parts: int = 1
+    """Gradients of an expert's weights are computed in parts of so many times the rows of an even load."""
+
+    def part_rows(self, n_pairs: int, n_experts: int) -> int:
+        rows = self.gradients["ROWS"]
+        return max(rows, self.even_parts * n_pairs // n_experts // rows * rows)
 
 
 def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype) -> Plan:
@@ -61,7 +68,7 @@ def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype)
     return Plan(
         tile_rows=128,
         # All experts' weights stay in the cache, or else few of them at a time.
-        window=2 if small else 8,
+        window=2 if small else 32,
         whole=wide >= neurons,
         up=up,
         down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": 8, "num_stages": 3},
@@ -70,6 +77,8 @@ def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype)
             "ROWS": 32 if small else 64, "NEURONS": min(128, h), "COLUMNS": min(128 if small else 256, d),
             "num_warps": 4 if small else 8, "num_stages": 7 if small else 5,
         },
+        # Of a wide model there are enough pieces for all multiprocessors, and adding up parts of them costs more.
+        even_parts=1 if small else 2,
     )  # fmt: skip
 
 
@@ -209,21 +218,16 @@ def _backward(
     side = _side_stream(x.device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    dw_gate = torch.empty_like(w_gate) if w_gate is not None else None
-    db_in = torch.empty_like(b_in) if b_in is not None else None
-    columns, neurons = sizes.gradients["COLUMNS"], sizes.gradients["NEURONS"]
-    grid = (shape.n_experts * triton.cdiv(h, neurons) * triton.cdiv(d, columns), 3 if gated else 2)
-    products.weight_gradients[grid](
-        hidden, dy, dw_out, dpre, x, dw_in,
-        # Without a gate the third is not computed, but its names need something to stand for.
-        dpre if dgate is None else dgate, x, dw_in if dw_gate is None else dw_gate, pairs, bounds,
-        D=d, H=h, K=shape.k, PRECISION=_precision(x), **sizes.gradients,
+    factors = [(hidden, dy), (dpre, x), *([(dgate, x)] if dgate is not None else [])]
+    dw_out, dw_in, *dw_gate = weight_gradients(
+        factors, w_in, pairs, bounds, shape.k,
+        part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=_precision(x),
     )  # fmt: skip
     with torch.cuda.stream(side):
         _add_pairs(out, chosen, dx, shape, ragged)
+    db_in = torch.empty_like(b_in) if b_in is not None else None
     if db_in is not None:
-        products.bias_gradient[(shape.n_experts, triton.cdiv(h, 32))](
+        bias_gradient[(shape.n_experts, triton.cdiv(h, 32))](
             db_tiles, bounds, db_in, H=h, ROWS=sizes.tile_rows, TILES=32, NEURONS=32
         )
     if side is not None:
@@ -234,7 +238,7 @@ def _backward(
         dw_in,
         dw_out,
         x.new_empty(0) if db_in is None else db_in,
-        x.new_empty(0) if dw_gate is None else dw_gate,
+        dw_gate[0] if dw_gate else x.new_empty(0),
     )
 
 

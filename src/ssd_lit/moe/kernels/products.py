@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ssd_lit.moe.kernels.activations import activate, derivative
+from ssd_lit.moe.kernels.gradients import bias_slot
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def up_backward(
     tl.store(dpre + at, slope, mask=mask)
     if BIAS:
         sums = tl.sum(tl.where(mask, slope, 0.0).to(tl.float32), axis=0)
-        tl.store(db_tiles + _slot(expert, first, ROWS) * H + neuron, sums, mask=inside)
+        tl.store(db_tiles + bias_slot(expert, first, ROWS) * H + neuron, sums, mask=inside)
     if DOWN:
         _spread(
             slope, w_in, slope_gate, w_gate, expert * H + neuron, inside, out, pair, row < end,
@@ -251,68 +252,3 @@ def add_pairs(
         total += tl.load(out + pair[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
     at = y + token.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(at, total.to(y.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def weight_gradients(
-    a_first, b_first, dw_first, a_second, b_second, dw_second, a_third, b_third, dw_third, pairs, bounds,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Up to three gradients at once, each dw [E, H, D] = a[pairs of e].T @ b[their tokens]; a [N, H], b [T, D]."""
-    down_pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
-    across: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
-    piece = tl.program_id(0) % (down_pieces * across)
-    expert = tl.program_id(0) // (down_pieces * across)
-    a, b, dw = a_first, b_first, dw_first
-    if tl.program_id(1) == 1:
-        a, b, dw = a_second, b_second, dw_second
-    elif tl.program_id(1) == 2:
-        a, b, dw = a_third, b_third, dw_third
-    neuron = piece // across * NEURONS + tl.arange(0, NEURONS)
-    column = piece % across * COLUMNS + tl.arange(0, COLUMNS)
-    inside = neuron < H
-    within = column < D
-    step = tl.arange(0, ROWS)
-    end = tl.load(bounds + expert + 1)
-    product = tl.zeros([NEURONS, COLUMNS], tl.float32)
-    for first in range(tl.load(bounds + expert), end, ROWS):
-        row = first + step
-        there = row < end
-        token = tl.load(pairs + row, mask=there, other=0) // K
-        left = tl.load(
-            a + row.to(tl.int64)[None, :] * H + neuron[:, None], mask=there[None, :] & inside[:, None], other=0.0
-        )
-        # Rows behind the last meet zeros of `left`; masking only what the tile's shape asks for keeps loads wide.
-        right_at = b + token.to(tl.int64)[:, None] * D + column[None, :]
-        if D % COLUMNS == 0:
-            right = tl.load(right_at)
-        else:
-            right = tl.load(right_at, mask=within[None, :], other=0.0)
-        product = tl.dot(left, right, product, input_precision=PRECISION)
-    at = (expert * H + neuron).to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(dw + at, product.to(dw.dtype.element_ty), mask=inside[:, None] & within[None, :])
-
-
-@triton.jit
-def _slot(expert, first, ROWS: tl.constexpr):
-    """A number for the tile of an expert that begins at a row: tiles of one expert follow each other."""
-    return first // ROWS + expert
-
-
-@triton.jit
-def bias_gradient(
-    db_tiles, bounds, db, H: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NEURONS: tl.constexpr
-):
-    """db [E, H]: each expert's sum over its tiles of ROWS rows, as `up_backward` left them."""
-    expert = tl.program_id(0)
-    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
-    tile = tl.arange(0, TILES)
-    begin = tl.load(bounds + expert)
-    count = (tl.load(bounds + expert + 1) - begin + ROWS - 1) // ROWS
-    total = tl.zeros([TILES, NEURONS], tl.float32)
-    for number in range(0, count, TILES):
-        slot = _slot(expert, begin, ROWS) + number + tile
-        mask = (number + tile < count)[:, None] & (neuron < H)[None, :]
-        total += tl.load(db_tiles + slot[:, None] * H + neuron[None, :], mask=mask, other=0.0)
-    tl.store(db + expert * H + neuron, tl.sum(total, axis=0).to(db.dtype.element_ty), mask=neuron < H)

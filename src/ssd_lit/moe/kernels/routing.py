@@ -1,9 +1,15 @@
-"""Scores and the choice of experts in one kernel."""
+"""Scores and the choice of experts without torch's top-k, which takes longer than the experts of a narrow model.
+
+Shape letters: T tokens, D model width, E experts, K experts a token.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+FEW = 64
+"""Up to so many tokens, programs share the scores of one token instead of computing those of many."""
 
 
 @torch.library.custom_op("ssd_lit::route", mutates_args=())
@@ -13,16 +19,19 @@ def route(x: Tensor, directions: Tensor, k: int) -> Tensor:
     Products are exact to float32, whatever the dtype of x; of equal scores the lower expert comes first.
     """
     x = x.contiguous()
-    n_tokens, d_model = x.shape
-    n_experts = len(directions)
+    n_tokens, d = x.shape
+    experts = len(directions)
     chosen = torch.empty(n_tokens, k, dtype=torch.int64, device=x.device)
-    few = n_tokens <= 64
-    tokens, inner = (16, 256) if few else (64, 64)
-    _route[(triton.cdiv(n_tokens, tokens),)](
+    if n_tokens <= FEW:
+        scores = torch.empty(n_tokens, experts, dtype=torch.float32, device=x.device)
+        inner = min(1024, triton.next_power_of_2(d))
+        _scores[(n_tokens, triton.cdiv(experts, 2))](x, directions, scores, D=d, E=experts, EXPERTS=2, INNER=inner)
+        _select[(n_tokens,)](scores, chosen, E=experts, K=k, PADDED=triton.next_power_of_2(experts), num_warps=1)
+        return chosen
+    padded, inner = max(16, triton.next_power_of_2(experts)), min(64, max(16, triton.next_power_of_2(d)))
+    _route[(triton.cdiv(n_tokens, 64),)](
         x, directions, chosen, n_tokens,
-        D=d_model, E=n_experts, K=k, PADDED=max(16, triton.next_power_of_2(n_experts)),
-        TOKENS=tokens, INNER=min(inner, max(16, triton.next_power_of_2(d_model))), BFLOAT=x.dtype == torch.bfloat16,
-        num_warps=4,
+        D=d, E=experts, K=k, PADDED=padded, TOKENS=64, INNER=inner, BFLOAT=x.dtype == torch.bfloat16,
     )  # fmt: skip
     return chosen
 
@@ -33,11 +42,43 @@ def _(x: Tensor, directions: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
+def _scores(
+    x, directions, scores, D: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """scores [T, E] of one token and EXPERTS experts."""
+    token = tl.program_id(0)
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    inner = tl.arange(0, INNER)
+    total = tl.zeros([EXPERTS], tl.float32)
+    for d in range(0, D, INNER):
+        left = inner < D - d
+        values = tl.load(x + token * D + d + inner, mask=left, other=0.0).to(tl.float32)
+        rows = tl.load(
+            directions + expert[:, None] * D + d + inner[None, :], mask=(expert < E)[:, None] & left[None, :], other=0.0
+        )
+        total += tl.sum(rows.to(tl.float32) * values[None, :], axis=1)
+    tl.store(scores + token * E + expert, total, mask=expert < E)
+
+
+@triton.jit
+def _select(scores, chosen, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr):
+    """The K largest scores of one token."""
+    token = tl.program_id(0)
+    expert = tl.arange(0, PADDED)
+    mine = tl.load(scores + token * E + expert, mask=expert < E, other=float("-inf"))
+    for k in tl.static_range(K):
+        best = tl.argmax(mine, axis=0)
+        tl.store(chosen + token * K + k, best.to(tl.int64))
+        mine = tl.where(expert == best, float("-inf"), mine)
+
+
+@triton.jit
 def _route(
     x, directions, chosen, n_tokens,
     D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
     TOKENS: tl.constexpr, INNER: tl.constexpr, BFLOAT: tl.constexpr,
 ):  # fmt: skip
+    """Scores of TOKENS tokens and all experts, and the K largest of each token."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = token < n_tokens
     expert = tl.arange(0, PADDED)

@@ -1,0 +1,166 @@
+"""Gradients of the experts' weights and biases, over grouped pairs (`kernels.grouping`).
+
+An expert with many rows is computed in parts, each by programs of its own, so that the busiest expert does not keep
+the device waiting; the parts are then added up in their order. Shape letters: T tokens, D model width, E experts,
+H neurons of one expert, K experts a token, N = T * K pairs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ADDED = 2048
+"""Weights that one program adds up over the parts of an expert."""
+
+
+def weight_gradients(
+    products: list[tuple[Tensor, Tensor]], w: Tensor, pairs: Tensor, bounds: Tensor, k: int, *,
+    part_rows: int, sizes: dict[str, int], precision: str,
+) -> list[Tensor]:  # fmt: skip
+    """For each product (a [N, H], b [T, D]), at most three of them: dw [E, H, D] = a[pairs of e].T @ b[their tokens].
+
+    All are like w [E, H, D]. An expert of more than `part_rows` rows is computed in parts.
+    """
+    (experts, h, d), n = w.shape, len(pairs)
+    found = [torch.empty_like(w) for _ in products]
+    # What there can be at most, whatever the load: parts at all, and parts of experts that have several.
+    parts, shared = n // part_rows + experts, 2 * (n // part_rows)
+    kept = w.new_empty(len(products), shared, h, d, dtype=torch.float32)
+    pieces = triton.cdiv(h, sizes["NEURONS"]) * triton.cdiv(d, sizes["COLUMNS"])
+    # The kernel has names for three; those that are not there are not computed.
+    (a1, b1), (a2, b2), (a3, b3) = (products * 3)[:3] if len(products) == 1 else (*products, products[-1])[:3]
+    w1, w2, w3 = (*found, found[-1], found[-1])[:3]
+    padded = triton.next_power_of_2(experts)
+    _parts_of_gradients[(parts * pieces, len(products))](
+        a1, b1, w1, a2, b2, w2, a3, b3, w3, kept, pairs, bounds, shared,
+        D=d, H=h, K=k, E=experts, PADDED=padded, PART=part_rows, PRECISION=precision, **sizes,
+    )  # fmt: skip
+    _add_parts[(experts, triton.cdiv(h * d, ADDED), len(products))](
+        w1, w2, w3, kept, bounds, shared, SIZE=h * d, E=experts, PADDED=padded, PART=part_rows, BLOCK=ADDED
+    )
+    return found
+
+
+@triton.jit
+def _parts(bounds, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
+    """Of every expert: its first row, the row behind its last, and its number of parts; none has less than one."""
+    experts = tl.arange(0, PADDED)
+    begin = tl.load(bounds + experts, mask=experts < E, other=0)
+    end = tl.load(bounds + experts + 1, mask=experts < E, other=0)
+    parts = tl.where(experts < E, tl.maximum((end - begin + PART - 1) // PART, 1), 0)
+    return experts, begin, end, parts
+
+
+@triton.jit
+def _of(expert, experts, values):
+    return tl.sum(tl.where(experts == expert, values, 0), axis=0)
+
+
+@triton.jit
+def _first_shared(expert, experts, parts):
+    """Where the parts of an expert with several begin among all such parts."""
+    return tl.sum(tl.where((experts < expert) & (parts > 1), parts, 0), axis=0)
+
+
+@triton.jit
+def _parts_of_gradients(
+    a_first, b_first, dw_first, a_second, b_second, dw_second, a_third, b_third, dw_third, kept, pairs, bounds, shared,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """An expert's gradient goes to dw if it has one part; of several, each goes to kept [products, shared, H, D]."""
+    down_pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
+    across: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    piece = tl.program_id(0) % (down_pieces * across)
+    number = tl.program_id(0) // (down_pieces * across)
+    experts, begins, ends, parts = _parts(bounds, E, PADDED, PART)
+    behind = tl.cumsum(parts, axis=0)
+    expert = tl.sum((behind <= number).to(tl.int32), axis=0)
+    if expert >= E:
+        return
+    mine = _of(expert, experts, parts)
+    part = number - _of(expert, experts, behind) + mine
+    begin = _of(expert, experts, begins) + part * PART
+    end = tl.minimum(begin + PART, _of(expert, experts, ends))
+    which = tl.program_id(1)
+    a, b, dw = a_first, b_first, dw_first
+    if which == 1:
+        a, b, dw = a_second, b_second, dw_second
+    elif which == 2:
+        a, b, dw = a_third, b_third, dw_third
+    neuron = piece // across * NEURONS + tl.arange(0, NEURONS)
+    column = piece % across * COLUMNS + tl.arange(0, COLUMNS)
+    inside = neuron < H
+    within = column < D
+    step = tl.arange(0, ROWS)
+    product = tl.zeros([NEURONS, COLUMNS], tl.float32)
+    for first in range(begin, end, ROWS):
+        row = first + step
+        there = row < end
+        token = tl.load(pairs + row, mask=there, other=0) // K
+        left = tl.load(
+            a + row.to(tl.int64)[None, :] * H + neuron[:, None], mask=there[None, :] & inside[:, None], other=0.0
+        )
+        # Rows behind the last meet zeros of `left`; masking only what the tile's shape asks for keeps loads wide.
+        right_at = b + token.to(tl.int64)[:, None] * D + column[None, :]
+        if D % COLUMNS == 0:
+            right = tl.load(right_at)
+        else:
+            right = tl.load(right_at, mask=within[None, :], other=0.0)
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+    mask = inside[:, None] & within[None, :]
+    at = neuron[:, None] * D + column[None, :]
+    if mine == 1:
+        tl.store(dw + expert.to(tl.int64) * (H * D) + at, product.to(dw.dtype.element_ty), mask=mask)
+    else:
+        slot = which * shared + _first_shared(expert, experts, parts) + part
+        tl.store(kept + slot.to(tl.int64) * (H * D) + at, product, mask=mask)
+
+
+@triton.jit
+def _add_parts(
+    dw_first, dw_second, dw_third, kept, bounds, shared,
+    SIZE: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of experts with several parts, SIZE = H * D weights each."""
+    expert = tl.program_id(0)
+    experts, _, _, parts = _parts(bounds, E, PADDED, PART)
+    mine = _of(expert, experts, parts)
+    if mine > 1:
+        which = tl.program_id(2)
+        dw = dw_first
+        if which == 1:
+            dw = dw_second
+        elif which == 2:
+            dw = dw_third
+        place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        first = which * shared + _first_shared(expert, experts, parts)
+        total = tl.zeros([BLOCK], tl.float32)
+        for part in range(mine):
+            total += tl.load(kept + (first + part).to(tl.int64) * SIZE + place, mask=place < SIZE, other=0.0)
+        tl.store(dw + expert.to(tl.int64) * SIZE + place, total.to(dw.dtype.element_ty), mask=place < SIZE)
+
+
+@triton.jit
+def bias_slot(expert, first, ROWS: tl.constexpr):
+    """A number for the tile of an expert that begins at a row: tiles of one expert follow each other."""
+    return first // ROWS + expert
+
+
+@triton.jit
+def bias_gradient(
+    db_tiles, bounds, db, H: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NEURONS: tl.constexpr
+):
+    """db [E, H]: each expert's sum over its tiles of ROWS rows, as `up_backward` left them."""
+    expert = tl.program_id(0)
+    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
+    tile = tl.arange(0, TILES)
+    begin = tl.load(bounds + expert)
+    count = (tl.load(bounds + expert + 1) - begin + ROWS - 1) // ROWS
+    total = tl.zeros([TILES, NEURONS], tl.float32)
+    for number in range(0, count, TILES):
+        slot = bias_slot(expert, begin, ROWS) + number + tile
+        mask = (number + tile < count)[:, None] & (neuron < H)[None, :]
+        total += tl.load(db_tiles + slot[:, None] * H + neuron[None, :], mask=mask, other=0.0)
+    tl.store(db + expert * H + neuron, tl.sum(total, axis=0).to(db.dtype.element_ty), mask=neuron < H)
