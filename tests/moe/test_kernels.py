@@ -1,17 +1,20 @@
 """The kernels against plain torch, on the CPU through Triton's interpreter (tests/conftest.py turns it on)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, fused
 from ssd_lit.moe.backends.few import few
+from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels.grouping import group_by_expert
 from ssd_lit.moe.kernels.routing import route
+from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.moe.selection import Choice
 
 pytest.importorskip("triton")
@@ -89,6 +92,31 @@ def test_few_agrees_with_the_masked_reference(case: str) -> None:
     with torch.no_grad():
         expected = BACKENDS["masked"](x, choice, experts, Activation("relu"))
         torch.testing.assert_close(few(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
+
+
+def layer(backend: str) -> ExpertFFN:
+    torch.manual_seed(0)
+    ffn = ExpertFFN(16, 32, experts=4, top_k=2, router=CenterRouter(16, 4), backend=backend)
+    ffn.router.follow(ffn.key_rows)
+    ffn.set_mode("sparse")
+    return ffn
+
+
+def gradients(way: Callable[[Tensor], Tensor], ffn: ExpertFFN) -> list[Tensor]:
+    x = torch.linspace(-1, 1, 20 * 16).view(20, 16).requires_grad_()
+    y = way(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *ffn.parameters()])]
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_fused_compiles_as_one_graph_and_can_be_checkpointed(how: str) -> None:
+    ffn, plain = layer("fused"), layer("masked")
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "compiled": torch.compile(ffn, fullgraph=True, backend="aot_eager"),
+        "checkpointed": lambda x: checkpoint(ffn, x, use_reentrant=False),  # type: ignore[return-value]
+    }
+    for reference, got in zip(gradients(plain, plain), gradients(ways[how], ffn), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_few_refuses_a_gradient() -> None:
