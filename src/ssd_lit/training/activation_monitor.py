@@ -12,14 +12,18 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
 
-SEQUENCES = 4  # Enough tokens for a steady figure, at about one per cent of a step's cost.
+SEQUENCES, TOKENS = 4, 1024
+"""At most so many sequences of a batch are looked at, and of long ones no more than make so many tokens."""
 
 
 class ActivationMonitor(Callback):
     """Logs, for every layer, the active-neuron ratio and in sparse mode the experts' load and its entropy.
 
-    Taken on the first sequences of the step's batch with the weights after the step, over all processes. Stands before
-    what waits for the device at the same steps, so that its own work is queued behind the step's.
+    Taken on the first sequences of the step's batch with the weights after the step, over all processes. About a
+    thousand tokens are enough: a layer's ratio averages over them and its neurons, an expert's load over them, and only
+    an expert chosen by fewer than one token in a thousand may look dead. Sequences stay whole, because attention must
+    see what it sees in training. Stands before what waits for the device at the same steps, so that its own work is
+    queued behind the step's.
     """
 
     def __init__(self, log_every: int):
@@ -33,7 +37,7 @@ class ActivationMonitor(Callback):
         ffns = module.model.ffns
         # In the precision of the training itself.
         with trainer.precision_plugin.forward_context():
-            inputs = ffn_inputs(module.model, {name: rows[:SEQUENCES] for name, rows in batch.items()})
+            inputs = ffn_inputs(module.model, _some_of(batch))
             found = torch.stack([_shares(ffn, x) for ffn, x in zip(ffns, inputs, strict=True)])  # [L, 1 + E]
         # One transfer: whatever else asked for a value would make the host wait for the device once more.
         shares = trainer.strategy.reduce(found, reduce_op="mean").cpu()
@@ -49,7 +53,13 @@ class ActivationMonitor(Callback):
         module.record(values)
 
 
+def _some_of(batch: Batch) -> Batch:
+    """The first sequences of a batch, one at least."""
+    count = min(SEQUENCES, max(1, TOKENS // batch["inputs"].shape[1]))
+    return {name: rows[:count] for name, rows in batch.items()}
+
+
 def _shares(ffn: ExpertFFN, x: Tensor) -> Tensor:
     """For x [T, D], on its device: the share of active neurons, then in sparse mode the load [E]."""
-    active = active_neurons(ffn, x).float().mean()[None]
+    active = active_neurons(ffn, x).mean(dtype=torch.float32)[None]  # converts as it sums: no copy of [T, F]
     return torch.cat([active, expert_load(ffn, x)]) if ffn.mode == "sparse" else active
