@@ -19,8 +19,8 @@ def up_few(
     pair = tl.program_id(0)
     neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     expert = tl.load(chosen + pair)
-    # A token with fewer experts has E in its other places: zeros for those.
-    inside = (neuron < H) & (expert < E)
+    # A token with fewer experts has E in its other places: no neurons for those.
+    inside = neuron < tl.where(expert < E, H, 0)
     inner = tl.arange(0, INNER)
     weight_at = (expert * H + neuron).to(tl.int64)[:, None] * D + inner[None, :]
     product = tl.zeros([NEURONS], tl.float32)
@@ -52,10 +52,11 @@ def down_few(
     pair = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.load(chosen + pair)
+    neurons = tl.where(expert < E, H, 0)
     neuron = tl.arange(0, NEURONS)
     total = tl.zeros([COLUMNS], tl.float32)
     for h in range(0, H, NEURONS):
-        inside = (neuron < H - h) & (expert < E)
+        inside = neuron < neurons - h
         rows = tl.load(
             w_out + (expert * H + h + neuron).to(tl.int64)[:, None] * D + column[None, :],
             mask=inside[:, None] & (column < D)[None, :],
