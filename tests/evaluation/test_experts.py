@@ -4,7 +4,7 @@ from collections import Counter
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssd_lit.data.blocks import TokenBlocks, load_index
 from ssd_lit.data.objectives import Specials
@@ -14,7 +14,7 @@ from ssd_lit.files import read_json, write_text
 from ssd_lit.layout import read_chain
 from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routers import build_router
+from ssd_lit.moe.routers import Router, build_router
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
 
@@ -115,10 +115,8 @@ def test_token_lift_against_a_count_over_all_tokens(done: Bench, seen: list) -> 
     assert tokens["token"].tolist() == [readable(tokenizer, token) for token in tokens["token_id"]]
 
 
-class MassRouter(nn.Module):
+class MassRouter(Router):
     """Scores experts by what only the oracle knows."""
-
-    weighted = False
 
     def __init__(self, ffn: ExpertFFN):
         super().__init__()

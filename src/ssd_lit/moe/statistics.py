@@ -65,7 +65,8 @@ def routing_recall(ffn: ExpertFFN, x: Tensor) -> float:
 
     The oracle takes the K experts of the largest mass; 1 means that the router loses nothing against it.
     """
-    mass = ffn.mass(x)
+    mass = ffn.mass(x).double()
     found = mass.gather(1, ffn.choose(x).experts).sum()
     best = mass.gather(1, top_k_experts(mass, ffn.top_k)).sum()
-    return float(found / best.clamp_min(torch.finfo(best.dtype).tiny))
+    # The same experts in another order may add up to a little more.
+    return min(1.0, float(found / best.clamp_min(torch.finfo(best.dtype).tiny)))
