@@ -138,8 +138,10 @@ class LayerWatch:
 
     def mass_shares(self, k: int) -> tuple[float, float]:
         """Share of all activation mass in the first k experts by the router, and in the k of the largest mass."""
-        total = float(self._by_mass.sum())
-        return _ratio(float(self._by_router[:k].sum()), total), _ratio(float(self._by_mass[:k].sum()), total)
+        total, most = float(self._by_mass.sum()), float(self._by_mass[:k].sum())
+        # The same experts in another order may add up to a little more.
+        chosen = min(float(self._by_router[:k].sum()), most)
+        return _ratio(chosen, total), _ratio(most, total)
 
     def preferences(self, count: int) -> list[Preference]:
         """For each expert the `count` tokens with the highest lift; none for an expert that no token chose."""

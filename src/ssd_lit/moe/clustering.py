@@ -8,7 +8,8 @@ with the smallest cost - price, and any such assignment is the cheapest one for 
 to find prices that make the counts equal (Bertsekas' auction, 1988, raises them bid by bid). Here they come from
 Newton's method on the dual, smoothed by an entropy term that is lowered step by step (Cuturi, 2013,
 arXiv 1306.0895): a few dozen passes over [n, E], which run for all layers at once and on a GPU. The prices need not be
-right: whatever rows they leave in the wrong column are settled exactly afterwards.
+right: whatever rows they leave in the wrong column are settled exactly afterwards. Most rounds of k-means are drafts
+that leave out both the last digits of the prices and the settling; a few exact rounds follow them.
 """
 
 import math
@@ -29,16 +30,23 @@ Labels = npt.NDArray[np.int64]
 KMEANS_ROUNDS = 20
 """Rounds of plain k-means before the balanced ones; they are cheaper, and more of them gain nothing."""
 
-BALANCED_ROUNDS = 20
+DRAFT_ROUNDS = 10
+"""Rounds whose clusters are only nearly equal in size; each costs a fraction of an exact one."""
+
+EXACT_ROUNDS = 8
+"""Balanced rounds after the drafts, at most."""
 
 LEAST_GAIN = 1e-5
-"""Balanced rounds go on while each lowers the inertia by more than this share."""
+"""Exact rounds go on while each lowers the inertia by more than this share."""
 
 TEMPERATURES = [4.0**-level for level in range(10)]
 """Entropy of the smoothed dual, from high to low, in units of the spread of the costs."""
 
-NEWTON_STEPS = 3
-"""Steps at each temperature."""
+NEWTON_STEPS = [1] * 3 + [2] * 3 + [3] * 4
+"""Steps at each temperature where the prices must be all but right; a draft makes one."""
+
+DRAFT_TEMPERATURES = [2e-2, 1e-3]
+"""Temperatures, one step at each, of a draft that starts from the prices of the draft before."""
 
 FREE_ROWS = 8
 """Rows for each column that may change columns at first when prices leave some in the wrong one."""
@@ -144,17 +152,21 @@ def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iter
     centers = _kmeans(x, _seeds(x, n_clusters, seed))[:, None]
     if init is not None:
         centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
-    for rows, tried in zip(x, _refine(x, centers, init), strict=True):
+    tried = _refine(x, centers, init)
+    means, inertias = zip(*map(_measured, x, tried, [n_clusters] * len(x)), strict=True)
+    # One transfer for all layers: each would make a GPU wait.
+    for labels, centers, inertia in zip(tried.cpu(), means, torch.stack(inertias).tolist(), strict=True):
         # The warm start stands last; min takes the first of equals.
-        yield min((_clustering(rows, labels, n_clusters) for labels in tried.flip(0)), key=lambda found: found.inertia)
+        best = min(reversed(range(len(labels))), key=inertia.__getitem__)
+        yield Clustering(labels[best], centers[best], inertia[best])
 
 
-def _clustering(x: Tensor, labels: Tensor, n_clusters: int) -> Clustering:
-    """Centres and inertia in float64, for what is reported and compared."""
+def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for what is reported and compared."""
     rows = x.double()
-    centers = _centers(rows[None], labels[None, None], n_clusters)[0, 0]
-    inertia = float((rows - centers[labels]).square().sum())
-    return Clustering(labels.cpu(), centers.to(x.dtype), inertia)
+    centers = _centers(rows[None], labels[None], n_clusters)[0]
+    inertia = torch.stack([(rows - means[own]).square().sum() for means, own in zip(centers, labels, strict=True)])
+    return centers.to(x.dtype), inertia
 
 
 def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
@@ -199,31 +211,66 @@ def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
 
 
 def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
-    """Balanced assignments and centres in turn until the inertia stops falling; labels [L, S, n] of the best round.
+    """Balanced assignments and centres in turn: drafts, then exact ones; labels [L, S, n] of the best exact round.
 
     x [L, n, D] and centers [L, S, E, D] to begin with. `init`, labels [L, n] of which the last start's centres are the
-    means, is kept if no round gains on it.
+    means, is kept if an exact round from it does not gain, or if no later one does.
     """
     layers, starts, n_clusters, _ = centers.shape
-    size = x.shape[1] // n_clusters
     labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
     squares = torch.stack([rows.double().square().sum() for rows in x])[:, None]
     inertia = torch.full((layers, starts), torch.inf, dtype=torch.float64, device=x.device)
+    going = torch.ones_like(inertia, dtype=torch.bool)
     if init is not None:
         labels[:, -1] = init
-        inertia[:, -1:] = squares - size * centers[:, -1:].double().square().sum((2, 3))
-    going = torch.ones_like(inertia, dtype=torch.bool)
-    for _ in range(BALANCED_ROUNDS):
-        found = _assign(_costs(x, centers).double().flatten(0, 1)).view_as(labels)
+        inertia[:, -1:] = _inertia(squares, centers[:, -1:], x.shape[1])
+        # Drafts would shake a clustering that is as good as it gets.
+        means = _centers(x, _exact_round(x, centers[:, -1:]), n_clusters)
+        going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
+    centers = _draft(x, centers)
+    for _ in range(EXACT_ROUNDS):
+        found = _exact_round(x, centers)
         centers = _centers(x, found, n_clusters)
-        # The means of balanced clusters: no second pass over the rows.
-        reached = squares - size * centers.double().square().sum((2, 3))
+        reached = _inertia(squares, centers, x.shape[1])
         going &= reached < inertia * (1 - LEAST_GAIN)
         labels = torch.where(going[..., None], found, labels)
         inertia = torch.where(going, reached, inertia)
         if not going.any():
             break
     return labels
+
+
+def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
+    """Inertia [L, S] of balanced clusters of n rows with means [L, S, E, D]: no second pass over the rows.
+
+    squares [L, 1]: sum of the rows' squared lengths.
+    """
+    return squares - n // centers.shape[2] * centers.double().square().sum((2, 3))
+
+
+def _exact_round(x: Tensor, centers: Tensor) -> Tensor:
+    """Labels [L, S, n] of the cheapest balanced assignments to centers [L, S, E, D]."""
+    return _assign(_costs(x, centers).double().flatten(0, 1)).view(*centers.shape[:2], -1)
+
+
+def _draft(x: Tensor, centers: Tensor) -> Tensor:
+    """Better centres [L, S, E, D] from rounds whose clusters are only nearly equal in size.
+
+    Centres hardly move between two rounds, so each round takes few steps from the prices of the round before; rows left
+    in the wrong column stay there. Nothing is asked of a GPU on the way, so it never waits.
+    """
+    layers, starts, n_clusters, _ = centers.shape
+    size = x.shape[1] // n_clusters
+    prices = x.new_zeros(layers * starts, n_clusters, dtype=torch.float64)
+    wanted = torch.full_like(prices, size)
+    for temperatures in [TEMPERATURES] + [DRAFT_TEMPERATURES] * (DRAFT_ROUNDS - 1):
+        cost = _centred(_costs(x, centers).double().flatten(0, 1))
+        spread = _spread(cost)
+        for level in temperatures:
+            prices, _ = _newton(cost, size, wanted, prices, spread * level)
+        labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
+        centers = _centers(x, labels, n_clusters)
+    return centers
 
 
 def _costs(x: Tensor, centers: Tensor) -> Tensor:
@@ -242,12 +289,16 @@ def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     return sums / member.sum(-1, keepdim=True).clamp(min=1)
 
 
+def _centred(cost: Tensor) -> Tensor:
+    """Cost [P, n, E] less the means of its columns and rows: only differences within a row and a column matter."""
+    cost = cost - cost.mean(1, keepdim=True)
+    return cost.sub_(cost.mean(2, keepdim=True))
+
+
 def _assign(cost: Tensor) -> Tensor:
     """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
     n, n_columns = cost.shape[1:]
-    # Only differences within a row and within a column matter: prices start at the columns' mean costs.
-    cost = cost - cost.mean(1, keepdim=True)
-    cost -= cost.mean(2, keepdim=True)
+    cost = _centred(cost)
     reduced = cost - _prices(cost)[:, None]
     labels = reduced.argmin(-1)
     counts = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1)
@@ -259,25 +310,46 @@ def _assign(cost: Tensor) -> Tensor:
 def _prices(cost: Tensor) -> Tensor:
     """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often."""
     n_problems, n, n_columns = cost.shape
-    size = n // n_columns
     prices = cost.new_zeros(n_problems, n_columns)
+    size = n // n_columns
     wanted = torch.full_like(prices, size)
-    spread = cost.std((1, 2), correction=0).clamp(min=1e-100)[:, None]
+    spread = _spread(cost)
+    for level, steps in zip(TEMPERATURES, NEWTON_STEPS, strict=True):
+        prices, share = _newton(cost, size, wanted, prices, spread * level, steps)
+        if cost.device.type == "cpu":  # a GPU does a pass in less time than it takes to ask
+            cost, wanted = _unsettled(cost, wanted, share)
+    return prices
+
+
+def _spread(cost: Tensor) -> Tensor:
+    """The unit of temperatures, [P, 1] for cost [P, n, E]."""
+    return cost.std((1, 2), correction=0).clamp(min=1e-30)[:, None]
+
+
+def _newton(
+    cost: Tensor, size: int, wanted: Tensor, prices: Tensor, temperature: Tensor, steps: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Prices [P, E] after steps at a temperature [P, 1], and the share [P, n, E] of each row in each column before the
+    last of them. The columns of cost [P, n, E] want `wanted` rows [P, E] of it, and `size` of all rows.
+    """
+    n_columns = cost.shape[-1]
     # Prices are defined up to a constant, so the Hessian is singular along it.
     fix = 1e-3 * torch.eye(n_columns, dtype=cost.dtype, device=cost.device) + 1 / n_columns
-    for level in TEMPERATURES:
-        temperature = spread * level
-        for _ in range(NEWTON_STEPS):
-            share = torch.softmax((prices[:, None] - cost) / temperature[:, None], -1)
-            count = share.sum(1)
-            hessian = torch.diag_embed(count) - share.mT @ share + fix
-            newton, _ = torch.linalg.solve_ex(hessian, wanted - count)
-            # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
-            sinkhorn = -((count - wanted) / size + 1).clamp(min=1e-100).log()
-            near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
-            prices = prices + temperature * torch.where(near, newton.clamp(-4, 4), sinkhorn)
-        cost, wanted = _unsettled(cost, wanted, share)
-    return prices
+    # Costs and prices in units of the temperature.
+    scaled, p = cost / temperature[:, None], prices / temperature
+    for _ in range(steps):
+        share = torch.softmax(p[:, None] - scaled, -1)
+        gram = share.mT @ share
+        count = gram.sum(-1)  # a row's shares add up to 1
+        missing = wanted - count
+        hessian = fix - gram
+        hessian.diagonal(dim1=1, dim2=2).add_(count)
+        newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
+        # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
+        sinkhorn = -(1 - missing / size).clamp(min=1e-30).log()
+        near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
+        p = p + torch.where(near, newton.clamp(-4, 4), sinkhorn)
+    return p * temperature, share
 
 
 def _unsettled(cost: Tensor, wanted: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
