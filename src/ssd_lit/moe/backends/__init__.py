@@ -17,7 +17,7 @@ BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": group
 NAMES = ("auto", *BACKENDS, "fused", "few")
 """All that can be asked for; the last two are made of kernels, which are loaded where they can run."""
 
-FEW_TOKENS = {"cpu": 4, "cuda": 8}
+FEW_TOKENS = {"cpu": 8, "cuda": 8}
 """Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_cpu.py)."""
 
 
