@@ -220,7 +220,7 @@ class Windows(Callback):
             torch.cuda.set_sync_debug_mode("default")
             self._looking.__exit__(None, None, None)
             found = [one for one in self._seen or [] if "synchroniz" in str(one.message)]
-            self.waits = [f"{one.filename}:{one.lineno}" for one in found]
+            self.waits = [f"{one.filename.rpartition('site-packages/')[2]}:{one.lineno}" for one in found]
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._all = list(trainer.callbacks)  # type: ignore[attr-defined]
