@@ -3,7 +3,6 @@
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from ssd_lit.provenance import git_commit, processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -27,27 +27,8 @@ def machine(*packages: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("torch", "triton", *packages)},
-        "commit": commit(),
+        "commit": git_commit(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
-
-
-def commit() -> str:
-    """The commit of the code, with `+changes` if files differ from it; `unknown` outside a repository."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-    short = git("rev-parse", "--short", "HEAD")
-    return (short + ("+changes" if git("status", "--porcelain") else "")) if short else "unknown"
 
 
 def synchronize() -> None:

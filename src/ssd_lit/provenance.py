@@ -34,12 +34,13 @@ def provenance() -> dict[str, object]:
             "python": platform.python_version(),
             "cores": psutil.cpu_count(),
             "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-            "processor": _processor(),
+            "processor": processor(),
         },
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -74,7 +74,7 @@ def evaluate_run(
 
 
 def _loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
-    mean = RunningMean()
+    mean = RunningMean().to(batches[0]["inputs"].device)
     for batch in batches:
         mean.update(model.loss(batch), (batch["targets"] != IGNORED).sum())
     return float(mean.compute())

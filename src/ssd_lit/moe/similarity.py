@@ -16,21 +16,10 @@ def pattern_similarity(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
     Both are lists of labels [F], one for each layer. 1 is the same grouping, 0 what chance gives (SSD,
     arXiv 2410.03440, section 4).
     """
-    scores = [_adjusted_rand(a.long(), b.long()) for a, b in zip(before, after, strict=True)]
-    return sum(scores) / len(scores)
+    from sklearn.metrics import adjusted_rand_score
 
-
-def _adjusted_rand(a: Tensor, b: Tensor) -> float:
-    """Hubert and Arabie's index (1985), from the table that counts the neurons in cluster i of a and j of b."""
-    columns = int(b.max()) + 1
-    table = torch.bincount(a * columns + b, minlength=(int(a.max()) + 1) * columns).view(-1, columns)
-    both, in_a, in_b, pairs = (
-        int((count * (count - 1)).sum()) // 2 for count in (table, table.sum(1), table.sum(0), table.sum())
-    )
-    expected = in_a * in_b / max(pairs, 1)
-    mean = (in_a + in_b) / 2
-    # Nothing can differ where all neurons are together or each is alone.
-    return 1.0 if mean == expected else (both - expected) / (mean - expected)
+    scores = [adjusted_rand_score(a.numpy(), b.numpy()) for a, b in zip(before, after, strict=True)]
+    return float(sum(scores) / len(scores))
 
 
 class PatternTracker:

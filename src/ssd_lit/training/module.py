@@ -91,9 +91,9 @@ class Pretraining(LightningModule):
         self.record({"validation/loss": loss.item(), "validation/perplexity": loss.exp().item()})
 
     def _take(self, mean: RunningMean) -> Tensor:
-        total, weight = self.trainer.strategy.reduce(mean.sums(), reduce_op="sum").unbind()
+        found: Tensor = mean.compute()
         mean.reset()
-        return total / weight
+        return found
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

@@ -2,32 +2,32 @@
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 
-class RunningMean:
-    """The weighted mean of the scalars seen since the last reset."""
+class RunningMean(Metric):
+    """The weighted mean of the scalars seen since the last reset, over all processes.
+
+    torchmetrics' own MeanMetric looks at every value to see whether it is NaN, for which the host waits for the device;
+    told not to look, it forgets the weights (torchmetrics 1.9).
+    """
+
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("weight", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, value: Tensor, weight: Tensor | int = 1) -> None:
+    def update(self, value: Tensor, weight: Tensor) -> None:
         """Take in a scalar, and the number of things that it is the mean of; both stay on their device."""
-        # Without a look at the values: to see whether one is NaN, the host would have to wait for the device.
-        value = value.detach().float()
-        added = torch.stack([value * weight, torch.zeros_like(value) + weight])
-        self._sums = added if self._sums is None else self._sums + added
-
-    def sums(self) -> Tensor:
-        """[2]: the sum of values times weights, and that of weights. Raises ValueError if nothing was seen."""
-        if self._sums is None:
-            raise ValueError("the mean of nothing was asked for")
-        return self._sums
+        self.total = self.total + value.detach().float() * weight
+        self.weight = self.weight + weight
 
     def compute(self) -> Tensor:
-        """The mean, on the device of the values; over this process only."""
-        total, weight = self.sums().unbind()
-        return total / weight
-
-    def reset(self) -> None:
-        """Forget all."""
-        self._sums = None
+        """The mean, on the device of the values. Raises ValueError if nothing was seen."""
+        if not self.update_called:
+            raise ValueError("the mean of nothing was asked for")
+        return self.total / self.weight
