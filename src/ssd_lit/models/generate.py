@@ -1,6 +1,7 @@
 """Greedy generation with a causal model of Transformers in either mode, one token a step, without waiting for the host.
 
-On a GPU the step is one CUDA graph. Shape letters: B batch, S tokens of the prompt, N places of the cache.
+On a GPU reading a prompt is one CUDA graph, a step another. Shape letters: B batch, S tokens of the prompt, N places of
+the cache.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ class Generator:
     """Continues prompts by the likeliest tokens.
 
     `start(prompt)` reads a prompt, `advance(n)` adds n tokens, and calling the generator does both. With `compiled`,
-    the step goes through torch.compile first. A graph is made once for a shape of prompt and a mode and used again from
+    the step goes through torch.compile first. Graphs are made once for a shape of prompt and a mode and used again from
     then on. End-of-text does not stop it.
     """
 
@@ -53,13 +54,12 @@ class Generator:
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and places > longest:
             raise ValueError(f"{length} + {new_tokens} tokens: this model has {longest} positions")
-        read = self.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        self._prepare(prompt, places, read.past_key_values)
-        for mine, layer in zip(self._cache.places, read.past_key_values.layers, strict=True):
-            mine[0][:, :, :length] = layer.keys
-            mine[1][:, :, :length] = layer.values
+        self._prepare(prompt, places)
         self._tokens[:, :length] = prompt
-        self._tokens[:, length] = read.logits[:, -1].argmax(dim=-1)
+        if self._reading is not None:
+            self._reading.replay()
+        else:
+            self._read(length)
         self.rewind(length)
 
     @torch.inference_mode()
@@ -84,19 +84,31 @@ class Generator:
                     self._cache.seen = self._seen
                 self._step()
 
-    def _prepare(self, prompt: Tensor, places: int, read: Any) -> None:
-        """Buffers of fixed addresses, and the graph that works on them."""
+    def _prepare(self, prompt: Tensor, places: int) -> None:
+        """Buffers of fixed addresses, and the graphs that work on them."""
         wanted = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.backend) for ffn in self._ffns))
         if wanted == self._made_for:
             return
         self._made_for = wanted
-        batch, device = prompt.shape[0], prompt.device
+        (batch, length), device = prompt.shape, prompt.device
         self._tokens = torch.zeros(batch, places, dtype=torch.long, device=device)
         self._last = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self._slots = torch.arange(places, device=device)
-        self._cache = _FixedCache(read, places, self._position)
-        self._graph = self._captured() if device.type == "cuda" else None
+        # One token tells the shapes of keys and values.
+        like = self.model(input_ids=prompt[:, :1], use_cache=True).past_key_values
+        self._cache = _FixedCache(like, places, self._position)
+        on_gpu = device.type == "cuda"
+        self._graph = self._captured(self._step) if on_gpu else None
+        self._reading = self._captured(lambda: self._read(length)) if on_gpu else None
+
+    def _read(self, length: int) -> None:
+        """The first `length` tokens in one forward pass: their keys and values, and the token after them."""
+        read = self.model(input_ids=self._tokens[:, :length], use_cache=True, logits_to_keep=1)
+        for mine, layer in zip(self._cache.places, read.past_key_values.layers, strict=True):
+            mine[0][:, :, :length] = layer.keys
+            mine[1][:, :, :length] = layer.values
+        self._tokens[:, length] = read.logits[:, -1].argmax(dim=-1)
 
     def _step(self) -> None:
         seen = self._slots[: self._cache.seen] <= self._position
@@ -111,29 +123,29 @@ class Generator:
         self._position.add_(1)
         self._tokens.index_copy_(1, self._position, self._last)
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # compiles and tunes what has to be
                 self._position.zero_()
-                self._step()
+                work()
         torch.cuda.current_stream().wait_stream(side)
         self._position.zero_()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step()
+            work()
         return graph
 
 
 class _FixedCache(Cache):
     """Keys and values of N places whose addresses stay; the model writes those of one token at `position`."""
 
-    def __init__(self, read: Any, places: int, position: Tensor):
+    def __init__(self, like: Any, places: int, position: Tensor):
         super().__init__(layers=[])
         self.places = [
             tuple(part.new_zeros(*part.shape[:2], places, part.shape[3]) for part in (layer.keys, layer.values))
-            for layer in read.layers
+            for layer in like.layers
         ]
         self.position = position
         self.seen = places
