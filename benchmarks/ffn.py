@@ -190,7 +190,7 @@ def few_tokens(rounds: int) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         case = Case(tokens, 2048, 8192, False)
         x = torch.randn(tokens, case.d_model, device="cuda", dtype=torch.bfloat16)
-        steps = {}
+        steps, stacks = {}, {}  # a graph does not keep the weights that it reads
         for name in ("dense", "few", "fused"):
             if name == "few" and tokens > 64:
                 continue
@@ -200,6 +200,7 @@ def few_tokens(rounds: int) -> list[dict[str, Any]]:
             layers = nn.Sequential(*(build(case, ffn.backend) for _ in range(4)))
             for layer in layers:
                 layer.set_mode(ffn.mode)
+            stacks[name] = layers
 
             def step(layers: nn.Sequential = layers, x: Tensor = x) -> None:
                 with torch.no_grad():

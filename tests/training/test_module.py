@@ -24,7 +24,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda function: compile_for_real(function, backend=note, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_for_real(function, backend=note, fullgraph=True))
     return found
 
 

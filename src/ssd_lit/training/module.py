@@ -15,6 +15,10 @@ from ssd_lit.training.optim import build_optimizer, build_scheduler
 from ssd_lit.training.running_mean import RunningMean
 from ssd_lit.training.top_k import top_k_at
 
+COMPILE_MODE = "reduce-overhead"
+"""Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them
+one by one, would keep the GPU waiting. Without a GPU it changes nothing."""
+
 
 class Pretraining(LightningModule):
     """A language model, its optimiser and its losses; the mode is set on `model` before a phase begins.
@@ -33,7 +37,7 @@ class Pretraining(LightningModule):
         self._loss = self._losses
         if config.training.compile:
             # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
-            self._loss = torch.compile(self._losses)
+            self._loss = torch.compile(self._losses, mode=COMPILE_MODE)
             # One graph for every k of a schedule: beyond its limit torch would go on without compiling.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, config.moe.experts + 1)
