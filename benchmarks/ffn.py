@@ -42,6 +42,7 @@ class Case(NamedTuple):
         return f"{'ReGLU' if self.gated else 'ReLU'} D {self.d_model} F {self.d_ff} T {self.tokens}"
 
 
+RESULT = RESULTS / "ffn.json"
 CASES = [Case(*shape, gated) for gated in (False, True) for shape in SHAPES]
 
 
@@ -64,13 +65,15 @@ def main() -> int:
             {**case._asdict(), "limits": floors(case, limits), **measure(case, arguments.scattermoe, arguments.rounds)}
         )
         print(line(case, rows[-1]), flush=True)
+        # After every case: what is measured already is kept if a later one fails.
+        write_json(RESULT, {"machine": machine(), "ceilings": limits, "cases": rows})
     few = few_tokens(arguments.rounds)
     for row in few:
         print(
             f"{row['tokens']:>5} tokens, forward, us: "
             + ", ".join(f"{k} {1e6 * v:.0f}" for k, v in row["seconds"].items())
         )
-    write_json(RESULTS / "ffn.json", {"machine": machine(), "ceilings": limits, "cases": rows, "few_tokens": few})
+    write_json(RESULT, {"machine": machine(), "ceilings": limits, "cases": rows, "few_tokens": few})
     return 0
 
 
