@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     add("summarise", stages.summarise, "Write summary.csv, one row a run.", exp_dir)
     add("figures", stages.figures, "Draw the figures of an experiment.", exp_dir)
     add("report", stages.report, "Write report.html, and keep report and figures in MLflow.", exp_dir)
+    add(
+        "verify", stages.verify, "Say whether results still match their inputs; exit status 1 if something does not.",
+        ("folder", "results/EXPERIMENT/runs/RUN, or results/EXPERIMENT for all runs"),
+    )  # fmt: skip
     add("store", stages.store, "Make the MLflow store, once, before jobs share it.", results)
     out = add("export", exchange.export, "Write a run's final model as a Hugging Face checkpoint folder.", run_dir)
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")

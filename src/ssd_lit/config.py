@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssd_lit.checkpoint_folder import checkpoint_shape
+from ssd_lit.files import check_seal, sealed_text
 from ssd_lit.yaml_file import ConfigError as ConfigError
 from ssd_lit.yaml_file import read_with_bases, read_yaml
 
@@ -589,6 +590,12 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
+def load_resolved(path: Path) -> Experiment:
+    """Read an experiment as `dump` wrote it. This and what follows raise ValueError for a file that is damaged."""
+    check_seal(path)
+    return load_experiment(path)
+
+
 def load_run(path: Path) -> RunConfig:
     """Read the resolved config of one run, as `dump` wrote it."""
     return _load(RunConfig, path)
@@ -610,11 +617,12 @@ def load_evaluation(path: Path) -> EvaluationConfig:
 
 
 def dump(section: Section) -> str:
-    """A section as YAML, every key spelled out, in a fixed order."""
-    return yaml.safe_dump(section.model_dump(), sort_keys=False, allow_unicode=True, width=110)
+    """A section as YAML, every key spelled out, in a fixed order; its last line seals it."""
+    return sealed_text(yaml.safe_dump(section.model_dump(), sort_keys=False, allow_unicode=True, width=110))
 
 
 def _load(kind: type[T], path: Path) -> T:
+    check_seal(path)
     try:
         return _checked(kind, read_yaml(path))
     except ConfigError as error:
