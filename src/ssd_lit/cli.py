@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _set_threads(args.threads)
+    _set_threads(args.threads or os.cpu_count() or 1)
     if not sys.stderr.isatty():
         # Ours too are for a terminal only.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         for place, meaning in places:
             command.add_argument(place, help=meaning, type=str if place == "phase" else Path)
-        command.add_argument("--threads", type=_positive, default=os.cpu_count(), help="CPU threads (all)")
+        command.add_argument("--threads", type=_positive, help="CPU threads (of a run what its config says, else all)")
         command.set_defaults(run=run, shown=[place for place, _ in places])
         return command
 

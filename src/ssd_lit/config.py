@@ -263,6 +263,9 @@ class TrainingConfig(Section):
     """torch.compile the forward pass and loss."""
     devices: Positive = 1
     """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
+    threads: Positive = 1
+    """CPU threads of each stage of a run, over all devices. Sums round differently on another number, so it is a
+    setting: a machine with more cores trains the same bits. Runs work side by side where there are cores."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load data; 0 reads in the training process."""
     log_every: Positive = 10

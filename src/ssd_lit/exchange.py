@@ -1,6 +1,7 @@
 """Stages between Hugging Face checkpoint folders and ours: models come in and get experts, and go out whole."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ def export(args: argparse.Namespace) -> str:
 
 
 def _moefy_model(
-    threads: int,
+    threads: int | None,
     *,
     model: Path,
     experts: int,
@@ -58,7 +59,7 @@ def _moefy_model(
 
     from ssd_lit.training.moefy_folder import moefy_folder
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     chosen: Any = {"trained_router" if router in ("mass", "norm") else "router": router}
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
     moefy_folder(model, out, moe, **calibration, progress=print)

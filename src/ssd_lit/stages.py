@@ -80,15 +80,13 @@ def encode(args: argparse.Namespace) -> str:
 
 def train(args: argparse.Namespace) -> str:
     """Train one phase; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.phase import close_phase, train_phase
     from ssd_lit.training.sharing import adopt_warmup
     from ssd_lit.training.trainer import is_first_process
 
     run_dir, config = args.run_dir, _run_config(args.run_dir)
     tokens = _tokens(run_dir, config)
-    torch.set_num_threads(max(1, args.threads // config.training.devices))
+    _set_threads(args, config, config.training.devices)
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
         train_phase(run_dir, config, phase, history, tokens, recorder=None)
@@ -108,12 +106,10 @@ def train(args: argparse.Namespace) -> str:
 
 def moefy(args: argparse.Namespace) -> str:
     """MoEfy a checkpoint; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.moefication import moefy_phase
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], _: "RunTracker") -> PhaseRecord:
         return moefy_phase(run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config))
@@ -124,12 +120,10 @@ def moefy(args: argparse.Namespace) -> str:
 
 def route(args: argparse.Namespace) -> str:
     """Train the routers of a MoEfied model; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.router_phase import train_routers
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
         return train_routers(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
@@ -139,12 +133,10 @@ def route(args: argparse.Namespace) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    import torch
-
     from ssd_lit.evaluation.run import evaluate_run
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain = read_chain(run_dir, config.method)
     with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
         shutil.rmtree(run_dir / "work", ignore_errors=True)
@@ -163,12 +155,10 @@ def evaluate(args: argparse.Namespace) -> str:
 
 
 def analyse(args: argparse.Namespace) -> str:
-    import torch
-
     from ssd_lit.evaluation.analysis import analyse_run
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
     with _alone(run_dir), _tracker(run_dir, config, "analyse", None) as tracker:
         settings = load_analysis(run_dir / "analysis.yaml")
@@ -291,6 +281,12 @@ def _run_phase(
             )
         record.write(record_file)
     return record
+
+
+def _set_threads(args: argparse.Namespace, config: RunConfig, processes: int = 1) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (args.threads or config.training.threads) // processes))
 
 
 def _run_config(run_dir: Path) -> RunConfig:
