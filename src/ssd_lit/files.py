@@ -26,7 +26,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     The data reaches the disk before the rename, so a crash leaves the old file or the new one, never a part. Raises
     OSError with the name of the file where the disk takes no more.
     """
-    with _named(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.close(handle)
@@ -64,7 +64,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """A full disk names no file by itself: say which one could not be written."""
     try:
         yield

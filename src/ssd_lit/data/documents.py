@@ -24,7 +24,7 @@ import pyarrow.parquet
 
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.sources import check_sources, describe, documents
-from ssd_lit.files import write_sealed, write_text
+from ssd_lit.files import naming, write_sealed, write_text
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str], None]
@@ -50,7 +50,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
     """
     check_sources(config.sources)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
+    with naming(out), tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
         read = _spill(config, Path(work), progress)
         kept = _collect(config, Path(work), progress)
         _check_splits(config, kept)

@@ -10,7 +10,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
 from ssd_lit.data.documents import read_split
-from ssd_lit.files import check_digests, read_json, read_sealed, sha256, whole_file, write_json, write_sealed
+from ssd_lit.files import (
+    check_digests,
+    read_json,
+    read_sealed,
+    sha256,
+    whole_file,
+    write_json,
+    write_sealed,
+    write_text,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
@@ -44,8 +53,7 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_megabytes(documents_dir, config.train_megabytes), trainer)
-    with whole_file(out_dir / "tokenizer.json") as part:
-        tokenizer.save(str(part))
+    write_text(out_dir / "tokenizer.json", tokenizer.to_str(pretty=True))
     _write_config(out_dir, END_OF_TEXT, mask, sentinels)
     _seal(out_dir)
 

@@ -54,7 +54,11 @@ def final_model(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values, whole or not at all; OSError if the disk takes no more."""
     with whole_file(path) as part, part.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # Told to write no more, torch complains that its archive has no end.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
