@@ -307,6 +307,8 @@ def serve(results: Path, port: int) -> list[str]:
 def _client(results: Path) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs a traceback for each error of the database that it raises, which we tell in a line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri(results))

@@ -9,7 +9,7 @@ from ssd_lit.config import RunConfig, load_data, load_resolved, load_run
 from ssd_lit.data.blocks import load_index
 from ssd_lit.data.documents import read_split
 from ssd_lit.data.tokenizer import check_tokenizer
-from ssd_lit.files import check_digests, read_sealed, sha256
+from ssd_lit.files import check_digests, check_seal, read_sealed, sha256
 from ssd_lit.layout import PhaseRecord, data_dir, phase_dir, read_chain, run_dir, snapshots, weights_before
 from ssd_lit.points import read_points
 from ssd_lit.reporting.summary import check_summary
@@ -138,10 +138,11 @@ def _snapshots(folder: Path) -> str:
 
 def _measured(folder: Path, path: Path, chain: list[PhaseRecord], tokens: Path) -> str:
     """evaluation.json or analysis.json: made from these weights and tokens, with the settings beside the run."""
-    found = read_sealed(path)
+    found, settings = read_sealed(path), folder / f"{path.stem}.yaml"
+    check_seal(settings)
     made_from = {
         "weights": chain[-1].weights,
-        "settings": sha256(folder / f"{path.stem}.yaml"),
+        "settings": sha256(settings),
         "tokens": load_index(tokens)["digest"],
     }
     _compare(path, found.get("inputs", {}), made_from)

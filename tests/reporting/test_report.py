@@ -191,6 +191,15 @@ def test_card_of_other_keys(make_tree):
     assert "odd" in text
 
 
+def test_a_damaged_card_is_named(make_tree):
+    tree = make_tree((0,), ("dense",))
+    write_figures(tree.exp_dir, tree.experiment)
+    path = tree.data_dir / "documents" / "card.json"
+    path.write_text(path.read_text().replace("sotu", "sotv"))
+    with pytest.raises(ValueError, match=r"card\.json: damaged"):
+        write_report(tree.exp_dir, tree.experiment, tree.data_dir, {})
+
+
 def test_missing_figure_is_named(make_tree):
     tree = make_tree((0,), ("dense",))
     with pytest.raises(ValueError, match="not found") as error:

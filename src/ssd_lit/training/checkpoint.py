@@ -87,7 +87,7 @@ def check_checkpoint(path: Path) -> None:
             # No record is a folder: one that says so would be left unread, its memory as it happened to be.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
             damaged = archive.testzip() or next(iter(folders), None)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except Exception as error:  # an archive that is damaged raises whatever its reader stumbles over
         raise ValueError(f"{path}: damaged ({error})") from None
     if damaged is not None:
         raise ValueError(f"{path}: damaged (the checksum of {damaged} does not fit)")
