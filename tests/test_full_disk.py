@@ -16,7 +16,7 @@ from tests.conftest import Bench, tiny_experiment
 ARMS = {"sparse": {"method": "sparse"}}
 TRAINING = {"steps": 12, "batch_size": 4, "log_every": 3, "validate_every": 6, "validation_blocks": 4,
             "checkpoint_every": 4, "snapshot_every": 6}  # fmt: skip
-ROOM = (0, 4, 8, 24, 64, 128, 192, 256, 512, 1024, 2048, 16_000)
+ROOM = (0, 4, 12, 64, 160, 256, 512, 16_000)
 """Kilobytes that are left, from one attempt to the next."""
 
 

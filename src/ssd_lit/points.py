@@ -39,7 +39,8 @@ class PointLog:
             self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(Path(self._file.name)):  # what a full disk did not take is tried again
+            self._file.close()
 
 
 def read_points(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -47,8 +47,8 @@ def tracking_uri(results: Path) -> str:
 
 
 def masked(uri: str) -> str:
-    """A URI, or text with one in it, without the user and password that it may carry, for people to read."""
-    return re.sub(r"://\S*@", "://***@", uri)
+    """A URI, or text with one in it, without the password or token that it may carry, for people to read."""
+    return re.sub(r"://([^/\s:@]*:)\S*@", r"://\1***@", re.sub(r"://[^/\s:@]+@", "://***@", uri))
 
 
 def ensure_store(results: Path) -> None:
