@@ -40,8 +40,10 @@ def test_a_checkpoint_is_not_executed(tmp_path: Path, zipped: bool) -> None:
 
 
 def test_no_stage_executes_the_checkpoint_that_it_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A rolling checkpoint is passed over, any other is an error."""
+    """A rolling checkpoint is passed over, any other is an error. The experiment is a link to another disk."""
     bench = Bench(tmp_path, arms={"ssd": {"method": "ssd"}})
+    (bench.results / "tiny").rename(tmp_path / "elsewhere")
+    (bench.results / "tiny").symlink_to(tmp_path / "elsewhere")
     bench.phases("ssd", stop_after=1)
     run, trace = bench.dir("ssd"), tmp_path / "trace"
     evil = {"state_dict": {}, "callbacks": Touching(trace)}

@@ -36,7 +36,7 @@ def export(args: argparse.Namespace) -> str:
 
     config = load_run(args.run_dir / "config.yaml")
     chain = read_chain(args.run_dir, config.method)
-    data = data_dir(args.run_dir.resolve().parents[2], config.data)
+    data = data_dir(args.run_dir.absolute().parents[2], config.data)
     if export_run(args.run_dir, config, chain, data, args.out):
         return f"{args.out}: {config.moe.experts} experts a layer, {config.moe.top_k} a token in sparse mode"
     return f"{args.out}: dense only; `ssd-lit moefy --model {args.out}` gives it experts"

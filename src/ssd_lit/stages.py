@@ -197,7 +197,7 @@ def report(args: argparse.Namespace) -> str:
 
     experiment = load_resolved(args.exp_dir / "experiment.yaml")
     check_summary(args.exp_dir, experiment.runs())
-    results = args.exp_dir.resolve().parent
+    results = args.exp_dir.absolute().parent
     path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
     log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
     log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
@@ -391,4 +391,5 @@ def _tokens(run_dir: Path, config: RunConfig) -> Path:
 
 
 def _results(run_dir: Path) -> Path:
-    return run_dir.resolve().parents[2]
+    # Not resolved: an experiment's folder may be a link to another disk.
+    return run_dir.absolute().parents[2]
