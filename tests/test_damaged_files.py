@@ -223,7 +223,7 @@ def test_verify_tells_results_that_no_longer_match_their_inputs(
     assert len(wrong) == 2
     assert "03-dense" in wrong[0]
     assert "last.ckpt" in wrong[0]
-    assert "evaluation.json: made from another settings" in wrong[1]
+    assert "evaluation.json: made from other settings" in wrong[1]
     assert "2 of" in told.err
 
     (done.results.parent / "text.txt").rename(tmp_path / "kept.txt")

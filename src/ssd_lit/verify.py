@@ -89,6 +89,8 @@ def _config(folder: Path, run: RunConfig) -> str:
 def _sources(documents: Path) -> str:
     """Local files are compared with what was read from them; a package is checked by the stage that reads it."""
     files = [file for source in read_sealed(documents / "card.json")["sources"] for file in source.get("files", [])]
+    if not files:
+        return "no local files"
     there = [file for file in files if Path(file["path"]).is_file()]
     changed = [file["path"] for file in there if sha256(Path(file["path"])) != file["sha256"]]
     if changed:
@@ -164,4 +166,4 @@ def _summary(exp_dir: Path, run: RunConfig) -> str:
 def _compare(path: Path, recorded: Mapping[str, str | None], now: Mapping[str, str | None]) -> None:
     other = [name for name, digest in now.items() if name not in recorded or recorded[name] != digest]
     if other:
-        raise ValueError(f"{path}: made from another {' and another '.join(other)} than there is now")
+        raise ValueError(f"{path}: made from other {' and '.join(other)} than there are now")
