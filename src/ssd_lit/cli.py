@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _set_threads(args.threads)
+    _set_threads(args.threads or os.cpu_count() or 1)
     if not sys.stderr.isatty():
         # Ours too are for a terminal only.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         for place, meaning in places:
             command.add_argument(place, help=meaning, type=str if place == "phase" else Path)
-        command.add_argument("--threads", type=_positive, default=os.cpu_count(), help="CPU threads (all)")
+        command.add_argument("--threads", type=_positive, help="CPU threads (of a run what its config says, else all)")
         command.set_defaults(run=run, shown=[place for place, _ in places])
         return command
 
@@ -81,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     add("summarise", stages.summarise, "Write summary.csv, one row a run.", exp_dir)
     add("figures", stages.figures, "Draw the figures of an experiment.", exp_dir)
     add("report", stages.report, "Write report.html, and keep report and figures in MLflow.", exp_dir)
+    add(
+        "verify", stages.verify, "Say whether results still match their inputs; exit status 1 if something does not.",
+        ("folder", "results/EXPERIMENT/runs/RUN, or results/EXPERIMENT for all runs"),
+    )  # fmt: skip
     add("store", stages.store, "Make the MLflow store, once, before jobs share it.", results)
     out = add("export", exchange.export, "Write a run's final model as a Hugging Face checkpoint folder.", run_dir)
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")

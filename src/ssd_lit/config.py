@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssd_lit.checkpoint_folder import checkpoint_shape
+from ssd_lit.files import check_seal, sealed_text
 from ssd_lit.yaml_file import ConfigError as ConfigError
 from ssd_lit.yaml_file import read_with_bases, read_yaml
 
@@ -262,6 +263,9 @@ class TrainingConfig(Section):
     """torch.compile the forward pass and loss."""
     devices: Positive = 1
     """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
+    threads: Positive = 1
+    """CPU threads of each stage of a run, over all devices. Sums round differently on another number, so it is a
+    setting: a machine with more cores trains the same bits. Runs work side by side where there are cores."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load data; 0 reads in the training process."""
     log_every: Positive = 10
@@ -589,6 +593,12 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
+def load_resolved(path: Path) -> Experiment:
+    """Read an experiment as `dump` wrote it. This and what follows raise ValueError for a file that is damaged."""
+    check_seal(path)
+    return load_experiment(path)
+
+
 def load_run(path: Path) -> RunConfig:
     """Read the resolved config of one run, as `dump` wrote it."""
     return _load(RunConfig, path)
@@ -610,11 +620,12 @@ def load_evaluation(path: Path) -> EvaluationConfig:
 
 
 def dump(section: Section) -> str:
-    """A section as YAML, every key spelled out, in a fixed order."""
-    return yaml.safe_dump(section.model_dump(), sort_keys=False, allow_unicode=True, width=110)
+    """A section as YAML, every key spelled out, in a fixed order; its last line seals it."""
+    return sealed_text(yaml.safe_dump(section.model_dump(), sort_keys=False, allow_unicode=True, width=110))
 
 
 def _load(kind: type[T], path: Path) -> T:
+    check_seal(path)
     try:
         return _checked(kind, read_yaml(path))
     except ConfigError as error:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.files import write_text
+from ssd_lit.files import naming, write_text
 
 
 class PointLog:
@@ -34,11 +34,13 @@ class PointLog:
         if not fresh:
             return
         self._seen.update((name, step) for name in fresh)
-        self._file.write(json.dumps({"step": step, "time": time.time_ns() // 1_000_000, "values": fresh}) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, "time": time.time_ns() // 1_000_000, "values": fresh}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(Path(self._file.name)):  # what a full disk did not take is tried again
+            self._file.close()
 
 
 def read_points(path: Path) -> dict[str, list[tuple[int, float]]]:

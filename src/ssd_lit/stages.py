@@ -6,8 +6,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -19,9 +20,10 @@ from ssd_lit.config import (
     load_data,
     load_evaluation,
     load_experiment,
+    load_resolved,
     load_run,
 )
-from ssd_lit.files import read_json, write_json, write_text
+from ssd_lit.files import sha256, write_sealed, write_text
 from ssd_lit.layout import (
     PhaseRecord,
     Totals,
@@ -29,6 +31,7 @@ from ssd_lit.layout import (
     phase_dir,
     read_chain,
     snapshots,
+    weights_before,
     work_dir,
     write_configs,
 )
@@ -77,15 +80,13 @@ def encode(args: argparse.Namespace) -> str:
 
 def train(args: argparse.Namespace) -> str:
     """Train one phase; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.phase import close_phase, train_phase
     from ssd_lit.training.sharing import adopt_warmup
     from ssd_lit.training.trainer import is_first_process
 
     run_dir, config = args.run_dir, _run_config(args.run_dir)
     tokens = _tokens(run_dir, config)
-    torch.set_num_threads(max(1, args.threads // config.training.devices))
+    _set_threads(args, config, config.training.devices)
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
         train_phase(run_dir, config, phase, history, tokens, recorder=None)
@@ -105,12 +106,10 @@ def train(args: argparse.Namespace) -> str:
 
 def moefy(args: argparse.Namespace) -> str:
     """MoEfy a checkpoint; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.moefication import moefy_phase
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], _: "RunTracker") -> PhaseRecord:
         return moefy_phase(run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config))
@@ -121,12 +120,10 @@ def moefy(args: argparse.Namespace) -> str:
 
 def route(args: argparse.Namespace) -> str:
     """Train the routers of a MoEfied model; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.router_phase import train_routers
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
         return train_routers(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
@@ -136,12 +133,10 @@ def route(args: argparse.Namespace) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    import torch
-
     from ssd_lit.evaluation.run import evaluate_run
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain = read_chain(run_dir, config.method)
     with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
         shutil.rmtree(run_dir / "work", ignore_errors=True)
@@ -154,17 +149,16 @@ def evaluate(args: argparse.Namespace) -> str:
             | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]}),
             run_step=chain[-1].last_step,
         )
-    write_json(run_dir / "evaluation.json", found)
+        inputs = _evaluated(run_dir, config, chain, "evaluation.yaml")
+    write_sealed(run_dir / "evaluation.json", {**found, **inputs})
     return ", ".join(f"{mode} perplexity {math.exp(loss):.2f}" for mode, loss in modes.items())
 
 
 def analyse(args: argparse.Namespace) -> str:
-    import torch
-
     from ssd_lit.evaluation.analysis import analyse_run
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
     with _alone(run_dir), _tracker(run_dir, config, "analyse", None) as tracker:
         settings = load_analysis(run_dir / "analysis.yaml")
@@ -176,34 +170,48 @@ def analyse(args: argparse.Namespace) -> str:
             if layers
         }
         tracker.outcome(means, run_step=chain[-1].last_step)
-    write_json(run_dir / "analysis" / "analysis.json", found)
+        inputs = _evaluated(run_dir, config, chain, "analysis.yaml")
+    digests = {name: sha256(run_dir / "analysis" / name) for name in found["written"]}
+    write_sealed(run_dir / "analysis" / "analysis.json", {**found, **inputs, "digests": digests})
     return ", ".join(found["written"]) or f"nothing to write: {'; '.join(sorted(set(found['left_out'].values())))}"
 
 
 def summarise(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.summary import write_summary
 
-    return str(write_summary(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml").runs()))
+    return str(write_summary(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml").runs()))
 
 
 def figures(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.figures import write_figures
 
-    written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml"))
+    written = write_figures(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml"))
     return f"{len(written)} files in {args.exp_dir / 'figures'}"
 
 
 def report(args: argparse.Namespace) -> str:
     from ssd_lit.provenance import provenance
     from ssd_lit.reporting.report import write_report
+    from ssd_lit.reporting.summary import check_summary
     from ssd_lit.tracking import log_report
 
-    experiment = load_experiment(args.exp_dir / "experiment.yaml")
-    results = args.exp_dir.resolve().parent
+    experiment = load_resolved(args.exp_dir / "experiment.yaml")
+    check_summary(args.exp_dir, experiment.runs())
+    results = args.exp_dir.absolute().parent
     path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
     log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
     log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
     return str(path)
+
+
+def verify(args: argparse.Namespace) -> str:
+    """Say of everything in a run or experiment whether it matches; ConfigError if something does not."""
+    from ssd_lit.verify import verify as verify_folder
+
+    looked_at, mismatches = verify_folder(args.folder, print)
+    if mismatches:
+        raise ConfigError(f"{mismatches} of {looked_at} things do not match")
+    return f"all {looked_at} things match"
 
 
 def store(args: argparse.Namespace) -> str:
@@ -263,13 +271,22 @@ def _run_phase(
         with _tracker(run_dir, config, phase.name, None if begun else phase.first_step) as tracker:
             # From here on the recorded points beyond the phase's first step are those of this config.
             write_text(folder / "config.yaml", dump(config))
-            record = work(phase, history, tracker)
+            origin = _origin(run_dir, config, history)
+            record = replace(
+                work(phase, history, tracker), weights=sha256(record_file.with_name("last.ckpt")), **origin
+            )
             tracker.outcome(
                 {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
                 {"mode": record.mode, "ended_by": record.ended_by},
             )
         record.write(record_file)
     return record
+
+
+def _set_threads(args: argparse.Namespace, config: RunConfig, processes: int = 1) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (args.threads or config.training.threads) // processes))
 
 
 def _run_config(run_dir: Path) -> RunConfig:
@@ -333,11 +350,36 @@ def _starting_point(run_dir: Path, config: RunConfig) -> tuple[Path, Totals] | N
     return phase_dir(other, last.index, last.mode) / "last.ckpt", last.total
 
 
+def _origin(run_dir: Path, config: RunConfig, history: list[PhaseRecord]) -> dict[str, Any]:
+    """What the next phase is made from, and by what."""
+    from ssd_lit.data.blocks import load_index
+    from ssd_lit.provenance import stage_provenance
+
+    tokens = load_index(_tokens(run_dir, config))["digest"]
+    inputs = {
+        "config": sha256(run_dir / "config.yaml"),
+        "tokens": tokens,
+        "before": weights_before(run_dir, config, history),
+    }
+    return {"inputs": inputs, "provenance": stage_provenance(config, tokens)}
+
+
+def _evaluated(run_dir: Path, config: RunConfig, chain: list[PhaseRecord], settings: str) -> dict[str, Any]:
+    """What was measured, with which settings, and by what."""
+    from ssd_lit.data.blocks import load_index
+    from ssd_lit.provenance import stage_provenance
+
+    tokens = load_index(_tokens(run_dir, config))["digest"]
+    inputs = {"weights": chain[-1].weights, "settings": sha256(run_dir / settings), "tokens": tokens}
+    return {"inputs": inputs, "provenance": stage_provenance(config, tokens)}
+
+
 def _tracker(run_dir: Path, config: RunConfig, stage: str, resume_step: int | None) -> "RunTracker":
+    from ssd_lit.data.blocks import load_index
     from ssd_lit.provenance import git_commit
     from ssd_lit.tracking import RunTracker
 
-    digest = read_json(_tokens(run_dir, config) / "index.json")["digest"]
+    digest = load_index(_tokens(run_dir, config))["digest"]
     return RunTracker(
         run_dir, config, _results(run_dir),
         stage=stage, data_digest=digest[:36], commit=git_commit(), resume_step=resume_step,
@@ -349,4 +391,5 @@ def _tokens(run_dir: Path, config: RunConfig) -> Path:
 
 
 def _results(run_dir: Path) -> Path:
-    return run_dir.resolve().parents[2]
+    # Not resolved: an experiment's folder may be a link to another disk.
+    return run_dir.absolute().parents[2]

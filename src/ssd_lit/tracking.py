@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock
 
 from ssd_lit.config import RunConfig
-from ssd_lit.files import read_json, write_json
+from ssd_lit.files import read_json, whole_file, write_json
 from ssd_lit.points import PointLog, drop_points_after, points_from
 
 if TYPE_CHECKING:
@@ -47,16 +47,29 @@ def tracking_uri(results: Path) -> str:
 
 
 def masked(uri: str) -> str:
-    """The URI without its password, for people to read."""
-    return re.sub(r"(://[^/:@]*:)[^@]*@", r"\1***@", uri)
+    """A URI, or text with one in it, without the password or token that it may carry, for people to read."""
+    return re.sub(r"://([^/\s:@]*:)\S*@", r"://\1***@", re.sub(r"://[^/\s:@]+@", "://***@", uri))
 
 
 def ensure_store(results: Path) -> None:
-    """Make the local store, once, before several processes use it; a fresh one cannot be made by two at a time."""
-    if tracking_uri(results).startswith("sqlite:"):
-        results.mkdir(parents=True, exist_ok=True)
-        with FileLock(results / ".mlflow.lock"):
-            _client(results).search_experiments(max_results=1)
+    """Make the local store, once, before several processes use it; a fresh one cannot be made by two at a time.
+
+    It is made aside: MLflow cannot go on from one that it could not finish. Raises OSError if it cannot be made.
+    """
+    path = Path(tracking_uri(results).removeprefix("sqlite:///"))
+    if not tracking_uri(results).startswith("sqlite:///") or path.exists():
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    with FileLock(results / ".mlflow.lock"):
+        if path.exists():
+            return
+        from mlflow import MlflowClient
+
+        with whole_file(path) as part:
+            try:
+                MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+            except Exception as error:  # the database's own
+                raise OSError(f"{path}: the MLflow store cannot be made: {_first_line(error)}") from None
 
 
 class RunTracker:
@@ -282,8 +295,10 @@ def serve(results: Path, port: int) -> list[str]:
     """The command that serves the store and its UI on 127.0.0.1; sets what it needs in the environment."""
     # One worker and no job runner start in a third of the time and a sixth of the memory.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    # Not an argument: everyone on the machine may read those, and a URI may hold a password.
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = tracking_uri(results)
     return [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri(results),
+        sys.executable, "-m", "mlflow", "server",
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--artifacts-destination", str(results.resolve() / "mlartifacts"),
     ]  # fmt: skip
@@ -292,6 +307,8 @@ def serve(results: Path, port: int) -> list[str]:
 def _client(results: Path) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs a traceback for each error of the database that it raises, which we tell in a line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri(results))
@@ -351,4 +368,5 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 
 def _first_line(error: Exception) -> str:
-    return masked((str(error) or type(error).__name__).splitlines()[0][:200])
+    # First masked, then cut: half a URI would not be known as one.
+    return masked((str(error) or type(error).__name__).splitlines()[0])[:200]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ssd_lit.cli import main
 from ssd_lit.files import read_json
 from ssd_lit.layout import PhaseRecord
 from ssd_lit.points import read_points
@@ -237,3 +238,19 @@ def test_bf16_and_dropout_train(tmp_path: Path) -> None:
                 "validation_blocks": 4, "checkpoint_every": 4}  # fmt: skip
     bench = Bench(tmp_path, training=training, arms={"sparse": {"method": "sparse"}})
     assert bench.phases("sparse")[-1].total.steps == 12
+
+
+def test_neither_workers_nor_cores_decide_what_is_trained_but_threads_do(tmp_path: Path) -> None:
+    """Threads are a setting of the run, so a stage that is not told otherwise takes as many, on any machine."""
+    training = {"steps": 12, "batch_size": 4, "log_every": 3, "validate_every": 6, "validation_blocks": 4}
+    found, used = {}, {}
+    for name, changes in (("plain", {}), ("workers", {"workers": 2}), ("threads", {"threads": 2})):
+        (tmp_path / name).mkdir()
+        arms = {"dense": {"method": "dense"}}
+        bench = Bench(tmp_path / name, training={**training, **changes}, arms=arms)
+        # As a person or the workflow calls it: without a number of threads.
+        assert main(["train", str(bench.dir("dense")), "00-dense"]) == 0
+        found[name] = weights(bench.last_checkpoint("dense"))
+        used[name] = PhaseRecord.read(bench.dir("dense") / "phases/00-dense/phase.json").provenance["threads"]
+    assert used == {"plain": 1, "workers": 1, "threads": 2}
+    assert all(torch.equal(found["plain"][name], found["workers"][name]) for name in found["plain"])

@@ -30,9 +30,8 @@ SUMMARY, REPORT = HERE / "summary.csv", HERE / "report.html"
 FIGURES = figure_names(EXPERIMENT)
 ANALYSES = [] if EXPERIMENT.analysis is None else expand(HERE / "runs/{run}/analysis/analysis.json", run=RUNS)
 
-# Runs are independent: those that train share the cores evenly.
-TRAINING = [run for run in RUNS.values() if run.method != "posthoc"]
-RUN_THREADS = max(1, workflow.cores // max(1, len(TRAINING))) if workflow.cores else 1
+# As many runs work side by side as have room; how many threads one takes decides its bits, so its config says.
+THREADS = {name: run.training.threads for name, run in RUNS.items()}
 
 # A run of many phases is a long chain of jobs: where cores are few, it goes first.
 PRIORITY = {name: 10 if run.method == "ssd" else 5 if run.method == "dense" else 0 for name, run in RUNS.items()}

@@ -24,7 +24,7 @@ import pyarrow.parquet
 
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.sources import check_sources, describe, documents
-from ssd_lit.files import write_json, write_text
+from ssd_lit.files import naming, write_sealed, write_text
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str], None]
@@ -50,7 +50,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
     """
     check_sources(config.sources)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
+    with naming(out), tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
         read = _spill(config, Path(work), progress)
         kept = _collect(config, Path(work), progress)
         _check_splits(config, kept)
@@ -58,7 +58,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
             (Path(work) / f"{split}.parquet").replace(out / f"{split}.parquet")
     card = _card(config, read, kept)
     write_text(out / "card.md", _card_text(card))
-    write_json(out / "card.json", card)
+    write_sealed(out / "card.json", card)
     return card
 
 
@@ -69,13 +69,14 @@ def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
     """
     path = documents_dir / f"{split}.parquet"
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run the stage that writes it first") from None
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({error}); delete it and run again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a whole Parquet file ({told}); delete {documents_dir} and run again") from None
 
 
 def normalise(text: str) -> str:
@@ -190,7 +191,9 @@ class _SplitWriter:
 
     def __init__(self, path: Path) -> None:
         schema = pyarrow.schema([("text", pyarrow.string())])
-        self._file = pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
+        self._file = pyarrow.parquet.ParquetWriter(
+            path, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        )
         self._rows: list[bytes] = []
         self._rows_bytes = 0
         self._digest = hashlib.sha256()
