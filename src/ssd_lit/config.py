@@ -270,6 +270,11 @@ class TrainingConfig(Section):
     """Blocks read at each validation during training."""
     checkpoint_every: Positive = 50
     """Steps between rolling checkpoints of a phase."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or gradient that is not finite. Such an update is never made; stop ends the run there,
+    skip goes on with the next batch and counts it."""
+    non_finite_limit: Positive = 10
+    """skip only: end the run after so many in a row."""
     snapshot_every: Positive | None = None
     """Steps between snapshots of the weights, from which pairs of moments are compared; null keeps none."""
 
