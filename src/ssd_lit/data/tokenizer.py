@@ -131,8 +131,10 @@ def _named(folder: Path, role: str) -> str | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    token: Any = read_json(path).get(role)
-    return token.get("content") if isinstance(token, dict) else token
+    content: Any = read_json(path)
+    token = content.get(role) if isinstance(content, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _write_config(out_dir: Path, end_of_text: str, mask: str | None, sentinels: list[str]) -> None:
