@@ -661,6 +661,8 @@ def _checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str,
 def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]], str]) -> str:
     location = tuple(str(part) for part in error["loc"])
     key = where(location)
+    if len(key) > 200 or not key.isprintable():
+        key = shown(key)
     match error["type"]:
         case "extra_forbidden":
             known = _known_keys(kind, location[:-1])

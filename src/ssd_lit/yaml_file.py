@@ -19,10 +19,10 @@ class ConfigError(ValueError):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError, without the file's name, if there is none."""
-    if not path.is_file():
-        # A device or a pipe may have no end.
-        raise ConfigError("not a file" if path.exists() else "no such file")
     try:
+        if not path.is_file():
+            # A device or a pipe may have no end.
+            raise ConfigError("not a file" if path.exists() else "no such file")
         if path.stat().st_size > MOST_BYTES:
             raise ConfigError(f"more than {MOST_BYTES:,} bytes: no config is as large")
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)

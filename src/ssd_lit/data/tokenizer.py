@@ -15,6 +15,8 @@ from ssd_lit.files import read_json, whole_file, write_json
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
 
+# What merges are learnt from is cut there: learning takes the square of a word's length.
+_WITHOUT_A_BREAK = re.compile(r"(\S{1000}|\s{1000})")
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
@@ -91,7 +93,7 @@ def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str
         for text in group:
             if left <= 0:
                 break
-            taken.append(text)
+            taken += [piece for piece in _WITHOUT_A_BREAK.split(text) if piece]
             left -= len(text.encode("utf-8"))
         yield taken
         if left <= 0:
