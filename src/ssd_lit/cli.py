@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         for place, meaning in places:
             command.add_argument(place, help=meaning, type=str if place == "phase" else Path)
-        command.add_argument("--threads", type=_positive, help="CPU threads (of a run what its config says, else all)")
+        command.add_argument("--threads", type=_threads, help="CPU threads (of a run what its config says, else all)")
         command.set_defaults(run=run, shown=[place for place, _ in places])
         return command
 
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     ui = add("ui", stages.ui, "Serve the MLflow UI on 127.0.0.1.")
     ui.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
-    ui.add_argument("--port", type=_positive, default=5000, help="the port (5000)")
+    ui.add_argument("--port", type=_port, default=5000, help="the port (5000)")
     return parser
 
 
@@ -113,10 +113,21 @@ def _add_moefy(command: argparse.ArgumentParser, *places: tuple[str, str]) -> No
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not (text.isascii() and text.isdigit() and 0 < float(text) <= 1e9):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to a billion")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    if _positive(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is too many; allowed: 1 to 1024")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port; allowed: 1 to 65535")
+    return int(text)
 
 
 def _set_threads(threads: int) -> None:

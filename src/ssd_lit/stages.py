@@ -84,6 +84,7 @@ def train(args: argparse.Namespace) -> str:
     from ssd_lit.training.sharing import adopt_warmup
     from ssd_lit.training.trainer import is_first_process
 
+    _check_mode(args.phase, "dense", "sparse")
     run_dir, config = args.run_dir, _run_config(args.run_dir)
     tokens = _tokens(run_dir, config)
     _set_threads(args, config, config.training.devices)
@@ -108,6 +109,7 @@ def moefy(args: argparse.Namespace) -> str:
     """MoEfy a checkpoint; a phase that is done already stays as it is."""
     from ssd_lit.training.moefication import moefy_phase
 
+    _check_mode(args.phase, "moefy")
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     _set_threads(args, config)
 
@@ -122,6 +124,7 @@ def route(args: argparse.Namespace) -> str:
     """Train the routers of a MoEfied model; a phase that is done already stays as it is."""
     from ssd_lit.training.router_phase import train_routers
 
+    _check_mode(args.phase, "router")
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     _set_threads(args, config)
 
@@ -145,13 +148,13 @@ def evaluate(args: argparse.Namespace) -> str:
         modes = {mode: found[f"loss_{mode}"] for mode in ("dense", "sparse") if found[f"loss_{mode}"] is not None}
         tracker.outcome(
             {f"eval/loss_{mode}": loss for mode, loss in modes.items()}
-            | {f"eval/perplexity_{mode}": math.exp(loss) for mode, loss in modes.items()}
+            | {f"eval/perplexity_{mode}": _perplexity(loss) for mode, loss in modes.items()}
             | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]}),
             run_step=chain[-1].last_step,
         )
         inputs = _evaluated(run_dir, config, chain, "evaluation.yaml")
     write_sealed(run_dir / "evaluation.json", {**found, **inputs})
-    return ", ".join(f"{mode} perplexity {math.exp(loss):.2f}" for mode, loss in modes.items())
+    return ", ".join(f"{mode} perplexity {_perplexity(loss):.2f}" for mode, loss in modes.items())
 
 
 def analyse(args: argparse.Namespace) -> str:
@@ -234,6 +237,11 @@ def ui(args: argparse.Namespace) -> str:
     os.execvp(command[0], command)
 
 
+def _perplexity(loss: float) -> float:
+    # math.exp raises OverflowError for the loss of a model that learnt nothing.
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 @contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
     """Hold the run's lock: an earlier workflow that was killed may have left a stage of this run at work."""
@@ -308,13 +316,20 @@ def _open_phase(run_dir: Path, config: RunConfig, name: str) -> tuple["Phase", l
     from ssd_lit.training.schedule import next_phase
 
     number = name.split("-")[0]
-    if not number.isdigit():
+    if not number.isdecimal():
         raise ConfigError(f"phase {name!r}: expected a number and a mode, such as 02-sparse")
     history = read_chain(run_dir, config.method, before=int(number))
     phase = next_phase(config, history)
     if phase is None or phase.name != name:
         raise ConfigError(f"phase {name!r}: run {config.name} goes on with {phase.name if phase else 'no phase'}")
     return phase, history
+
+
+def _check_mode(phase: str, *modes: str) -> None:
+    """Raise ConfigError if the phase of that name is one for another stage."""
+    mode = phase.partition("-")[2]
+    if mode not in modes:
+        raise ConfigError(f"phase {phase!r}: this stage is for phases such as 02-{modes[-1]}")
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -34,6 +34,8 @@ _RECORD = struct.Struct("<16sI")
 _ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
 _UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+_MAY_BE_MARKS = re.compile(r"[^\w\x00-\x7f]{31,}")
+_MOST_MARKS = 30
 _MANY_NEWLINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 
@@ -80,9 +82,24 @@ def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, newlines as \\n and never more than two together, no control characters but \\n and \\t."""
+    """Unicode NFC, newlines as \\n and never more than two together, no control characters but \\n and \\t.
+
+    Of combining marks in a row 30 are kept, as in Unicode's Stream-Safe Text Format (UAX 15): to bring a longer row
+    into order takes the square of its length.
+    """
     text = _UNWANTED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not text.isascii():
+        text = _MAY_BE_MARKS.sub(_with_few_marks, text)
     return _MANY_NEWLINES.sub("\n\n", unicodedata.normalize("NFC", text)).strip()
+
+
+def _with_few_marks(run: re.Match[str]) -> str:
+    kept, marks = [], 0
+    for character in run[0]:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks <= _MOST_MARKS:
+            kept.append(character)
+    return "".join(kept)
 
 
 def split_of(digest: bytes, validation_share: float, test_share: float) -> str:

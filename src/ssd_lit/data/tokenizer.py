@@ -26,6 +26,8 @@ MASK = "[MASK]"
 DIGESTS = "digests.json"
 """Written last: the SHA-256 of each file of the tokenizer."""
 
+# What merges are learnt from is cut there: learning takes the square of a word's length.
+_WITHOUT_A_BREAK = re.compile(r"(\S{1000}|\s{1000})")
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
@@ -108,7 +110,7 @@ def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str
         for text in group:
             if left <= 0:
                 break
-            taken.append(text)
+            taken += [piece for piece in _WITHOUT_A_BREAK.split(text) if piece]
             left -= len(text.encode("utf-8"))
         yield taken
         if left <= 0:
@@ -148,8 +150,10 @@ def _named(folder: Path, role: str) -> str | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    token: Any = read_json(path).get(role)
-    return token.get("content") if isinstance(token, dict) else token
+    content: Any = read_json(path)
+    token = content.get(role) if isinstance(content, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _write_config(out_dir: Path, end_of_text: str, mask: str | None, sentinels: list[str]) -> None:

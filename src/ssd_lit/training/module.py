@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.training.optim import build_optimizer, build_scheduler
+from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.running_mean import RunningMean
 from ssd_lit.training.top_k import top_k_at
+from ssd_lit.training.update_guard import UpdateGuard
 
 COMPILE_MODE = "reduce-overhead"
 """Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them
@@ -31,6 +32,7 @@ class Pretraining(LightningModule):
         super().__init__()
         self.config = config
         self.model = model
+        self.guard = UpdateGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
         self._objective = objective
         self._train_loss = RunningMean()
         self._validation_loss = RunningMean()
@@ -44,21 +46,42 @@ class Pretraining(LightningModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """What the model is to read and to predict; the blocks' own noise in validation, fresh noise in training."""
-        noise = batch.pop("noise", None)
         if self.trainer.training:
-            entropy = [self.config.seed, self.global_step, self.global_rank]
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-        if noise is None:
-            noise = torch.rand(*batch["inputs"].shape, self._objective.draws, device=self.device)
-        return self._objective(batch, noise)
+            return self._posed(batch, self.global_step)
+        noise = batch.pop("noise", None)
+        return self._objective(batch, self._noise(batch) if noise is None else noise)
+
+    def _posed(self, batch: Batch, step: int) -> Batch:
+        entropy = [self.config.seed, step, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        return self._objective(batch, self._noise(batch))
+
+    def _noise(self, batch: Batch) -> Tensor:
+        return torch.rand(*batch["inputs"].shape, self._objective.draws, device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._set_top_k(self.global_step)
+
+    def _set_top_k(self, step: int) -> None:
         if self.model.ffns[0].mode == "sparse":
-            self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
+            self.model.set_mode("sparse", top_k_at(self.config, step))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, gate = self._loss(batch)
-        self._train_loss.update(loss, _targets(batch))
+        # One step without a number must not hide the loss of all others.
+        finite = loss.detach().isfinite()
+        self._train_loss.update(torch.where(finite, loss, 0.0), _targets(batch) * finite)
+        total = self._total(loss, gate)
+        # A loss that is not finite makes its gradient so, in all processes, even where the gradient alone would be.
+        return total * (1.0 + 0.0 * total.detach())
+
+    def run_again(self, step: int) -> Tensor:
+        """The loss of a step's batch, drawn anew, by the weights as they are; never compiled."""
+        batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
+        self._set_top_k(step)
+        return self._total(*self._losses(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)))
+
+    def _total(self, loss: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
             return loss
         moe = self.config.moe
@@ -77,7 +100,8 @@ class Pretraining(LightningModule):
     ) -> None:
         # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 scales none.
         assert gradient_clip_val is not None
-        torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+        leave_out_if(self.guard.judge(norm, self.global_step), self.trainer.optimizers[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning would keep them through the next forward pass, where memory is needed most.

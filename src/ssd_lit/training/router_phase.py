@@ -48,6 +48,9 @@ def train_routers(
     fitting = RouterFitting(config, model, objective, history[-1].last_step)
     with quiet():
         _trainer(config, recorder, phase_dir(run_dir, phase.index, phase.mode)).fit(fitting, data)
+    # The loss is a mean over tokens of finite outputs of a frozen model: only the routers can leave the numbers.
+    if not all(p.isfinite().all() for p in fitting.model.parameters()):
+        raise ValueError(f"{config.name} {phase.name}: the routers' weights are not finite; lower moe.router_lr")
     path = phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt"
     write_checkpoint(path, {"state_dict": weights_of(model.cpu())})
 
