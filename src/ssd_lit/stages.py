@@ -4,12 +4,9 @@ import argparse
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from filelock import FileLock, Timeout
 
 from ssd_lit.config import (
     ConfigError,
@@ -22,6 +19,7 @@ from ssd_lit.config import (
     load_run,
 )
 from ssd_lit.files import read_json, write_json, write_text
+from ssd_lit.holding import alone
 from ssd_lit.layout import (
     PhaseRecord,
     Totals,
@@ -32,6 +30,7 @@ from ssd_lit.layout import (
     work_dir,
     write_configs,
 )
+from ssd_lit.stopping import Stopped
 
 if TYPE_CHECKING:
     from ssd_lit.tracking import RunTracker
@@ -52,7 +51,8 @@ def configs(args: argparse.Namespace) -> str:
 def prepare(args: argparse.Namespace) -> str:
     from ssd_lit.data.documents import prepare_documents
 
-    card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
+    with alone(args.data_dir, "prepare"):
+        card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
     return ", ".join(f"{name} {split['documents']:,} documents" for name, split in card["splits"].items())
 
 
@@ -60,7 +60,8 @@ def tokenizer(args: argparse.Namespace) -> str:
     from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
 
     config = load_data(args.data_dir / "config.yaml").tokenizer
-    train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
+    with alone(args.data_dir, "tokenizer"):
+        train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
     return f"{load_tokenizer(args.data_dir / 'tokenizer').get_vocab_size():,} entries"
 
 
@@ -69,9 +70,10 @@ def encode(args: argparse.Namespace) -> str:
 
     config = load_data(args.data_dir / "config.yaml")
     folder = args.data_dir
-    index = encode_documents(
-        folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
-    )
+    with alone(folder, "encode"):
+        index = encode_documents(
+            folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
+        )
     return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())
 
 
@@ -88,7 +90,11 @@ def train(args: argparse.Namespace) -> str:
     torch.set_num_threads(max(1, args.threads // config.training.devices))
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
-        train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        try:
+            train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        except Stopped:
+            # The first process answers for all; Lightning would kill it, were the status of another not 0.
+            return "stopped with the first process"
         return "trained beside the first process, which keeps the records"
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
@@ -143,7 +149,7 @@ def evaluate(args: argparse.Namespace) -> str:
     torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     chain = read_chain(run_dir, config.method)
-    with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
+    with alone(run_dir, "evaluate"), _tracker(run_dir, config, "evaluate", None) as tracker:
         shutil.rmtree(run_dir / "work", ignore_errors=True)
         settings = load_evaluation(run_dir / "evaluation.yaml")
         found = evaluate_run(run_dir, config, settings, chain, _tokens(run_dir, config))
@@ -154,7 +160,7 @@ def evaluate(args: argparse.Namespace) -> str:
             | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]}),
             run_step=chain[-1].last_step,
         )
-    write_json(run_dir / "evaluation.json", found)
+        write_json(run_dir / "evaluation.json", found)
     return ", ".join(f"{mode} perplexity {math.exp(loss):.2f}" for mode, loss in modes.items())
 
 
@@ -166,7 +172,7 @@ def analyse(args: argparse.Namespace) -> str:
     torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
-    with _alone(run_dir), _tracker(run_dir, config, "analyse", None) as tracker:
+    with alone(run_dir, "analyse"), _tracker(run_dir, config, "analyse", None) as tracker:
         settings = load_analysis(run_dir / "analysis.yaml")
         found = analyse_run(run_dir, config, settings, chain, folder / "tokens", folder / "tokenizer")
         layers = found["experts"]["layers"] if found["experts"] else []
@@ -176,20 +182,22 @@ def analyse(args: argparse.Namespace) -> str:
             if layers
         }
         tracker.outcome(means, run_step=chain[-1].last_step)
-    write_json(run_dir / "analysis" / "analysis.json", found)
+        write_json(run_dir / "analysis" / "analysis.json", found)
     return ", ".join(found["written"]) or f"nothing to write: {'; '.join(sorted(set(found['left_out'].values())))}"
 
 
 def summarise(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.summary import write_summary
 
-    return str(write_summary(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml").runs()))
+    with alone(args.exp_dir, "summarise"):
+        return str(write_summary(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml").runs()))
 
 
 def figures(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.figures import write_figures
 
-    written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml"))
+    with alone(args.exp_dir, "figures"):
+        written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml"))
     return f"{len(written)} files in {args.exp_dir / 'figures'}"
 
 
@@ -200,9 +208,10 @@ def report(args: argparse.Namespace) -> str:
 
     experiment = load_experiment(args.exp_dir / "experiment.yaml")
     results = args.exp_dir.resolve().parent
-    path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
-    log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
-    log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
+    with alone(args.exp_dir, "report"):
+        path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
+        log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
+        log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
     return str(path)
 
 
@@ -226,22 +235,6 @@ def ui(args: argparse.Namespace) -> str:
     os.execvp(command[0], command)
 
 
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock: an earlier workflow that was killed may have left a stage of this run at work."""
-    lock = FileLock(run_dir / ".lock")
-    while True:
-        try:
-            lock.acquire(timeout=30)
-            break
-        except Timeout:
-            print(f"{run_dir}: another process works on this run; waiting for it", flush=True)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _run_phase(
     run_dir: Path,
     config: RunConfig,
@@ -249,13 +242,15 @@ def _run_phase(
     work: Callable[["Phase", list[PhaseRecord], "RunTracker"], PhaseRecord],
 ) -> PhaseRecord | None:
     """Do the work of a phase under the run's lock and write its record last; None if it is done already."""
-    with _alone(run_dir):
+    with alone(run_dir, name):
         phase, history = _open_phase(run_dir, config, name)
-        record_file = phase_dir(run_dir, phase.index, phase.mode) / "phase.json"
-        if record_file.exists():
-            return None
+        done = phase_dir(run_dir, phase.index, phase.mode)
         folder = work_dir(run_dir, phase.index, phase.mode)
         begun = _holds(folder / "config.yaml", dump(config))
+        # Whoever held the run until now may have done the phase, but by another config, and a workflow that did not
+        # know of it may have removed one of the files.
+        if all((done / file).exists() for file in ("phase.json", "last.ckpt")) and (begun or not folder.exists()):
+            return None
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)
             _forget_later_snapshots(run_dir, phase)
@@ -268,7 +263,7 @@ def _run_phase(
                 {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
                 {"mode": record.mode, "ended_by": record.ended_by},
             )
-        record.write(record_file)
+        record.write(done / "phase.json")
     return record
 
 
