@@ -51,11 +51,18 @@ def _remove_leftovers(folder: Path) -> None:
             path = Path(place) / name
             if not (name.startswith(".") and (name.endswith(".part") or name.startswith(".work."))):
                 continue
-            if ".yaml." in name and time.time() - path.stat().st_mtime < _SETTINGS_AGE:
+            if ".yaml." in name and not _is_old(path):
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
         # The runs of an experiment have locks of their own.
         folders[:] = [name for name in folders if name != "runs" and (Path(place) / name).exists()]
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _SETTINGS_AGE
+    except FileNotFoundError:
+        return False  # it has become what it was to be

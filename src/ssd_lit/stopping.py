@@ -40,6 +40,12 @@ def defer() -> None:
     _listen()
 
 
+def ignore(_: int) -> None:
+    """For processes that read data (the argument is their number): the stage that they read for ends them."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def asked() -> str | None:
     """The name of the signal that asked this process to end, if one did."""
     return _request.signal

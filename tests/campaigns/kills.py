@@ -94,7 +94,7 @@ class Kill:
 
 
 def plan(seed: int) -> dict[str, list[Kill]]:
-    """The kills of every job in their order."""
+    """The kills that each job is to meet."""
     draw = random.Random(seed)
     decks: dict[str, list[tuple[str, str]]] = {"writing": [], "after": []}
     kills: dict[str, list[Kill]] = {}
@@ -218,9 +218,11 @@ def _next_kill(workflow: Workflow, results: Path, kills: dict[str, list[Kill]]) 
         if time.monotonic() - listed > 0.2:
             jobs, listed = workflow.jobs(), time.monotonic()
         for job, process in jobs.items():
-            if not kills.get(job) or not _reached(job, kills[job][0], process, results) or not process.is_running():
+            # Whichever comes first: a moment that is missed must not keep the others from coming.
+            kill = next((kill for kill in kills.get(job, []) if _reached(job, kill, process, results)), None)
+            if kill is None or not process.is_running():
                 continue
-            kill = kills[job].pop(0)
+            kills[job].remove(kill)
             workflow.send(kill, process)
             if kill.signal == "SIGKILL":
                 time.sleep(0.05)
