@@ -10,17 +10,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from ssd_lit import exchange, stages
+from ssd_lit import exchange, stages, stopping
 from ssd_lit.config import ConfigError, Construction
 
 Stage = Callable[[argparse.Namespace], str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly."""
+    """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly, 75 stopped."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     _set_threads(args.threads or os.cpu_count() or 1)
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         _say(f"{title}: failed: {error}")
         return 1
+    except stopping.Stopped as asked:
+        _say(f"{title}: stopped by {asked}; start it again to go on")
+        return stopping.STATUS
     except KeyboardInterrupt:
         _say(f"{title}: interrupted")
         return 130
@@ -138,7 +142,9 @@ def _set_threads(threads: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
+    # Whoever listened may be gone: a killed workflow's, or stopped by the same signal.
+    with suppress(BrokenPipeError):
+        print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
 
 
 def run() -> NoReturn:
@@ -146,6 +152,7 @@ def run() -> NoReturn:
     # The libraries make a million objects that live to the end. Traced seldom while they are imported, and not once
     # more as the interpreter ends, they cost two seconds less a stage.
     gc.set_threshold(100_000, 50, 50)
+    stopping.obey()
     status = main()
     gc.freeze()
     sys.exit(status)

@@ -4,13 +4,10 @@ import argparse
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from ssd_lit.config import (
     ConfigError,
@@ -24,6 +21,7 @@ from ssd_lit.config import (
     load_run,
 )
 from ssd_lit.files import sha256, write_sealed, write_text
+from ssd_lit.holding import alone
 from ssd_lit.layout import (
     PhaseRecord,
     Totals,
@@ -35,6 +33,7 @@ from ssd_lit.layout import (
     work_dir,
     write_configs,
 )
+from ssd_lit.stopping import Stopped
 
 if TYPE_CHECKING:
     from ssd_lit.tracking import RunTracker
@@ -55,7 +54,8 @@ def configs(args: argparse.Namespace) -> str:
 def prepare(args: argparse.Namespace) -> str:
     from ssd_lit.data.documents import prepare_documents
 
-    card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
+    with alone(args.data_dir, "prepare"):
+        card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
     return ", ".join(f"{name} {split['documents']:,} documents" for name, split in card["splits"].items())
 
 
@@ -63,7 +63,8 @@ def tokenizer(args: argparse.Namespace) -> str:
     from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
 
     config = load_data(args.data_dir / "config.yaml").tokenizer
-    train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
+    with alone(args.data_dir, "tokenizer"):
+        train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
     return f"{load_tokenizer(args.data_dir / 'tokenizer').get_vocab_size():,} entries"
 
 
@@ -72,9 +73,10 @@ def encode(args: argparse.Namespace) -> str:
 
     config = load_data(args.data_dir / "config.yaml")
     folder = args.data_dir
-    index = encode_documents(
-        folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
-    )
+    with alone(folder, "encode"):
+        index = encode_documents(
+            folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
+        )
     return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())
 
 
@@ -90,7 +92,11 @@ def train(args: argparse.Namespace) -> str:
     _set_threads(args, config, config.training.devices)
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
-        train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        try:
+            train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        except Stopped:
+            # The first process answers for all; Lightning would kill it, were the status of another not 0.
+            return "stopped with the first process"
         return "trained beside the first process, which keeps the records"
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
@@ -141,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> str:
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     _set_threads(args, config)
     chain = read_chain(run_dir, config.method)
-    with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
+    with alone(run_dir, "evaluate"), _tracker(run_dir, config, "evaluate", None) as tracker:
         shutil.rmtree(run_dir / "work", ignore_errors=True)
         settings = load_evaluation(run_dir / "evaluation.yaml")
         found = evaluate_run(run_dir, config, settings, chain, _tokens(run_dir, config))
@@ -153,7 +159,7 @@ def evaluate(args: argparse.Namespace) -> str:
             run_step=chain[-1].last_step,
         )
         inputs = _evaluated(run_dir, config, chain, "evaluation.yaml")
-    write_sealed(run_dir / "evaluation.json", {**found, **inputs})
+        write_sealed(run_dir / "evaluation.json", {**found, **inputs})
     return ", ".join(f"{mode} perplexity {_perplexity(loss):.2f}" for mode, loss in modes.items())
 
 
@@ -163,7 +169,7 @@ def analyse(args: argparse.Namespace) -> str:
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
     _set_threads(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
-    with _alone(run_dir), _tracker(run_dir, config, "analyse", None) as tracker:
+    with alone(run_dir, "analyse"), _tracker(run_dir, config, "analyse", None) as tracker:
         settings = load_analysis(run_dir / "analysis.yaml")
         found = analyse_run(run_dir, config, settings, chain, folder / "tokens", folder / "tokenizer")
         layers = found["experts"]["layers"] if found["experts"] else []
@@ -174,21 +180,23 @@ def analyse(args: argparse.Namespace) -> str:
         }
         tracker.outcome(means, run_step=chain[-1].last_step)
         inputs = _evaluated(run_dir, config, chain, "analysis.yaml")
-    digests = {name: sha256(run_dir / "analysis" / name) for name in found["written"]}
-    write_sealed(run_dir / "analysis" / "analysis.json", {**found, **inputs, "digests": digests})
+        digests = {name: sha256(run_dir / "analysis" / name) for name in found["written"]}
+        write_sealed(run_dir / "analysis" / "analysis.json", {**found, **inputs, "digests": digests})
     return ", ".join(found["written"]) or f"nothing to write: {'; '.join(sorted(set(found['left_out'].values())))}"
 
 
 def summarise(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.summary import write_summary
 
-    return str(write_summary(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml").runs()))
+    with alone(args.exp_dir, "summarise"):
+        return str(write_summary(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml").runs()))
 
 
 def figures(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.figures import write_figures
 
-    written = write_figures(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml"))
+    with alone(args.exp_dir, "figures"):
+        written = write_figures(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml"))
     return f"{len(written)} files in {args.exp_dir / 'figures'}"
 
 
@@ -199,11 +207,12 @@ def report(args: argparse.Namespace) -> str:
     from ssd_lit.tracking import log_report
 
     experiment = load_resolved(args.exp_dir / "experiment.yaml")
-    check_summary(args.exp_dir, experiment.runs())
     results = args.exp_dir.absolute().parent
-    path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
-    log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
-    log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
+    with alone(args.exp_dir, "report"):
+        check_summary(args.exp_dir, experiment.runs())
+        path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
+        log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
+        log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
     return str(path)
 
 
@@ -242,22 +251,6 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock: an earlier workflow that was killed may have left a stage of this run at work."""
-    lock = FileLock(run_dir / ".lock")
-    while True:
-        try:
-            lock.acquire(timeout=30)
-            break
-        except Timeout:
-            print(f"{run_dir}: another process works on this run; waiting for it", flush=True)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _run_phase(
     run_dir: Path,
     config: RunConfig,
@@ -265,13 +258,15 @@ def _run_phase(
     work: Callable[["Phase", list[PhaseRecord], "RunTracker"], PhaseRecord],
 ) -> PhaseRecord | None:
     """Do the work of a phase under the run's lock and write its record last; None if it is done already."""
-    with _alone(run_dir):
+    with alone(run_dir, name):
         phase, history = _open_phase(run_dir, config, name)
-        record_file = phase_dir(run_dir, phase.index, phase.mode) / "phase.json"
-        if record_file.exists():
-            return None
+        done = phase_dir(run_dir, phase.index, phase.mode)
         folder = work_dir(run_dir, phase.index, phase.mode)
         begun = _holds(folder / "config.yaml", dump(config))
+        # Whoever held the run until now may have done the phase, but by another config, and a workflow that did not
+        # know of it may have removed one of the files.
+        if all((done / file).exists() for file in ("phase.json", "last.ckpt")) and (begun or not folder.exists()):
+            return None
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)
             _forget_later_snapshots(run_dir, phase)
@@ -280,14 +275,12 @@ def _run_phase(
             # From here on the recorded points beyond the phase's first step are those of this config.
             write_text(folder / "config.yaml", dump(config))
             origin = _origin(run_dir, config, history)
-            record = replace(
-                work(phase, history, tracker), weights=sha256(record_file.with_name("last.ckpt")), **origin
-            )
+            record = replace(work(phase, history, tracker), weights=sha256(done / "last.ckpt"), **origin)
             tracker.outcome(
                 {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
                 {"mode": record.mode, "ended_by": record.ended_by},
             )
-        record.write(record_file)
+        record.write(done / "phase.json")
     return record
 
 

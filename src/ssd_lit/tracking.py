@@ -20,6 +20,7 @@ from filelock import FileLock
 from ssd_lit.config import RunConfig
 from ssd_lit.files import read_json, whole_file, write_json
 from ssd_lit.points import PointLog, drop_points_after, points_from
+from ssd_lit.stopping import Stopped
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -123,7 +124,7 @@ class RunTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._status = "FINISHED" if error is None else "FAILED"
+        self._status = "FINISHED" if error is None else "KILLED" if isinstance(error, Stopped) else "FAILED"
         self._points.close()
         self._stop.set()
         self._thread.join(CLOSE_SECONDS)

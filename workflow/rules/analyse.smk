@@ -18,4 +18,4 @@ rule analyse:
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit analyse {params.run} 2>&1 | tee {log}"
+        "ssd-lit analyse {params.run} 2>&1 | keep {log}"

@@ -7,6 +7,9 @@ from ssd_lit.data.sources import check_sources
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, data_dir, phase_name, run_dir, write_configs
 from ssd_lit.reporting.names import caption_name, figure_names
 
+# A scheduler that stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
+shell.prefix("set -euo pipefail; trap : TERM USR1; keep() {{ trap '' TERM USR1; exec tee \"$@\"; }}; ")
+
 RESULTS = Path(config.get("results", "results"))
 
 

@@ -16,4 +16,4 @@ rule evaluate:
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit evaluate {params.run} 2>&1 | tee {log}"
+        "ssd-lit evaluate {params.run} 2>&1 | keep {log}"

@@ -11,7 +11,7 @@ rule store:
     benchmark:
         RESULTS / "logs/store.tsv"
     shell:
-        "ssd-lit store {RESULTS} 2>&1 | tee {log}"
+        "ssd-lit store {RESULTS} 2>&1 | keep {log}"
 
 
 checkpoint train:
@@ -32,7 +32,7 @@ checkpoint train:
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit train {params.run} {wildcards.index}-{wildcards.mode} 2>&1 | tee -a {log}"
+        "ssd-lit train {params.run} {wildcards.index}-{wildcards.mode} 2>&1 | keep -a {log}"
 
 
 checkpoint moefy:
@@ -53,7 +53,7 @@ checkpoint moefy:
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit moefy {params.run} {wildcards.index}-moefy 2>&1 | tee -a {log}"
+        "ssd-lit moefy {params.run} {wildcards.index}-moefy 2>&1 | keep -a {log}"
 
 
 checkpoint route:
@@ -74,4 +74,4 @@ checkpoint route:
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit route {params.run} {wildcards.index}-router 2>&1 | tee -a {log}"
+        "ssd-lit route {params.run} {wildcards.index}-router 2>&1 | keep -a {log}"

@@ -8,6 +8,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from ssd_lit import stopping
 from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
@@ -94,6 +95,7 @@ class TokenData(LightningDataModule):
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
+            worker_init_fn=stopping.ignore,
             # Its own: a new iterator would otherwise draw a number from the global generator, and a run that was
             # interrupted makes more iterators than one that was not.
             generator=torch.Generator(),

@@ -20,6 +20,9 @@ COMPILE_MODE = "reduce-overhead"
 """Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them
 one by one, would keep the GPU waiting. Without a GPU it changes nothing."""
 
+LOSS_SUMS = "train_loss_sums"
+"""Key of a checkpoint: what went into the next point of the training loss, a row a process."""
+
 
 class Pretraining(LightningModule):
     """A language model, its optimiser and its losses; the mode is set on `model` before a phase begins.
@@ -122,6 +125,15 @@ class Pretraining(LightningModule):
         found: Tensor = mean.compute()
         mean.reset()
         return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A run may be asked to stop between two points of the loss.
+        sums = self.trainer.strategy.all_gather(self._train_loss.sums())
+        checkpoint[LOSS_SUMS] = sums.reshape(-1, 2).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if LOSS_SUMS in checkpoint:
+            self._train_loss.go_on_from(checkpoint[LOSS_SUMS][self.global_rank])
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

@@ -1,6 +1,7 @@
 """One training phase of a run: one Lightning `fit`, from the previous phase's checkpoint to its own."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ssd_lit.layout import PhaseRecord, Totals, phase_dir, rolling_checkpoint
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
+from ssd_lit.stopping import Stopped
 from ssd_lit.training.checkpoint import SWITCH_STATE, build_model, load_weights, read_checkpoint
 from ssd_lit.training.logger import Recorder
 from ssd_lit.training.meter import phase_flops
@@ -60,7 +62,13 @@ def train_phase(
         print(f"{config.name} {phase.name}: sparse FFNs are computed by {backend}", flush=True)
     with quiet():
         trainer = build_trainer(config, phase, start, costs, recorder, run_dir)
-        trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
+        except Stopped:
+            if trainer.strategy.launcher is not None:
+                # Asked while the processes of further devices waited for this one to begin.
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            raise
 
 
 def _backend(config: RunConfig, model: LanguageModel) -> str:
