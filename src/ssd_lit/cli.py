@@ -90,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         ("folder", "results/EXPERIMENT/runs/RUN, or results/EXPERIMENT for all runs"),
     )  # fmt: skip
     add("store", stages.store, "Make the MLflow store, once, before jobs share it.", results)
+    place = ("place", "results/EXPERIMENT, or results/EXPERIMENT/runs/RUN")
+    add("send", stages.send, "Send MLflow the points that it has not got, and the report.", place)
     out = add("export", exchange.export, "Write a run's final model as a Hugging Face checkpoint folder.", run_dir)
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     ui = add("ui", stages.ui, "Serve the MLflow UI on 127.0.0.1.")

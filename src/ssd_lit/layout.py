@@ -149,9 +149,11 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
     runs = experiment.runs()
     write_if_changed(results / experiment.experiment / "experiment.yaml", dump(experiment))
     write_if_changed(data_dir(results, experiment.data) / "config.yaml", dump(experiment.data))
+    evaluation = dump(experiment.evaluation)
+    analysis = None if experiment.analysis is None else dump(experiment.analysis)
     for run in runs:
         write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
-        write_if_changed(run_dir(results, run) / "evaluation.yaml", dump(experiment.evaluation))
-        if experiment.analysis is not None:
-            write_if_changed(run_dir(results, run) / "analysis.yaml", dump(experiment.analysis))
+        write_if_changed(run_dir(results, run) / "evaluation.yaml", evaluation)
+        if analysis is not None:
+            write_if_changed(run_dir(results, run) / "analysis.yaml", analysis)
     return runs

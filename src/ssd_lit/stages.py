@@ -204,16 +204,44 @@ def report(args: argparse.Namespace) -> str:
     from ssd_lit.provenance import provenance
     from ssd_lit.reporting.report import write_report
     from ssd_lit.reporting.summary import check_summary
-    from ssd_lit.tracking import log_report
+    from ssd_lit.tracking import REPORT_SECONDS, try_for
 
     experiment = load_resolved(args.exp_dir / "experiment.yaml")
     results = args.exp_dir.absolute().parent
     with alone(args.exp_dir, "report"):
         check_summary(args.exp_dir, experiment.runs())
         path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
-        log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
-        log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
+        failed = try_for(REPORT_SECONDS, lambda: _send_experiment(args.exp_dir))
+    if failed:
+        print(f"{failed}; `ssd-lit send {args.exp_dir}` sends the report and what else waits", flush=True)
     return str(path)
+
+
+def send(args: argparse.Namespace) -> str:
+    """Tell MLflow what it has not got yet of a run, or of an experiment's runs with the report."""
+    from ssd_lit.tracking import send_runs
+
+    if (args.place / "experiment.yaml").exists():
+        count = _send_experiment(args.place)
+    elif (args.place / "config.yaml").exists():
+        count = send_runs(_results(args.place), [args.place])
+    else:
+        raise ConfigError(f"{args.place}: neither an experiment (experiment.yaml) nor a run (config.yaml)")
+    return f"points of {count} runs were waiting"
+
+
+def _send_experiment(exp_dir: Path) -> int:
+    """Send what waits in the runs of an experiment, and its report if there is one; returns the number of runs."""
+    from ssd_lit.tracking import send_report, send_runs
+
+    experiment = load_resolved(exp_dir / "experiment.yaml")
+    results = exp_dir.absolute().parent
+    count = send_runs(results, [exp_dir / "runs" / run.name for run in experiment.runs()])
+    if (exp_dir / "report.html").exists():
+        figures = sorted((exp_dir / "figures").iterdir())
+        files = {None: [exp_dir / "report.html", exp_dir / "summary.csv"], "figures": figures}
+        send_report(results, experiment.experiment, files)
+    return count
 
 
 def verify(args: argparse.Namespace) -> str:

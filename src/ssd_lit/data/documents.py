@@ -4,11 +4,12 @@ Everything about a document follows from the hash of its cleaned text: its place
 in, and whether it is kept. So the result depends neither on the order of the sources nor on other documents.
 
 The first pass writes each document to one of 128 buckets by the leading bits of its hash; equal texts meet in one
-bucket. The second pass sorts one bucket at a time, which needs about 1/128 of the corpus in memory.
+bucket. The second pass sorts one bucket at a time by the hashes alone, and reads the texts in that order.
 """
 
 import hashlib
 import json
+import os
 import re
 import struct
 import tempfile
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow
 import pyarrow.parquet
@@ -169,14 +170,15 @@ def _collect(config: DataConfig, work: Path, progress: Progress) -> _Kept:
     with ExitStack() as stack:
         writers = {name: stack.enter_context(_SplitWriter(work / f"{name}.parquet")) for name in SPLITS}
         for number in range(_BUCKETS):
-            found = dict(_records(_bucket(work, number), kept))
+            with _bucket(work, number).open("rb") as bucket:
+                for digest, place, size in sorted(_records(bucket, kept)):
+                    if sum(writer.bytes for writer in writers.values()) >= limit:
+                        kept.left_out += 1
+                        continue
+                    split = split_of(digest, config.validation_share, config.test_share)
+                    bucket.seek(place)
+                    writers[split].add(digest, bucket.read(size))
             _bucket(work, number).unlink()
-            for digest in sorted(found):
-                if sum(writer.bytes for writer in writers.values()) >= limit:
-                    kept.left_out += 1
-                    continue
-                split = split_of(digest, config.validation_share, config.test_share)
-                writers[split].add(digest, found[digest])
             if number % 32 == 31:
                 progress(f"sorted {number + 1} of {_BUCKETS} buckets")
     kept.splits = {name: writer.summary() for name, writer in writers.items()}
@@ -187,20 +189,18 @@ def _bucket(work: Path, number: int) -> Path:
     return work / f"bucket-{number:03d}"
 
 
-def _records(bucket: Path, kept: _Kept) -> Iterator[tuple[bytes, bytes]]:
-    """The (hash, text) pairs of a bucket, each text once; counts the rest as duplicates."""
-    content = memoryview(bucket.read_bytes())
+def _records(bucket: BinaryIO, kept: _Kept) -> Iterator[tuple[bytes, int, int]]:
+    """Hash, place and size of every text in a bucket, each text once; counts the rest as duplicates."""
     seen: set[bytes] = set()
-    place = 0
-    while place < len(content):
-        digest, size = _RECORD.unpack_from(content, place)
-        start = place + _RECORD.size
-        place = start + size
+    while header := bucket.read(_RECORD.size):
+        digest, size = _RECORD.unpack(header)
+        place = bucket.tell()
+        bucket.seek(size, os.SEEK_CUR)
         if digest in seen:
             kept.duplicates += 1
             continue
         seen.add(digest)
-        yield digest, bytes(content[start:place])
+        yield digest, place, size
 
 
 class _SplitWriter:
