@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ssd_lit.files import naming
+
 FIRST_WORD, NEXT_WORD = 10.0, 60.0
 """Seconds of waiting before a newcomer says who holds the folder, and before it says so again."""
 
@@ -36,7 +38,8 @@ def alone(folder: Path, stage: str) -> Iterator[None]:
             wait = NEXT_WORD
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(f"{stage}, process {os.getpid()} on {platform.node()}, since {since}\n", encoding="utf-8")
+        with naming(holder):
+            holder.write_text(f"{stage}, process {os.getpid()} on {platform.node()}, since {since}\n", "utf-8")
         _remove_leftovers(folder)
         yield
     finally:

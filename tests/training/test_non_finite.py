@@ -95,7 +95,7 @@ def test_a_run_stops_with_step_place_and_last_good_checkpoint(
     what: Callable[[Tensor], Tensor], settings: dict[str, Any], place: str,
 ) -> None:  # fmt: skip
     # Compilation itself is not under test, only that the step that is run again is not compiled.
-    monkeypatch.setattr(torch, "compile", lambda function: torch._dynamo.disable(function))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: torch._dynamo.disable(function))
     bench = Bench(tmp_path, training={**TRAINING, **settings}, arms=DENSE)
     break_steps({BAD}, what)
     told = train(bench, capsys)
