@@ -4,6 +4,7 @@ results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yam
 results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
 results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json, analysis/
     phases/<NN>-<mode>/              last.ckpt, phase.json
+    downstream/                      downstream.json, and pieces/ while it is made
     snapshots/                       step-<NNNNNNNN>.pt, if any are wanted
     work/<NN>-<mode>/                the phase at work, or the last one: its config and rolling checkpoint
 """
@@ -127,4 +128,6 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
         write_if_changed(run_dir(results, run) / "evaluation.yaml", dump(experiment.evaluation))
         if experiment.analysis is not None:
             write_if_changed(run_dir(results, run) / "analysis.yaml", dump(experiment.analysis))
+        if experiment.downstream is not None:
+            write_if_changed(run_dir(results, run) / "downstream.yaml", dump(experiment.downstream))
     return runs
