@@ -89,8 +89,9 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
-        hidden = self.model.backbone.base_model(input_ids=tokens, attention_mask=real).last_hidden_state
-        weights = real[..., None].to(hidden.dtype)
+        # Averaged in full precision under autocast too.
+        hidden = self.model.backbone.base_model(input_ids=tokens, attention_mask=real).last_hidden_state.float()
+        weights = real[..., None].float()
         pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
         outputs: Tensor = self.head(self.dropout(pooled))
         return outputs
