@@ -42,6 +42,7 @@ class Case(NamedTuple):
         return f"{'ReGLU' if self.gated else 'ReLU'} D {self.d_model} F {self.d_ff} T {self.tokens}"
 
 
+RESULT = RESULTS / "ffn.json"
 CASES = [Case(*shape, gated) for gated in (False, True) for shape in SHAPES]
 
 
@@ -64,13 +65,15 @@ def main() -> int:
             {**case._asdict(), "limits": floors(case, limits), **measure(case, arguments.scattermoe, arguments.rounds)}
         )
         print(line(case, rows[-1]), flush=True)
+        # After every case: what is measured already is kept if a later one fails.
+        write_json(RESULT, {"machine": machine(), "ceilings": limits, "cases": rows})
     few = few_tokens(arguments.rounds)
     for row in few:
         print(
             f"{row['tokens']:>5} tokens, forward, us: "
             + ", ".join(f"{k} {1e6 * v:.0f}" for k, v in row["seconds"].items())
         )
-    write_json(RESULTS / "ffn.json", {"machine": machine(), "ceilings": limits, "cases": rows, "few_tokens": few})
+    write_json(RESULT, {"machine": machine(), "ceilings": limits, "cases": rows, "few_tokens": few})
     return 0
 
 
@@ -190,7 +193,7 @@ def few_tokens(rounds: int) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         case = Case(tokens, 2048, 8192, False)
         x = torch.randn(tokens, case.d_model, device="cuda", dtype=torch.bfloat16)
-        steps = {}
+        steps, stacks = {}, {}  # a graph does not keep the weights that it reads
         for name in ("dense", "few", "fused"):
             if name == "few" and tokens > 64:
                 continue
@@ -200,6 +203,7 @@ def few_tokens(rounds: int) -> list[dict[str, Any]]:
             layers = nn.Sequential(*(build(case, ffn.backend) for _ in range(4)))
             for layer in layers:
                 layer.set_mode(ffn.mode)
+            stacks[name] = layers
 
             def step(layers: nn.Sequential = layers, x: Tensor = x) -> None:
                 with torch.no_grad():

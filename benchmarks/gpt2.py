@@ -12,6 +12,7 @@ from ssd_lit.config import ModelConfig, MoEConfig, OptimConfig
 from ssd_lit.data.objectives import Batch, Specials
 from ssd_lit.models.flops import PEAK_FLOPS, Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.training.module import COMPILE_MODE
 from ssd_lit.training.optim import build_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,8 +49,8 @@ class Shape:
 
 SHAPES = {
     "small": Shape(layers=12, d_model=768, heads=12, batch=24),
-    "medium": Shape(layers=24, d_model=1024, heads=16, batch=16),
-    "1.3b": Shape(layers=24, d_model=2048, heads=16, batch=8),
+    "medium": Shape(layers=24, d_model=1024, heads=16, batch=24),
+    "1.3b": Shape(layers=24, d_model=2048, heads=16, batch=16),
     # For trying the scripts on a CPU.
     "tiny": Shape(layers=2, d_model=64, heads=2, batch=4, sequence=64, vocabulary=512),
 }
@@ -79,7 +80,7 @@ def autocast() -> AbstractContextManager[Any]:
 def stepper(model: LanguageModel, batch: Batch) -> Callable[[], Tensor]:
     """One whole step of training on the batch: compiled loss, backward pass, clipping, AdamW; returns the loss."""
     optimizer = build_optimizer(model, OptimConfig())
-    loss_of = torch.compile(model.loss)
+    loss_of = torch.compile(model.loss, mode=COMPILE_MODE)
 
     def step() -> Tensor:
         with autocast():

@@ -33,7 +33,7 @@ from torch import Tensor
 from ssd_lit.config import MoEConfig, RunConfig
 from ssd_lit.data.module import TokenData
 from ssd_lit.data.objectives import Causal
-from ssd_lit.files import write_json
+from ssd_lit.files import sha256, write_json, write_sealed
 from ssd_lit.layout import Totals
 from ssd_lit.points import PointLog
 from ssd_lit.training.activation_monitor import ActivationMonitor
@@ -120,9 +120,10 @@ def write_tokens(folder: Path, shape: Shape) -> None:
     }  # fmt: skip
     for split, blocks in splits.items():
         tokens = np.random.default_rng(blocks).integers(0, shape.vocabulary, blocks * shape.sequence + 1, np.uint16)
-        (folder / f"{split}.bin").write_bytes(tokens.tobytes())
-        index["splits"][split] = {"tokens": len(tokens), "blocks": blocks}
-    write_json(folder / "index.json", index)
+        path = folder / f"{split}.bin"
+        path.write_bytes(tokens.tobytes())
+        index["splits"][split] = {"tokens": len(tokens), "blocks": blocks, "sha256": sha256(path)}
+    write_sealed(folder / "index.json", index)
 
 
 def ours(shape: Shape) -> Callable[[int], None]:

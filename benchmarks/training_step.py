@@ -5,6 +5,7 @@
 A step is the compiled forward pass and loss, the backward pass, gradient clipping and fused AdamW: bf16 over float32
 weights, sequences of 1024, E 32 and K 6, the centre router. Medians over rounds of some steps each. Peak memory is that
 of all tensors, weights and optimizer included. With --profile the kernels that take the time are told, for each mode.
+Shapes that were measured before stay in the JSON.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.data.objectives import Batch
-from ssd_lit.files import write_json
+from ssd_lit.files import read_json, write_json
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import Mode
@@ -37,13 +38,16 @@ KERNELS = 25
 def main() -> int:
     arguments = parse()
     moe = MoEConfig(experts=32, top_k=6, backend=arguments.backend)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = read_json(RESULT)["shapes"] if RESULT.exists() else {}
     print(f"{'':<8}{'mode':<8}{'ms':>9}{'tokens/s':>11}{'MFU':>7}{'GiB':>7}{'ratio':>7}{'wanted':>8}")
     for name in arguments.shapes.split(","):
-        found[name] = measure(name, moe, arguments.rounds, arguments.steps, arguments.profile)
+        found[name] = {
+            "machine": machine("transformers"),
+            **measure(name, moe, arguments.rounds, arguments.steps, arguments.profile),
+        }
         show(name, found[name])
         # After every shape: what is measured already is kept if a later one fails.
-        write_json(RESULT, {"machine": machine("transformers"), "moe": moe.model_dump(), "shapes": found})
+        write_json(RESULT, {"moe": moe.model_dump(), "shapes": found})
         gc.collect()
         torch.cuda.empty_cache()
         torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """MLflow through a real store: one run for each run, every point once, whatever happens."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -8,13 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from ssd_lit.config import RunConfig, load_experiment
-from ssd_lit.tracking import RunTracker, ensure_store, log_report, masked, tracking_uri
+from ssd_lit.config import RunConfig, dump, load_experiment
+from ssd_lit.files import write_text
+from ssd_lit.outbox import Outbox
+from ssd_lit.tracking import RunTracker, ensure_store, masked, send_report, send_runs, tracking_uri, try_for
+from tests.faulty_server import FaultyServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,8 +48,6 @@ def history(results: Path, run_id: str, name: str) -> list[tuple[int, float]]:
 
 def active_runs(results: Path, run_dir: Path) -> list[str]:
     """Ids of the runs, children left out, that carry the key of that folder."""
-    import json
-
     key = json.loads((run_dir / "mlflow.json").read_text())["key"]
     client = MlflowClient(tracking_uri(results))
     ids = [e.experiment_id for e in client.search_experiments()]
@@ -129,56 +133,166 @@ def test_a_new_run_takes_over_the_stages_before_the_one_that_is_run_anew(store: 
     assert sorted(c.data.tags["stage"] for c in children) == ["00-dense", "01-moefy", "02-sparse"]
 
 
-@pytest.mark.parametrize("answering", [False, True], ids=["nobody listens", "a server that never answers"])
-def test_with_the_server_away_points_wait_and_go_later(
-    answering: bool, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_MLFLOW_SERVER_FILE_STORE", "_MLFLOW_SERVER_ARTIFACT_ROOT"):
+            patch.setenv(name, "")  # given back at the end
+        folder = tmp_path_factory.mktemp("server")
+        ensure_store(folder)
+        server = FaultyServer(folder, seconds=0.4)
+        server.start()
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def server(running_server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     import ssd_lit.tracking
 
-    monkeypatch.setattr(ssd_lit.tracking, "CLOSE_SECONDS", 2.0)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        if answering:
-            server.listen()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
-        with tracker(tmp_path, store) as t:
-            for step in range(1, 500):
-                t.log(step, {"train/loss": float(step)})
+    monkeypatch.setattr(ssd_lit.tracking, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(ssd_lit.tracking, "SEND_SECONDS", 0.1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", running_server.uri)
+    yield running_server
+    running_server.fault = None
+
+
+STEPS = list(range(1, 500))
+
+
+def train(run_dir: Path, results: Path, stage: str = "00-dense") -> float:
+    """A stage that logs its points; returns the seconds that it took to end."""
+    write_text(run_dir / "config.yaml", dump(run_config()))
+    with tracker(run_dir, results, stage) as t:
+        for step in STEPS:
+            t.log(step, {"train/loss": float(step)})
+        t.outcome({"seconds": 2.0}, {"ended_by": "stable"}, run_step=STEPS[-1])
+        began = time.monotonic()
+    return time.monotonic() - began
+
+
+def end_of_process() -> None:
+    """What is still being sent ends with the process of a stage; in a test it must come to its own end."""
     for thread in threading.enumerate():
-        if thread.name == "mlflow":  # a process would end here; in a test the sender must
+        if thread.name == "mlflow":
             thread.join()
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with tracker(tmp_path, store, "01-sparse"):
-        pass
-    (run_id,) = active_runs(store, tmp_path)
-    assert history(store, run_id, "train/loss") == [(s, float(s)) for s in range(1, 500)]
 
 
-def _first_use(results: Path) -> None:
+def assert_all_arrived_once(run_dir: Path, results: Path, stages: int) -> None:
+    (run_id,) = active_runs(results, run_dir)
+    client = MlflowClient(tracking_uri(results))
+    assert history(results, run_id, "train/loss") == [(s, float(s)) for s in STEPS]
+    assert history(results, run_id, "seconds") == [(STEPS[-1], 2.0)]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert len(children) == stages
+    assert all(c.info.status == "FINISHED" and c.data.tags["ended_by"] == "stable" for c in children)
+
+
+@pytest.mark.parametrize("fault", ["refused", "500", "silent", "slow"])
+def test_a_server_that_is_away_does_not_hold_a_stage_and_gets_every_point_once_it_is_back(
+    fault: str, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if fault == "silent":
+            other.listen()
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        if fault in ("silent", "refused"):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{other.getsockname()[1]}")
+        server.fault = fault
+        took = train(tmp_path, tmp_path.parent)
+    assert took < 5  # bounded by CLOSE_SECONDS, here 1
+    assert f"ssd-lit send {tmp_path}" in caplog.text
+    end_of_process()
+    server.fault = None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    assert send_runs(tmp_path.parent, [tmp_path]) in ((0, 1) if fault == "slow" else (1,))
+    assert_all_arrived_once(tmp_path, tmp_path.parent, stages=1)
+
+
+def test_a_later_stage_brings_what_earlier_ones_could_not(server: FaultyServer, tmp_path: Path) -> None:
+    server.stop()
+    train(tmp_path, tmp_path.parent)
+    server.start()
+    train(tmp_path, tmp_path.parent, "01-sparse")
+    end_of_process()
+    send_runs(tmp_path.parent, [tmp_path])
+    assert_all_arrived_once(tmp_path, tmp_path.parent, stages=2)
+
+
+def test_a_server_that_comes_back_during_a_stage_gets_the_points_in_that_stage(
+    server: FaultyServer, tmp_path: Path
+) -> None:
+    server.fault = "500"
+    with tracker(tmp_path, tmp_path.parent) as t:
+        t.log(1, {"train/loss": 1.0})
+        asked = server.requests
+        while server.requests == asked:
+            time.sleep(0.05)
+        server.fault = None
+        while json.loads((tmp_path / "mlflow.json").read_text())["sent"] == 0:
+            time.sleep(0.05)
+    end_of_process()
+    (run_id,) = active_runs(tmp_path.parent, tmp_path)
+    assert history(tmp_path.parent, run_id, "train/loss") == [(1, 1.0)]
+
+
+def test_answers_that_are_lost_double_neither_runs_nor_points(server: FaultyServer, tmp_path: Path) -> None:
+    server.fault = "lost"
+    train(tmp_path, tmp_path.parent)
+    end_of_process()
+    while Outbox(tmp_path).waiting():
+        with suppress(ValueError):
+            send_runs(tmp_path.parent, [tmp_path])
+    server.fault = None
+    assert_all_arrived_once(tmp_path, tmp_path.parent, stages=1)
+
+
+def test_sending_to_a_server_that_is_away_fails_in_one_line(server: FaultyServer, tmp_path: Path) -> None:
+    server.fault = "500"
+    train(tmp_path, tmp_path.parent)
+    end_of_process()
+    with pytest.raises(ValueError, match="MLflow at http://127"):
+        send_runs(tmp_path.parent, [tmp_path])
+
+
+def test_the_report_does_not_wait_for_a_slow_server() -> None:
+    asked = threading.Event()
+    assert try_for(0.1, asked.wait) == "MLflow takes more than 0 s"
+    asked.set()
+
+
+def _first_use(results: Path, begin: "multiprocessing.synchronize.Barrier") -> None:
+    begin.wait()
     ensure_store(results)
     with tracker(results / f"run{os.getpid()}", results) as t:
         t.log(1, {"a": 1.0})
 
 
-def test_processes_may_make_one_fresh_store_at_once(tmp_path: Path) -> None:
+def test_four_runs_may_start_at_once_on_a_fresh_store(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_first_use, args=(tmp_path,)) for _ in range(3)]
+    begin = context.Barrier(4)
+    workers = [context.Process(target=_first_use, args=(tmp_path, begin)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
     client = MlflowClient(tracking_uri(tmp_path))
     (experiment,) = [e for e in client.search_experiments() if e.name == "quick"]
+    send_runs(tmp_path, tmp_path.glob("run*"))  # on a busy machine a stage may have left its points for later
     runs = client.search_runs([experiment.experiment_id])
-    assert len([r for r in runs if "mlflow.parentRunId" not in r.data.tags]) == 3
+    runs = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert len(runs) == 4
+    assert all(r.data.metrics["a"] == 1.0 for r in runs)
 
 
 def test_the_report_is_kept_once(store: Path, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>found</p>")
     for _ in range(2):
-        log_report(store, "quick", [tmp_path / "report.html"])
+        send_report(store, "quick", {None: [tmp_path / "report.html"]})
     client = MlflowClient(tracking_uri(store))
     (experiment,) = [e for e in client.search_experiments() if e.name == "quick"]
     (run,) = client.search_runs([experiment.experiment_id], "tags.`ssd_lit.key` = 'report'")

@@ -10,20 +10,21 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from ssd_lit import exchange, stages
+from ssd_lit import exchange, stages, stopping
 from ssd_lit.config import ConfigError, Construction
 
 Stage = Callable[[argparse.Namespace], str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly."""
+    """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly, 75 stopped."""
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _set_threads(args.threads)
+    _set_threads(args.threads or os.cpu_count() or 1)
     if not sys.stderr.isatty():
         # Ours too are for a terminal only.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         _say(f"{title}: failed: {error}")
         return 1
+    except stopping.Stopped as asked:
+        _say(f"{title}: stopped by {asked}; start it again to go on")
+        return stopping.STATUS
     except KeyboardInterrupt:
         _say(f"{title}: interrupted")
         return 130
@@ -56,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text.splitlines()[0], description=text)
         for place, meaning in places:
             command.add_argument(place, help=meaning, type=str if place == "phase" else Path)
-        command.add_argument("--threads", type=_positive, default=os.cpu_count(), help="CPU threads (all)")
+        command.add_argument("--threads", type=_threads, help="CPU threads (of a run what its config says, else all)")
         command.set_defaults(run=run, shown=[place for place, _ in places])
         return command
 
@@ -83,12 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     add("summarise", stages.summarise, "Write summary.csv, one row a run.", exp_dir)
     add("figures", stages.figures, "Draw the figures of an experiment.", exp_dir)
     add("report", stages.report, "Write report.html, and keep report and figures in MLflow.", exp_dir)
+    add(
+        "verify", stages.verify, "Say whether results still match their inputs; exit status 1 if something does not.",
+        ("folder", "results/EXPERIMENT/runs/RUN, or results/EXPERIMENT for all runs"),
+    )  # fmt: skip
     add("store", stages.store, "Make the MLflow store, once, before jobs share it.", results)
+    place = ("place", "results/EXPERIMENT, or results/EXPERIMENT/runs/RUN")
+    add("send", stages.send, "Send MLflow the points that it has not got, and the report.", place)
     out = add("export", exchange.export, "Write a run's final model as a Hugging Face checkpoint folder.", run_dir)
     out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
     ui = add("ui", stages.ui, "Serve the MLflow UI on 127.0.0.1.")
     ui.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
-    ui.add_argument("--port", type=_positive, default=5000, help="the port (5000)")
+    ui.add_argument("--port", type=_port, default=5000, help="the port (5000)")
     return parser
 
 
@@ -111,10 +121,21 @@ def _add_moefy(command: argparse.ArgumentParser, *places: tuple[str, str]) -> No
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    if not (text.isascii() and text.isdigit() and 0 < float(text) <= 1e9):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to a billion")
+    return int(text)
+
+
+def _threads(text: str) -> int:
+    if _positive(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is too many; allowed: 1 to 1024")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port; allowed: 1 to 65535")
+    return int(text)
 
 
 def _set_threads(threads: int) -> None:
@@ -125,7 +146,9 @@ def _set_threads(threads: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
+    # Whoever listened may be gone: a killed workflow's, or stopped by the same signal.
+    with suppress(BrokenPipeError):
+        print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
 
 
 def run() -> NoReturn:
@@ -133,6 +156,7 @@ def run() -> NoReturn:
     # The libraries make a million objects that live to the end. Traced seldom while they are imported, and not once
     # more as the interpreter ends, they cost two seconds less a stage.
     gc.set_threshold(100_000, 50, 50)
+    stopping.obey()
     status = main()
     gc.freeze()
     sys.exit(status)

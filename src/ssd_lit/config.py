@@ -7,10 +7,10 @@ arms, each a method with its own changes to those sections; it may be laid over 
 
 import copy
 import difflib
-import glob
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,21 +21,33 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ssd_lit.checkpoint_folder import checkpoint_shape
+from ssd_lit.file_patterns import matching_paths
+from ssd_lit.files import check_seal, sealed_text
 from ssd_lit.yaml_file import ConfigError as ConfigError
-from ssd_lit.yaml_file import read_with_bases, read_yaml
+from ssd_lit.yaml_file import read_with_bases, read_yaml, shown
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
 Family = Literal["gpt2", "bert", "t5", "llama"]
 Construction = Literal["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"]
 
 
+Seed = Annotated[int, Field(ge=0, le=1_000_000)]
+"""scikit-learn takes seeds below 2^32, and clusterings are given a thousand for each of ours."""
+
+MOST_RUNS = 10_000
+KEPT_NAMES = frozenset({"data", "mlflow.db", "mlruns", "mlartifacts"})
+"""What lies under results/ beside the experiments."""
+
+
 class Section(BaseModel):
     """A block of settings that knows all its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 T = TypeVar("T", bound=Section)
@@ -61,8 +73,7 @@ class FilesSource(Section):
     @model_validator(mode="after")
     def _paths_match(self) -> Self:
         for pattern in self.paths:
-            # Path.glob takes no absolute patterns.
-            if not glob.glob(pattern, recursive=True):  # noqa: PTH207
+            if next(matching_paths(pattern), None) is None:
                 raise ValueError(f"no file matches {pattern!r}")
         return self
 
@@ -89,7 +100,7 @@ Source = Annotated[PackageSource | FilesSource | HubSource, Field(discriminator=
 class TokenizerConfig(Section):
     """A byte-level BPE: trained on the training split, or taken from a folder."""
 
-    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    vocab_size: Annotated[int, Field(ge=257, le=10_000_000)] = 4096
     """Entries of the trained vocabulary, special tokens included; 256 of them are the bytes."""
     train_megabytes: Annotated[float, Field(gt=0)] = 16.0
     """How much of the training text the merges are learnt from."""
@@ -131,7 +142,7 @@ class DataConfig(Section):
     test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
     """Shares of the documents held out, chosen by document hash."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    sequence_length: Positive = 128
+    sequence_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     """S: tokens the model predicts in one block."""
 
     def digest(self) -> str:
@@ -146,12 +157,12 @@ class ModelConfig(Section):
     """gpt2 and llama predict the next token, bert masked tokens, t5 cut-out spans."""
     pretrained: str | None = None
     """Start from this checkpoint folder (safetensors, as Hugging Face writes it); the shape is then the folder's."""
-    layers: Positive = 4
+    layers: Annotated[int, Field(gt=0, le=1000)] = 4
     """L: Transformer blocks; of t5 as many in the encoder and in the decoder."""
-    d_model: Positive = 128
+    d_model: Annotated[int, Field(gt=0, le=1_000_000)] = 128
     """D: model width."""
     heads: Positive = 4
-    d_ff: Positive = 512
+    d_ff: Annotated[int, Field(gt=0, le=10_000_000)] = 512
     """F: neurons of one FFN."""
     activation: Literal["relu", "relu2", "gelu", "gelu_new", "silu"] = "relu"
     """relu2 is the square of ReLU. With llama, whose FFNs are gated, relu makes ReGLU and silu SwiGLU."""
@@ -209,7 +220,7 @@ class MoEConfig(Section):
     """Weights of the load-balancing loss and the z-loss of a learned router."""
     trained_router: Literal["mass", "norm"] | None = None
     """After the last phase, train a small MLP to choose instead: on the experts' activation mass, or output norm."""
-    router_hidden: Positive = 64
+    router_hidden: Annotated[int, Field(gt=0, le=1_000_000)] = 64
     """Width of that MLP."""
     router_steps: Positive = 200
     router_lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -260,9 +271,12 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     """torch.compile the forward pass and loss."""
-    devices: Positive = 1
+    devices: Annotated[int, Field(gt=0, le=1024)] = 1
     """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(gt=0, le=1024)] = 1
+    """CPU threads of each stage of a run, over all devices. Sums round differently on another number, so it is a
+    setting: a machine with more cores trains the same bits. Runs work side by side where there are cores."""
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that load data; 0 reads in the training process."""
     log_every: Positive = 10
     validate_every: Positive = 100
@@ -270,6 +284,11 @@ class TrainingConfig(Section):
     """Blocks read at each validation during training."""
     checkpoint_every: Positive = 50
     """Steps between rolling checkpoints of a phase."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a loss or gradient that is not finite. Such an update is never made; stop ends the run there,
+    skip goes on with the next batch and counts it."""
+    non_finite_limit: Positive = 10
+    """skip only: end the run after so many in a row."""
     snapshot_every: Positive | None = None
     """Steps between snapshots of the weights, from which pairs of moments are compared; null keeps none."""
 
@@ -329,7 +348,7 @@ class GlueConfig(Section):
     folder: str
     """Holds SST-2/train.tsv, SST-2/dev.tsv and so on as GLUE publishes them; or a .tar.xz of such a folder."""
     tasks: list[Literal["sst2", "rte", "mrpc", "stsb"]] = Field(default=["sst2", "rte", "mrpc", "stsb"], min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     """Of the head's first weights and the order of examples: every task is learnt once with each."""
     epochs: Positive = 3
     batch_size: Positive = 32
@@ -352,7 +371,7 @@ class GlueConfig(Section):
         for key in ("tasks", "seeds"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
-                raise ValueError(f"{key} {values}: each may stand there once")
+                raise ValueError(f"{key} {shown(values)}: each may stand there once")
         return self
 
 
@@ -414,7 +433,7 @@ class RunConfig(Section):
     arm: Name
     method: Method
     label: str
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
     start_from: str | None = None
     match_flops: str | None = None
     shares_warmup: str | None = None
@@ -540,7 +559,7 @@ class Experiment(Section):
     """Names the folder under results/ and the MLflow experiment."""
     description: str
     """What is asked, in a sentence or two; opens the report."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     data: DataConfig
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}
@@ -553,6 +572,21 @@ class Experiment(Section):
     downstream: DownstreamConfig | None = None
     """Try the models on other tasks as well; null leaves that out."""
     arms: dict[Name, Arm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _runs_are_countable(self) -> Self:
+        if self.experiment in KEPT_NAMES:
+            raise ValueError(f"experiment {self.experiment!r}: results/{self.experiment} is not for experiments")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {shown(self.seeds)}: each may stand there once")
+        for name, arm in self.arms.items():
+            empty = [key for key, values in arm.grid.items() if not values]
+            if empty:
+                raise ValueError(f"arms.{name}.grid.{empty[0]}: no values")
+        runs = len(self.seeds) * sum(math.prod(map(len, arm.grid.values())) for arm in self.arms.values())
+        if runs > MOST_RUNS:
+            raise ValueError(f"arms, grids and seeds make {runs:,} runs; allowed: {MOST_RUNS:,}")
+        return self
 
     def runs(self) -> list[RunConfig]:
         """Every run, arm by arm, seed by seed; raises ConfigError at the first mistake of an arm."""
@@ -636,7 +670,7 @@ def _changes(name: str, key: str, value: Any) -> tuple[str, dict[str, Any]]:
         if isinstance(value, dict) and value:
             return section, value
     raise ConfigError(
-        f"arms.{name}.grid: given {key!r}: {value!r}; expected a dotted key such as moe.top_k, "
+        f"arms.{name}.grid: given {shown(key)}: {shown(value)}; expected a dotted key such as moe.top_k, "
         "or a section with mappings of its keys"
     )
 
@@ -652,6 +686,12 @@ def load_experiment(path: Path) -> Experiment:
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
     return experiment
+
+
+def load_resolved(path: Path) -> Experiment:
+    """Read an experiment as `dump` wrote it. This and what follows raise ValueError for a file that is damaged."""
+    check_seal(path)
+    return load_experiment(path)
 
 
 def load_run(path: Path) -> RunConfig:
@@ -680,11 +720,14 @@ def load_evaluation(path: Path) -> EvaluationConfig:
 
 
 def dump(section: Section) -> str:
-    """A section as YAML, every key spelled out, in a fixed order."""
-    return yaml.safe_dump(section.model_dump(), sort_keys=False, allow_unicode=True, width=110)
+    """A section as YAML, every key spelled out, in a fixed order; its last line seals it."""
+    # The dumper in C, where PyYAML has it, writes the same ten times as fast: an experiment may have 500 runs.
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return sealed_text(yaml.dump(section.model_dump(), Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def _load(kind: type[T], path: Path) -> T:
+    check_seal(path)
     try:
         return _checked(kind, read_yaml(path))
     except ConfigError as error:
@@ -701,6 +744,8 @@ def _checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str,
 def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]], str]) -> str:
     location = tuple(str(part) for part in error["loc"])
     key = where(location)
+    if len(key) > 200 or not key.isprintable():
+        key = shown(key)
     match error["type"]:
         case "extra_forbidden":
             known = _known_keys(kind, location[:-1])
@@ -713,7 +758,7 @@ def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]],
             message = str(error["ctx"]["error"])
             return f"{key}: {message}" if location else message
         case _:
-            return f"{key}: given {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+            return f"{key}: given {shown(error['input'])}; {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _known_keys(kind: type[Section], location: tuple[str, ...]) -> list[str]:

@@ -1,6 +1,7 @@
 """Stages between Hugging Face checkpoint folders and ours: models come in and get experts, and go out whole."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,14 +36,14 @@ def export(args: argparse.Namespace) -> str:
 
     config = load_run(args.run_dir / "config.yaml")
     chain = read_chain(args.run_dir, config.method)
-    data = data_dir(args.run_dir.resolve().parents[2], config.data)
+    data = data_dir(args.run_dir.absolute().parents[2], config.data)
     if export_run(args.run_dir, config, chain, data, args.out):
         return f"{args.out}: {config.moe.experts} experts a layer, {config.moe.top_k} a token in sparse mode"
     return f"{args.out}: dense only; `ssd-lit moefy --model {args.out}` gives it experts"
 
 
 def _moefy_model(
-    threads: int,
+    threads: int | None,
     *,
     model: Path,
     experts: int,
@@ -58,7 +59,7 @@ def _moefy_model(
 
     from ssd_lit.training.moefy_folder import moefy_folder
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     chosen: Any = {"trained_router" if router in ("mass", "norm") else "router": router}
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
     moefy_folder(model, out, moe, **calibration, progress=print)

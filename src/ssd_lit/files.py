@@ -1,34 +1,44 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Files that appear whole or not at all, and that tell whether they still are what was written.
 
+JSON and YAML of ours end with the SHA-256 of their own content; files of another format get theirs in a sealed JSON
+that is written behind them.
+"""
+
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+SEAL = "sha256"
+"""Names the digest of a file inside itself."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; on success it becomes `path` by rename, on failure it goes.
 
-    The data reaches the disk before the rename, so a crash leaves the old file or the new one, never a part.
+    The data reaches the disk before the rename, so a crash leaves the old file or the new one, never a part. Raises
+    OSError with the name of the file where the disk takes no more.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    part.chmod(0o644)
-    try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        part = Path(name)
+        part.chmod(0o644)
+        try:
+            yield part
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -51,6 +61,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk names no file by itself: say which one could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(error.errno, f"{error.strerror}; make room and run again", str(path)) from error
 
 
 def check_unfilled(path: Path) -> None:
@@ -76,8 +97,40 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run the stage that writes it first") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it and run again") from None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as readable JSON to `path`, whole or not at all, with the digest of all of it behind it."""
+    write_json(path, {**value, SEAL: _digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content that `write_sealed` wrote. Raises ValueError if it is missing, or is not what was written."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.pop(SEAL, None) != _digest(content):
+        raise ValueError(f"{path}: damaged (its checksum does not fit); delete it and run again")
+    return content
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def sealed_text(text: str) -> str:
+    """Lines of a format whose comments begin with #, and a last one that holds the digest of those before it."""
+    return f"{text}# {SEAL}: {hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def check_seal(path: Path) -> None:
+    """Raise ValueError if a file with a `sealed_text` is not what was written; a missing one is for others to tell."""
+    if not path.is_file():
+        return
+    content = path.read_bytes().decode("utf-8", "replace")
+    body = content[: content.rstrip("\n").rfind("\n") + 1]
+    if not body or content != sealed_text(body):
+        raise ValueError(f"{path}: damaged (its checksum does not fit); `ssd-lit configs` or snakemake writes it anew")
 
 
 def write_if_changed(path: Path, text: str) -> bool:
@@ -92,3 +145,12 @@ def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise ValueError, with its name, at the first file of the folder whose SHA-256 is not the given one."""
+    for name, expected in digests.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: not found; run the stage that writes it first")
+        if sha256(folder / name) != expected:
+            raise ValueError(f"{folder / name}: damaged (its checksum does not fit); delete {folder} and run again")

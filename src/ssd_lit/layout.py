@@ -6,15 +6,16 @@ results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl
     phases/<NN>-<mode>/              last.ckpt, phase.json
     downstream/                      downstream.json, and pieces/ while it is made
     snapshots/                       step-<NNNNNNNN>.pt, if any are wanted
-    work/<NN>-<mode>/                the phase at work, or the last one: its config and rolling checkpoint
+    work/<NN>-<mode>/                the phase at work, or the last one: its config, rolling.ckpt and previous.ckpt
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.config import DataConfig, Experiment, RunConfig, dump
-from ssd_lit.files import read_json, write_if_changed, write_json
+from ssd_lit.config import DataConfig, Experiment, RunConfig, dump, load_run
+from ssd_lit.files import read_sealed, write_if_changed, write_sealed
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -50,18 +51,24 @@ class PhaseRecord:
     next: str | None = None
     """Mode of the phase that follows, None after the last."""
     total: Totals = Totals()
+    weights: str = ""
+    """SHA-256 of last.ckpt."""
+    inputs: dict[str, str | None] = field(default_factory=dict)
+    """What the phase was made from: SHA-256 of `config` and of the checkpoint `before`, the digest of all `tokens`."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Code, packages, machine, seed: see `ssd_lit.provenance`."""
 
     @property
     def name(self) -> str:
         return phase_name(self.index, self.mode)
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        write_sealed(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> "PhaseRecord":
-        """Raises ValueError if the file is missing, cut short or of another shape."""
-        content: dict[str, Any] = read_json(path)
+        """Raises ValueError if the file is missing, damaged or of another shape."""
+        content = read_sealed(path)
         try:
             return cls(**{**content, "total": Totals(**content["total"])})
         except (TypeError, KeyError) as error:
@@ -87,6 +94,11 @@ def rolling_checkpoint(run_dir: Path, index: int, mode: str) -> Path:
     return work_dir(run_dir, index, mode) / "rolling.ckpt"
 
 
+def previous_checkpoint(rolling: Path) -> Path:
+    """The rolling checkpoint before, for the case that the newest one is damaged."""
+    return rolling.with_name("previous.ckpt")
+
+
 def snapshot_path(run_dir: Path, step: int) -> Path:
     """The weights as they were after a step."""
     return run_dir / "snapshots" / f"step-{step:08d}.pt"
@@ -110,6 +122,21 @@ def read_chain(run_dir: Path, method: str, before: int | None = None) -> list[Ph
     return chain
 
 
+def weights_before(run_dir: Path, config: RunConfig, history: Sequence[PhaseRecord]) -> str | None:
+    """SHA-256 of the checkpoint that the phase after `history` goes on from; None where that is the first weights.
+
+    It is that of the phase before; for a first phase that of another run, where it starts from one.
+    """
+    if history:
+        return history[-1].weights
+    if config.shares_warmup is not None:
+        return read_chain(run_dir.parent / config.shares_warmup, config.method, before=1)[0].weights
+    if config.starts_from is not None:
+        other = run_dir.parent / config.starts_from
+        return read_chain(other, load_run(other / "config.yaml").method)[-1].weights
+    return None
+
+
 def data_dir(results: Path, data: DataConfig) -> Path:
     return results / "data" / f"{data.name}-{data.digest()}"
 
@@ -123,11 +150,14 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
     runs = experiment.runs()
     write_if_changed(results / experiment.experiment / "experiment.yaml", dump(experiment))
     write_if_changed(data_dir(results, experiment.data) / "config.yaml", dump(experiment.data))
+    evaluation = dump(experiment.evaluation)
+    analysis = None if experiment.analysis is None else dump(experiment.analysis)
+    downstream = None if experiment.downstream is None else dump(experiment.downstream)
     for run in runs:
         write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
-        write_if_changed(run_dir(results, run) / "evaluation.yaml", dump(experiment.evaluation))
-        if experiment.analysis is not None:
-            write_if_changed(run_dir(results, run) / "analysis.yaml", dump(experiment.analysis))
-        if experiment.downstream is not None:
-            write_if_changed(run_dir(results, run) / "downstream.yaml", dump(experiment.downstream))
+        write_if_changed(run_dir(results, run) / "evaluation.yaml", evaluation)
+        if analysis is not None:
+            write_if_changed(run_dir(results, run) / "analysis.yaml", analysis)
+        if downstream is not None:
+            write_if_changed(run_dir(results, run) / "downstream.yaml", downstream)
     return runs

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.files import write_text
+from ssd_lit.files import naming, write_text
 
 
 class PointLog:
@@ -34,11 +34,13 @@ class PointLog:
         if not fresh:
             return
         self._seen.update((name, step) for name in fresh)
-        self._file.write(json.dumps({"step": step, "time": time.time_ns() // 1_000_000, "values": fresh}) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, "time": time.time_ns() // 1_000_000, "values": fresh}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(Path(self._file.name)):  # what a full disk did not take is tried again
+            self._file.close()
 
 
 def read_points(path: Path) -> dict[str, list[tuple[int, float]]]:
@@ -53,10 +55,27 @@ def read_points(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(curve) for name, curve in curves.items()}
 
 
-def points_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """The points behind a byte offset, and the offset behind them."""
-    lines = _whole_lines(path, offset)
-    return [json.loads(line) for line in lines], offset + sum(map(len, lines))
+def points_from(path: Path, offset: int, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The points behind a byte offset, and the offset behind them; all, or those of the first `most` values.
+
+    At least one point if there is one, however many values it has.
+    """
+    points: list[dict[str, Any]] = []
+    values = 0
+    if not path.exists():
+        return points, offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            point = json.loads(line)
+            values += len(point["values"])
+            if points and most is not None and values > most:
+                break
+            points.append(point)
+            offset += len(line)
+    return points, offset
 
 
 def drop_points_after(path: Path, step: int) -> bool:
@@ -69,9 +88,8 @@ def drop_points_after(path: Path, step: int) -> bool:
     return True
 
 
-def _whole_lines(path: Path, offset: int = 0) -> list[bytes]:
+def _whole_lines(path: Path) -> list[bytes]:
     if not path.exists():
         return []
     with path.open("rb") as file:
-        file.seek(offset)
         return [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -1,4 +1,4 @@
-"""Where results come from: code, packages and machine."""
+"""Where results come from: code, packages and machine; for a stage of a run seed, threads and data too."""
 
 import importlib.metadata
 import platform
@@ -8,7 +8,12 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "scikit-learn", "snakemake", "mlflow")
+from ssd_lit.config import RunConfig
+
+PACKAGES = (
+    "torch", "lightning", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn",
+    "pyarrow", "snakemake", "mlflow",
+)  # fmt: skip
 
 
 def git_commit(folder: Path = Path(__file__).parent) -> str:
@@ -37,6 +42,14 @@ def provenance() -> dict[str, object]:
             "processor": processor(),
         },
     }
+
+
+def stage_provenance(config: RunConfig, tokens: str) -> dict[str, object]:
+    """The provenance of a stage of a run, which works on data with the digest `tokens`."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {**provenance(), "gpus": gpus, "threads": torch.get_num_threads(), "seed": config.seed, "tokens": tokens}
 
 
 def processor() -> str:

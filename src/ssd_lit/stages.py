@@ -4,12 +4,10 @@ import argparse
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from ssd_lit.config import (
     ConfigError,
@@ -20,9 +18,11 @@ from ssd_lit.config import (
     load_downstream,
     load_evaluation,
     load_experiment,
+    load_resolved,
     load_run,
 )
-from ssd_lit.files import read_json, write_json, write_text
+from ssd_lit.files import sha256, write_sealed, write_text
+from ssd_lit.holding import alone
 from ssd_lit.layout import (
     PhaseRecord,
     Totals,
@@ -30,9 +30,11 @@ from ssd_lit.layout import (
     phase_dir,
     read_chain,
     snapshots,
+    weights_before,
     work_dir,
     write_configs,
 )
+from ssd_lit.stopping import Stopped
 
 if TYPE_CHECKING:
     from ssd_lit.tracking import RunTracker
@@ -56,7 +58,8 @@ def configs(args: argparse.Namespace) -> str:
 def prepare(args: argparse.Namespace) -> str:
     from ssd_lit.data.documents import prepare_documents
 
-    card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
+    with alone(args.data_dir, "prepare"):
+        card = prepare_documents(load_data(args.data_dir / "config.yaml"), args.data_dir / "documents", print)
     return ", ".join(f"{name} {split['documents']:,} documents" for name, split in card["splits"].items())
 
 
@@ -64,7 +67,8 @@ def tokenizer(args: argparse.Namespace) -> str:
     from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
 
     config = load_data(args.data_dir / "config.yaml").tokenizer
-    train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
+    with alone(args.data_dir, "tokenizer"):
+        train_tokenizer(config, args.data_dir / "documents", args.data_dir / "tokenizer")
     return f"{load_tokenizer(args.data_dir / 'tokenizer').get_vocab_size():,} entries"
 
 
@@ -73,26 +77,30 @@ def encode(args: argparse.Namespace) -> str:
 
     config = load_data(args.data_dir / "config.yaml")
     folder = args.data_dir
-    index = encode_documents(
-        folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
-    )
+    with alone(folder, "encode"):
+        index = encode_documents(
+            folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
+        )
     return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())
 
 
 def train(args: argparse.Namespace) -> str:
     """Train one phase; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.phase import close_phase, train_phase
     from ssd_lit.training.sharing import adopt_warmup
     from ssd_lit.training.trainer import is_first_process
 
+    _check_mode(args.phase, "dense", "sparse")
     run_dir, config = args.run_dir, _run_config(args.run_dir)
     tokens = _tokens(run_dir, config)
-    torch.set_num_threads(max(1, args.threads // config.training.devices))
+    _set_threads(args, config, config.training.devices)
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
-        train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        try:
+            train_phase(run_dir, config, phase, history, tokens, recorder=None)
+        except Stopped:
+            # The first process answers for all; Lightning would kill it, were the status of another not 0.
+            return "stopped with the first process"
         return "trained beside the first process, which keeps the records"
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
@@ -109,12 +117,11 @@ def train(args: argparse.Namespace) -> str:
 
 def moefy(args: argparse.Namespace) -> str:
     """MoEfy a checkpoint; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.moefication import moefy_phase
 
-    torch.set_num_threads(args.threads)
+    _check_mode(args.phase, "moefy")
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], _: "RunTracker") -> PhaseRecord:
         return moefy_phase(run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config))
@@ -125,12 +132,11 @@ def moefy(args: argparse.Namespace) -> str:
 
 def route(args: argparse.Namespace) -> str:
     """Train the routers of a MoEfied model; a phase that is done already stays as it is."""
-    import torch
-
     from ssd_lit.training.router_phase import train_routers
 
-    torch.set_num_threads(args.threads)
+    _check_mode(args.phase, "router")
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
         return train_routers(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
@@ -140,37 +146,34 @@ def route(args: argparse.Namespace) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    import torch
-
     from ssd_lit.evaluation.run import evaluate_run
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain = read_chain(run_dir, config.method)
-    with _alone(run_dir), _tracker(run_dir, config, "evaluate", None) as tracker:
+    with alone(run_dir, "evaluate"), _tracker(run_dir, config, "evaluate", None) as tracker:
         shutil.rmtree(run_dir / "work", ignore_errors=True)
         settings = load_evaluation(run_dir / "evaluation.yaml")
         found = evaluate_run(run_dir, config, settings, chain, _tokens(run_dir, config))
         modes = {mode: found[f"loss_{mode}"] for mode in ("dense", "sparse") if found[f"loss_{mode}"] is not None}
         tracker.outcome(
             {f"eval/loss_{mode}": loss for mode, loss in modes.items()}
-            | {f"eval/perplexity_{mode}": math.exp(loss) for mode, loss in modes.items()}
+            | {f"eval/perplexity_{mode}": _perplexity(loss) for mode, loss in modes.items()}
             | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]}),
             run_step=chain[-1].last_step,
         )
-    write_json(run_dir / "evaluation.json", found)
-    return ", ".join(f"{mode} perplexity {math.exp(loss):.2f}" for mode, loss in modes.items())
+        inputs = _evaluated(run_dir, config, chain, "evaluation.yaml")
+        write_sealed(run_dir / "evaluation.json", {**found, **inputs})
+    return ", ".join(f"{mode} perplexity {_perplexity(loss):.2f}" for mode, loss in modes.items())
 
 
 def analyse(args: argparse.Namespace) -> str:
-    import torch
-
     from ssd_lit.evaluation.analysis import analyse_run
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
-    with _alone(run_dir), _tracker(run_dir, config, "analyse", None) as tracker:
+    with alone(run_dir, "analyse"), _tracker(run_dir, config, "analyse", None) as tracker:
         settings = load_analysis(run_dir / "analysis.yaml")
         found = analyse_run(run_dir, config, settings, chain, folder / "tokens", folder / "tokenizer")
         layers = found["experts"]["layers"] if found["experts"] else []
@@ -180,28 +183,29 @@ def analyse(args: argparse.Namespace) -> str:
             if layers
         }
         tracker.outcome(means, run_step=chain[-1].last_step)
-    write_json(run_dir / "analysis" / "analysis.json", found)
+        inputs = _evaluated(run_dir, config, chain, "analysis.yaml")
+        digests = {name: sha256(run_dir / "analysis" / name) for name in found["written"]}
+        write_sealed(run_dir / "analysis" / "analysis.json", {**found, **inputs, "digests": digests})
     return ", ".join(found["written"]) or f"nothing to write: {'; '.join(sorted(set(found['left_out'].values())))}"
 
 
 def downstream(args: argparse.Namespace) -> str:
     """Try a model on other tasks; ended on its way, it goes on with the fine-tuning that was not done."""
-    import torch
-
     from ssd_lit.evaluation.downstream import means, try_downstream
 
-    torch.set_num_threads(args.threads)
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
     here = run_dir / "downstream"
-    with _alone(run_dir), _tracker(run_dir, config, "downstream", None) as tracker:
+    with alone(run_dir, "downstream"), _tracker(run_dir, config, "downstream", None) as tracker:
         settings = load_downstream(run_dir / "downstream.yaml")
         found = try_downstream(
             run_dir, config, settings, chain, folder / "tokens", folder / "tokenizer", here / "pieces"
         )
         told = means(found)
         tracker.outcome(told, run_step=chain[-1].last_step)
-        write_json(here / "downstream.json", found)
+        inputs = _evaluated(run_dir, config, chain, "downstream.yaml")
+        write_sealed(here / "downstream.json", {**found, **inputs})
         shutil.rmtree(here / "pieces", ignore_errors=True)
     named = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in told.items()]
     return ", ".join(named) or "; ".join(found["left_out"].values())
@@ -211,30 +215,73 @@ def summarise(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.downstream import write_downstream
     from ssd_lit.reporting.summary import write_summary
 
-    experiment = load_experiment(args.exp_dir / "experiment.yaml")
-    if experiment.downstream is not None:
-        write_downstream(args.exp_dir, experiment.runs())
-    return str(write_summary(args.exp_dir, experiment.runs()))
+    experiment = load_resolved(args.exp_dir / "experiment.yaml")
+    with alone(args.exp_dir, "summarise"):
+        if experiment.downstream is not None:
+            write_downstream(args.exp_dir, experiment.runs())
+        return str(write_summary(args.exp_dir, experiment.runs()))
 
 
 def figures(args: argparse.Namespace) -> str:
     from ssd_lit.reporting.figures import write_figures
 
-    written = write_figures(args.exp_dir, load_experiment(args.exp_dir / "experiment.yaml"))
+    with alone(args.exp_dir, "figures"):
+        written = write_figures(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml"))
     return f"{len(written)} files in {args.exp_dir / 'figures'}"
 
 
 def report(args: argparse.Namespace) -> str:
     from ssd_lit.provenance import provenance
     from ssd_lit.reporting.report import write_report
-    from ssd_lit.tracking import log_report
+    from ssd_lit.reporting.summary import check_summary
+    from ssd_lit.tracking import REPORT_SECONDS, try_for
 
-    experiment = load_experiment(args.exp_dir / "experiment.yaml")
-    results = args.exp_dir.resolve().parent
-    path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
-    log_report(results, experiment.experiment, [path, args.exp_dir / "summary.csv"])
-    log_report(results, experiment.experiment, sorted((args.exp_dir / "figures").iterdir()), "figures")
+    experiment = load_resolved(args.exp_dir / "experiment.yaml")
+    results = args.exp_dir.absolute().parent
+    with alone(args.exp_dir, "report"):
+        check_summary(args.exp_dir, experiment.runs())
+        path = write_report(args.exp_dir, experiment, data_dir(results, experiment.data), provenance())
+        failed = try_for(REPORT_SECONDS, lambda: _send_experiment(args.exp_dir))
+    if failed:
+        print(f"{failed}; `ssd-lit send {args.exp_dir}` sends the report and what else waits", flush=True)
     return str(path)
+
+
+def send(args: argparse.Namespace) -> str:
+    """Tell MLflow what it has not got yet of a run, or of an experiment's runs with the report."""
+    from ssd_lit.tracking import send_runs
+
+    if (args.place / "experiment.yaml").exists():
+        count = _send_experiment(args.place)
+    elif (args.place / "config.yaml").exists():
+        count = send_runs(_results(args.place), [args.place])
+    else:
+        raise ConfigError(f"{args.place}: neither an experiment (experiment.yaml) nor a run (config.yaml)")
+    return f"points of {count} runs were waiting"
+
+
+def _send_experiment(exp_dir: Path) -> int:
+    """Send what waits in the runs of an experiment, and its report if there is one; returns the number of runs."""
+    from ssd_lit.tracking import send_report, send_runs
+
+    experiment = load_resolved(exp_dir / "experiment.yaml")
+    results = exp_dir.absolute().parent
+    count = send_runs(results, [exp_dir / "runs" / run.name for run in experiment.runs()])
+    if (exp_dir / "report.html").exists():
+        figures = sorted((exp_dir / "figures").iterdir())
+        files = {None: [exp_dir / "report.html", exp_dir / "summary.csv"], "figures": figures}
+        send_report(results, experiment.experiment, files)
+    return count
+
+
+def verify(args: argparse.Namespace) -> str:
+    """Say of everything in a run or experiment whether it matches; ConfigError if something does not."""
+    from ssd_lit.verify import verify as verify_folder
+
+    looked_at, mismatches = verify_folder(args.folder, print)
+    if mismatches:
+        raise ConfigError(f"{mismatches} of {looked_at} things do not match")
+    return f"all {looked_at} things match"
 
 
 def store(args: argparse.Namespace) -> str:
@@ -257,20 +304,9 @@ def ui(args: argparse.Namespace) -> str:
     os.execvp(command[0], command)
 
 
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock: an earlier workflow that was killed may have left a stage of this run at work."""
-    lock = FileLock(run_dir / ".lock")
-    while True:
-        try:
-            lock.acquire(timeout=30)
-            break
-        except Timeout:
-            print(f"{run_dir}: another process works on this run; waiting for it", flush=True)
-    try:
-        yield
-    finally:
-        lock.release()
+def _perplexity(loss: float) -> float:
+    # math.exp raises OverflowError for the loss of a model that learnt nothing.
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _run_phase(
@@ -280,13 +316,15 @@ def _run_phase(
     work: Callable[["Phase", list[PhaseRecord], "RunTracker"], PhaseRecord],
 ) -> PhaseRecord | None:
     """Do the work of a phase under the run's lock and write its record last; None if it is done already."""
-    with _alone(run_dir):
+    with alone(run_dir, name):
         phase, history = _open_phase(run_dir, config, name)
-        record_file = phase_dir(run_dir, phase.index, phase.mode) / "phase.json"
-        if record_file.exists():
-            return None
+        done = phase_dir(run_dir, phase.index, phase.mode)
         folder = work_dir(run_dir, phase.index, phase.mode)
         begun = _holds(folder / "config.yaml", dump(config))
+        # Whoever held the run until now may have done the phase, but by another config, and a workflow that did not
+        # know of it may have removed one of the files.
+        if all((done / file).exists() for file in ("phase.json", "last.ckpt")) and (begun or not folder.exists()):
+            return None
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)
             _forget_later_snapshots(run_dir, phase)
@@ -294,13 +332,20 @@ def _run_phase(
         with _tracker(run_dir, config, phase.name, None if begun else phase.first_step) as tracker:
             # From here on the recorded points beyond the phase's first step are those of this config.
             write_text(folder / "config.yaml", dump(config))
-            record = work(phase, history, tracker)
+            origin = _origin(run_dir, config, history)
+            record = replace(work(phase, history, tracker), weights=sha256(done / "last.ckpt"), **origin)
             tracker.outcome(
                 {"steps": record.steps, "tokens": record.tokens, "flops": record.flops, "seconds": record.seconds},
                 {"mode": record.mode, "ended_by": record.ended_by},
             )
-        record.write(record_file)
+        record.write(done / "phase.json")
     return record
+
+
+def _set_threads(args: argparse.Namespace, config: RunConfig, processes: int = 1) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (args.threads or config.training.threads) // processes))
 
 
 def _run_config(run_dir: Path) -> RunConfig:
@@ -322,13 +367,20 @@ def _open_phase(run_dir: Path, config: RunConfig, name: str) -> tuple["Phase", l
     from ssd_lit.training.schedule import next_phase
 
     number = name.split("-")[0]
-    if not number.isdigit():
+    if not number.isdecimal():
         raise ConfigError(f"phase {name!r}: expected a number and a mode, such as 02-sparse")
     history = read_chain(run_dir, config.method, before=int(number))
     phase = next_phase(config, history)
     if phase is None or phase.name != name:
         raise ConfigError(f"phase {name!r}: run {config.name} goes on with {phase.name if phase else 'no phase'}")
     return phase, history
+
+
+def _check_mode(phase: str, *modes: str) -> None:
+    """Raise ConfigError if the phase of that name is one for another stage."""
+    mode = phase.partition("-")[2]
+    if mode not in modes:
+        raise ConfigError(f"phase {phase!r}: this stage is for phases such as 02-{modes[-1]}")
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -364,11 +416,36 @@ def _starting_point(run_dir: Path, config: RunConfig) -> tuple[Path, Totals] | N
     return phase_dir(other, last.index, last.mode) / "last.ckpt", last.total
 
 
+def _origin(run_dir: Path, config: RunConfig, history: list[PhaseRecord]) -> dict[str, Any]:
+    """What the next phase is made from, and by what."""
+    from ssd_lit.data.blocks import load_index
+    from ssd_lit.provenance import stage_provenance
+
+    tokens = load_index(_tokens(run_dir, config))["digest"]
+    inputs = {
+        "config": sha256(run_dir / "config.yaml"),
+        "tokens": tokens,
+        "before": weights_before(run_dir, config, history),
+    }
+    return {"inputs": inputs, "provenance": stage_provenance(config, tokens)}
+
+
+def _evaluated(run_dir: Path, config: RunConfig, chain: list[PhaseRecord], settings: str) -> dict[str, Any]:
+    """What was measured, with which settings, and by what."""
+    from ssd_lit.data.blocks import load_index
+    from ssd_lit.provenance import stage_provenance
+
+    tokens = load_index(_tokens(run_dir, config))["digest"]
+    inputs = {"weights": chain[-1].weights, "settings": sha256(run_dir / settings), "tokens": tokens}
+    return {"inputs": inputs, "provenance": stage_provenance(config, tokens)}
+
+
 def _tracker(run_dir: Path, config: RunConfig, stage: str, resume_step: int | None) -> "RunTracker":
+    from ssd_lit.data.blocks import load_index
     from ssd_lit.provenance import git_commit
     from ssd_lit.tracking import RunTracker
 
-    digest = read_json(_tokens(run_dir, config) / "index.json")["digest"]
+    digest = load_index(_tokens(run_dir, config))["digest"]
     return RunTracker(
         run_dir, config, _results(run_dir),
         stage=stage, data_digest=digest[:36], commit=git_commit(), resume_step=resume_step,
@@ -380,4 +457,5 @@ def _tokens(run_dir: Path, config: RunConfig) -> Path:
 
 
 def _results(run_dir: Path) -> Path:
-    return run_dir.resolve().parents[2]
+    # Not resolved: an experiment's folder may be a link to another disk.
+    return run_dir.absolute().parents[2]

@@ -77,28 +77,3 @@ def test_missing_text_key_lists_what_there_is(tmp_path: Path, suffix: str) -> No
     path.write_bytes(content_of(suffix, tmp_path, key="body"))
     with pytest.raises(ConfigError, match=r"no text_key 'text'; there are: .*body"):
         list(read_documents(path, "text"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text', "line 2 is not valid JSON"),
-        ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: text_key 'text' holds int"),
-        ("a.txt", b"\xff\xfe\xff", "not UTF-8"),
-        ("a.txt.gz", gzip.compress(b"much text" * 99)[:-9], "cannot be read"),
-        ("a.txt.xz", lzma.compress(b"much text" * 99)[:-9], "cannot be read"),
-        ("a.txt.xz", b"no xz", "cannot be read"),
-        ("a.txt.zst", zstandard.compress(b"much text" * 99)[:-5], "cannot be read"),
-        ("a.txt.zst", b"no zstd", "cannot be read"),
-        ("a.parquet", b"no parquet", "cannot be read"),
-        ("a.csv", b"text", r"unknown kind of file; allowed: \.txt"),
-        ("a.csv.gz", b"text", "unknown kind of file"),
-    ],
-)
-def test_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as caught:
-        list(read_documents(path, "text"))
-    assert str(path) in str(caught.value)

@@ -18,7 +18,7 @@ from ssd_lit.evaluation import glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
 from ssd_lit.evaluation.classifier import Classifier, Texts, encode, fine_tune, outputs_for
 from ssd_lit.evaluation.pieces import Pieces
-from ssd_lit.files import read_json
+from ssd_lit.files import read_sealed
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.routers import expert_centers
 from ssd_lit.reporting.downstream import write_downstream
@@ -233,8 +233,8 @@ def bert_data(folder: Path) -> dict[str, Any]:
 
 
 def found_in(bench: Bench, arm: str) -> dict[str, Any]:
-    content: dict[str, Any] = read_json(bench.dir(arm) / "downstream/downstream.json")
-    return content
+    content = read_sealed(bench.dir(arm) / "downstream/downstream.json")
+    return {name: content[name] for name in ("glue", "blimp", "left_out", "inputs")}
 
 
 def test_each_model_is_tried_where_it_can_be(done: Bench) -> None:

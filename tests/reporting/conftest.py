@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ssd_lit.config import Experiment, RunConfig
-from ssd_lit.files import write_json, write_text
+from ssd_lit.files import write_sealed, write_text
 from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, run_dir, write_configs
 
 STEPS, BATCH, LENGTH, LAYERS, D_FF = 400, 16, 32, 3, 64
@@ -128,7 +128,7 @@ def build(root: Path, config: Experiment, losses: Losses | None = None) -> Tree:
         _write_metrics(folder / "metrics.jsonl", run, chains[run.name], trained)
         _write_evaluation(folder / "evaluation.json", run, dense, sparse, plain)
     card_dir = data_dir(results, config.data)
-    write_json(card_dir / "documents" / "card.json", {
+    write_sealed(card_dir / "documents" / "card.json", {
         "sources": [{"name": "sotu", "description": "Presidential <addresses>", "terms": "public domain",
                      "documents": 240, "bytes": 12_000_000}],
         "splits": {"train": {"documents": 230, "tokens": 3_000_000}, "validation": {"documents": 5}},
@@ -229,7 +229,7 @@ def _write_evaluation(
                 for share, k in THRESHOLDS
             ]
     ratios = [0.10, 0.12, 0.15] if run.arm in ("dense", "posthoc") else [0.07, 0.08, 0.10]
-    write_json(path, {
+    write_sealed(path, {
         "loss_dense": dense, "loss_sparse": sparse, "experts": experts if sparse is not None else None,
         "top_k": top_k if sparse is not None else None,
         "router": None if sparse is None else run.moe.trained_router or run.moe.router,

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from ssd_lit.config import AnalysisConfig, load_experiment
+from ssd_lit.files import sha256, write_sealed
 from ssd_lit.layout import run_dir
 from ssd_lit.reporting.expert_figures import expert_load, routing
 from ssd_lit.reporting.figures import FIGURES, write_figures
@@ -76,6 +77,8 @@ def write_tables(tree: Tree) -> None:
             ]
             columns = ["layer", "expert", "rank", "token_id", "token", "seen", "count", "lift"]
             pd.DataFrame(rows, columns=columns).to_csv(folder / "tokens.csv", index=False)
+        digests = {path.name: sha256(path) for path in folder.iterdir()}
+        write_sealed(folder / "analysis.json", {"digests": digests})
 
 
 def analysed(root: Path, seeds: tuple[int, ...]) -> Tree:

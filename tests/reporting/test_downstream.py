@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ssd_lit.config import DownstreamConfig
-from ssd_lit.files import write_json
+from ssd_lit.files import write_sealed
 from ssd_lit.layout import run_dir
 from ssd_lit.reporting.downstream import blimp_table, glue_table, write_downstream
 from ssd_lit.reporting.figures import write_figures
@@ -45,7 +45,7 @@ def fill(tree: Tree) -> None:
             for mode in modes[::2]
             for place, (name, field) in enumerate(FIELDS.items())
         ]
-        write_json(run_dir(tree.results, run) / "downstream/downstream.json", {
+        write_sealed(run_dir(tree.results, run) / "downstream/downstream.json", {
             "glue": None if run.arm in ("sparse", "posthoc") else glue,
             "blimp": None if run.arm == "sparse" else {"scores": pairs},
             "left_out": {"glue": "a reason"} if run.arm == "sparse" else {},

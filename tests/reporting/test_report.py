@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from ssd_lit.files import write_sealed
 from ssd_lit.layout import read_chain, run_dir
 from ssd_lit.reporting.figures import write_figures
 from ssd_lit.reporting.findings import findings
@@ -185,9 +186,18 @@ def test_same_bytes_twice(html, two_seeds):
 def test_card_of_other_keys(make_tree):
     tree = make_tree((0,), ("dense",))
     write_figures(tree.exp_dir, tree.experiment)
-    (tree.data_dir / "documents" / "card.json").write_text('{"note": "odd", "sources": [{"bytes": "many"}, 3]}')
+    write_sealed(tree.data_dir / "documents" / "card.json", {"note": "odd", "sources": [{"bytes": "many"}, 3]})
     text = Page(write_report(tree.exp_dir, tree.experiment, tree.data_dir, {}).read_text()).text
     assert "odd" in text
+
+
+def test_a_damaged_card_is_named(make_tree):
+    tree = make_tree((0,), ("dense",))
+    write_figures(tree.exp_dir, tree.experiment)
+    path = tree.data_dir / "documents" / "card.json"
+    path.write_text(path.read_text().replace("sotu", "sotv"))
+    with pytest.raises(ValueError, match=r"card\.json: damaged"):
+        write_report(tree.exp_dir, tree.experiment, tree.data_dir, {})
 
 
 def test_missing_figure_is_named(make_tree):

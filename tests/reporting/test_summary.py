@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from ssd_lit.files import write_sealed
 from ssd_lit.layout import run_dir
 from ssd_lit.reporting.summary import write_summary
 
@@ -59,7 +60,7 @@ def test_missing_file_is_named(make_tree, name):
 def test_evaluation_of_another_shape_is_named(make_tree):
     tree = make_tree((0,), ("dense",))
     path = run_dir(tree.results, tree.runs[0]) / "evaluation.json"
-    path.write_text('{"loss_dense": 3.0}')
+    write_sealed(path, {"loss_dense": 3.0})
     with pytest.raises(ValueError, match=r"evaluation\.json: not an evaluation"):
         write_summary(tree.exp_dir, tree.runs)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssd_lit.config import OptimConfig
-from ssd_lit.training.optim import build_optimizer, build_scheduler, lr_factor
+from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if, lr_factor
 
 
 def test_norms_and_biases_are_not_decayed() -> None:
@@ -39,7 +39,7 @@ def test_the_scheduler_follows_the_factor() -> None:
         scheduler.step()
 
 
-def test_state_of_a_fused_optimizer_loads_where_there_is_no_gpu_and_goes_on_alike() -> None:
+def test_state_of_another_kernel_loads_and_goes_on_alike() -> None:
     torch.manual_seed(0)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -55,11 +55,29 @@ def test_state_of_a_fused_optimizer_loads_where_there_is_no_gpu_and_goes_on_alik
     step(models[1], theirs)
     state = theirs.state_dict()
     for group in state["param_groups"]:
-        group["fused"] = True
+        group["fused"] = None
     fresh = build_optimizer(models[1], OptimConfig())
     fresh.load_state_dict(state)
-    assert [group["fused"] for group in fresh.param_groups] == [None, None]
-    assert all(group["fused"] for group in state["param_groups"])
+    assert [group["fused"] for group in fresh.param_groups] == [True, True]
+    assert not any(group["fused"] for group in state["param_groups"])
     step(models[0], ours)
     step(models[1], fresh)
     assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_an_update_left_out_changes_neither_weights_nor_state() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model, OptimConfig())
+
+    def step(x: float, left_out: float) -> list[torch.Tensor]:
+        optimizer.zero_grad()
+        model(torch.full((1, 3), x)).sum().backward()
+        leave_out_if(torch.tensor(left_out), optimizer)
+        optimizer.step()
+        state = [value for one in optimizer.state_dict()["state"].values() for value in one.values()]
+        return [value.clone() for value in [*model.state_dict().values(), *state]]
+
+    before = step(1.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, step(torch.inf, 1.0), strict=True))
+    after = step(1.0, 0.0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,6 +1,7 @@
 """Real phases of real runs, on a model of a few thousand weights."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ssd_lit.cli import main
 from ssd_lit.files import read_json
 from ssd_lit.layout import PhaseRecord
 from ssd_lit.points import read_points
+from ssd_lit.stopping import STATUS
 from tests.conftest import Bench, tiny_experiment
 
 PROGRAM = str(Path(sys.executable).with_name("ssd-lit"))
@@ -31,17 +34,27 @@ def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: curve for name, curve in read_points(run_dir / "metrics.jsonl").items() if name not in TIMES}
 
 
-def kill_when(command: list[str], reached: Path, least_step: int) -> None:
-    """Start the command, and kill it once it has logged a step of at least that number."""
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+def kill_when(command: list[str], reached: Path, least_step: int, number: int = signal.SIGKILL) -> tuple[int, str]:
+    """Start the command, and kill it once it has logged a step of at least that number; its status and what it said.
+
+    SIGKILL goes to all its processes, as when a machine goes down; any other signal to the first one alone.
+    """
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if reached.exists() and any(f'"step": {s},' in reached.read_text() for s in range(least_step, least_step + 9)):
             break
         time.sleep(0.002)
     assert process.poll() is None, "the phase ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    # Until all that could write there have ended.
+    _, told = process.communicate(timeout=120)
+    return process.returncode, told
 
 
 def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_not(tmp_path: Path) -> None:
@@ -57,11 +70,17 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
     whole.phases("ssd")
 
     run = broken.dir("ssd")
-    for index, name in ((0, "00-dense"), (2, "02-sparse")):
+    for index, name, asked in ((0, "00-dense", signal.SIGTERM), (2, "02-sparse", signal.SIGUSR1)):
         first = broken.phases("ssd", stop_after=index)[-1].total.steps if index else 0
-        kill_when([PROGRAM, "train", str(run), name, "--threads", "1"], run / "metrics.jsonl", first + 21)
+        command, rolling = [PROGRAM, "train", str(run), name, "--threads", "1"], run / "work" / name / "rolling.ckpt"
+        kill_when(command, run / "metrics.jsonl", first + 12)
+        assert rolling.exists()
+        # Asked to stop, it saves the step that it stands at, whichever it is.
+        status, told = kill_when(command, run / "metrics.jsonl", first + 24, asked)
+        assert status == STATUS
+        (step,) = re.findall(rf"stopped by {asked.name} after step (\d+), which is saved", told)
+        assert torch.load(rolling, weights_only=True)["global_step"] == int(step) >= first + 24
         assert not (run / "phases" / name / "phase.json").exists()
-        assert (run / "work" / name / "rolling.ckpt").exists()
 
     expected, got = weights(whole.last_checkpoint("ssd")), weights(broken.last_checkpoint("ssd"))
     assert expected.keys() == got.keys()
@@ -125,7 +144,10 @@ def test_a_config_changed_after_an_interruption_starts_the_phase_anew(tmp_path: 
 
 
 def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
-    """Sums of gradients and of losses round differently, and no more; a cluster that gives one task does not matter."""
+    """Sums of gradients and of losses round differently, and no more; a cluster that gives one task does not matter.
+
+    Asked to stop, both save and end together.
+    """
     cluster = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
                "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}  # fmt: skip
     model = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0}
@@ -140,6 +162,11 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
         for arm, phase in (("dense", "00-dense"), ("sparse", "01-sparse")):
             bench.phases(arm, stop_after=int(phase[:2]))
             run = bench.dir(arm)
+            if (devices, arm) == (2, "dense"):
+                command = [PROGRAM, "train", str(run), phase, "--threads", "2"]
+                status, told = kill_when(command, run / "metrics.jsonl", 3, signal.SIGTERM)
+                assert status == STATUS
+                assert "stopped by SIGTERM after step" in told
             done = subprocess.run(
                 [PROGRAM, "train", str(run), phase, "--threads", "2"], env={**os.environ, **cluster},
                 check=True, timeout=300, stderr=subprocess.PIPE, text=True,
@@ -237,3 +264,19 @@ def test_bf16_and_dropout_train(tmp_path: Path) -> None:
                 "validation_blocks": 4, "checkpoint_every": 4}  # fmt: skip
     bench = Bench(tmp_path, training=training, arms={"sparse": {"method": "sparse"}})
     assert bench.phases("sparse")[-1].total.steps == 12
+
+
+def test_neither_workers_nor_cores_decide_what_is_trained_but_threads_do(tmp_path: Path) -> None:
+    """Threads are a setting of the run, so a stage that is not told otherwise takes as many, on any machine."""
+    training = {"steps": 12, "batch_size": 4, "log_every": 3, "validate_every": 6, "validation_blocks": 4}
+    found, used = {}, {}
+    for name, changes in (("plain", {}), ("workers", {"workers": 2}), ("threads", {"threads": 2})):
+        (tmp_path / name).mkdir()
+        arms = {"dense": {"method": "dense"}}
+        bench = Bench(tmp_path / name, training={**training, **changes}, arms=arms)
+        # As a person or the workflow calls it: without a number of threads.
+        assert main(["train", str(bench.dir("dense")), "00-dense"]) == 0
+        found[name] = weights(bench.last_checkpoint("dense"))
+        used[name] = PhaseRecord.read(bench.dir("dense") / "phases/00-dense/phase.json").provenance["threads"]
+    assert used == {"plain": 1, "workers": 1, "threads": 2}
+    assert all(torch.equal(found["plain"][name], found["workers"][name]) for name in found["plain"])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,31 +119,42 @@ def test_a_mistake_stops_the_workflow_in_two_lines(tmp_path: Path, mistake: str)
 
 
 def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """The whole process group dies at once, as when a machine goes down."""
+    """First all its processes die at once, as when a machine goes down; then snakemake alone, and its job works on.
+
+    The long form, for every stage and signal, is tests/campaigns/kills.py.
+    """
     training = {"steps": 120, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
                 "checkpoint_every": 4}  # fmt: skip
     switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.5, "warmup_min_steps": 4, "warmup_max_steps": 8,
                  "sparse_steps": 60, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
     config = tiny_experiment(tmp_path, training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
     results = tmp_path / "killed"
-    rolling = results / "tiny/runs/ssd-seed0/work/02-sparse/rolling.ckpt"
-    # One core is one thread, as `Bench` uses: other numbers of threads round differently.
-    process = subprocess.Popen(
-        command(config, results, "--cores", "1"), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not rolling.exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    snakemake(config, results, "--cores", "1")
+    run = results / "tiny/runs/ssd-seed0"
+    rolling, holder = run / "work/02-sparse/rolling.ckpt", run / ".holder"
+
+    def kill_when(reached: Callable[[], bool], kill: Callable[[int, int], None]) -> None:
+        # First on one core, in the end on two: their number decides nothing.
+        process = subprocess.Popen(
+            command(config, results, "--cores", "1"), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while not reached():
+            assert process.poll() is None
+            time.sleep(0.005)
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+    kill_when(rolling.exists, os.killpg)
+    dead = holder.read_text()
+    assert dead.startswith("02-sparse, process ")
+    kill_when(lambda: holder.exists() and holder.read_text() not in ("", dead), os.kill)
+    snakemake(config, results)
+    assert not [path for path in results.rglob("*") if path.name.endswith(".part") or path == holder]
 
     (tmp_path / "whole").mkdir()
     shutil.copy(tmp_path / "text.txt", tmp_path / "whole")
     whole = Bench(tmp_path / "whole", training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
     expected = torch.load(whole.last_checkpoint("ssd"), weights_only=True)["state_dict"]
-    run = results / "tiny/runs/ssd-seed0"
     chain = sorted((run / "phases").iterdir())
     got = torch.load(chain[-1] / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(expected[name], got[name]) for name in expected)

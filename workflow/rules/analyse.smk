@@ -13,9 +13,9 @@ rule analyse:
         HERE / "runs/{run}/logs/analyse.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/analyse.tsv"
-    threads: RUN_THREADS
+    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit analyse {params.run} --threads {threads} 2>&1 | tee {log}"
+        "ssd-lit analyse {params.run} 2>&1 | keep {log}"

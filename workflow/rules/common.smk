@@ -8,6 +8,9 @@ from ssd_lit.data.sources import check_sources
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, data_dir, phase_name, run_dir, write_configs
 from ssd_lit.reporting.names import caption_name, figure_names
 
+# A scheduler that stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
+shell.prefix("set -euo pipefail; trap : TERM USR1; keep() {{ trap '' TERM USR1; exec tee \"$@\"; }}; ")
+
 RESULTS = Path(config.get("results", "results"))
 
 
@@ -37,9 +40,8 @@ if EXPERIMENT.downstream is not None:
     DOWNSTREAM = expand(HERE / "runs/{run}/downstream/downstream.json", run=RUNS)
     DOWNSTREAM_TABLE = [HERE / "downstream.csv"]
 
-# Runs are independent: those that train share the cores evenly.
-TRAINING = [run for run in RUNS.values() if run.method != "posthoc"]
-RUN_THREADS = max(1, workflow.cores // max(1, len(TRAINING))) if workflow.cores else 1
+# As many runs work side by side as have room; how many threads one takes decides its bits, so its config says.
+THREADS = {name: run.training.threads for name, run in RUNS.items()}
 
 # A run of many phases is a long chain of jobs: where cores are few, it goes first.
 PRIORITY = {name: 10 if run.method == "ssd" else 5 if run.method == "dense" else 0 for name, run in RUNS.items()}

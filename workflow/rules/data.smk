@@ -12,7 +12,7 @@ rule prepare:
         DATA / "benchmarks/prepare.tsv"
     threads: workflow.cores or 1
     shell:
-        "ssd-lit prepare {DATA} --threads {threads} 2>&1 | tee {log}"
+        "ssd-lit prepare {DATA} --threads {threads} 2>&1 | keep {log}"
 
 
 rule tokenizer:
@@ -26,7 +26,7 @@ rule tokenizer:
         DATA / "benchmarks/tokenizer.tsv"
     threads: workflow.cores or 1
     shell:
-        "ssd-lit tokenizer {DATA} --threads {threads} 2>&1 | tee {log}"
+        "ssd-lit tokenizer {DATA} --threads {threads} 2>&1 | keep {log}"
 
 
 rule encode:
@@ -42,4 +42,4 @@ rule encode:
         DATA / "benchmarks/encode.tsv"
     threads: workflow.cores or 1
     shell:
-        "ssd-lit encode {DATA} --threads {threads} 2>&1 | tee {log}"
+        "ssd-lit encode {DATA} --threads {threads} 2>&1 | keep {log}"

@@ -13,9 +13,9 @@ rule downstream:
         HERE / "runs/{run}/logs/downstream.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/downstream.tsv"
-    threads: RUN_THREADS
+    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit downstream {params.run} --threads {threads} 2>&1 | tee {log}"
+        "ssd-lit downstream {params.run} 2>&1 | keep {log}"

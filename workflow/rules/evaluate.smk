@@ -11,9 +11,9 @@ rule evaluate:
         HERE / "runs/{run}/logs/evaluate.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/evaluate.tsv"
-    threads: RUN_THREADS
+    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit evaluate {params.run} --threads {threads} 2>&1 | tee {log}"
+        "ssd-lit evaluate {params.run} 2>&1 | keep {log}"

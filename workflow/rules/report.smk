@@ -14,7 +14,7 @@ rule summarise:
     benchmark:
         HERE / "benchmarks/summarise.tsv"
     shell:
-        "ssd-lit summarise {HERE} 2>&1 | tee {log}"
+        "ssd-lit summarise {HERE} 2>&1 | keep {log}"
 
 
 rule figures:
@@ -34,7 +34,7 @@ rule figures:
     benchmark:
         HERE / "benchmarks/figures.tsv"
     shell:
-        "ssd-lit figures {HERE} 2>&1 | tee {log}"
+        "ssd-lit figures {HERE} 2>&1 | keep {log}"
 
 
 rule write_report:
@@ -48,4 +48,4 @@ rule write_report:
     benchmark:
         HERE / "benchmarks/report.tsv"
     shell:
-        "ssd-lit report {HERE} 2>&1 | tee {log}"
+        "ssd-lit report {HERE} 2>&1 | keep {log}"

@@ -11,7 +11,7 @@ rule store:
     benchmark:
         RESULTS / "logs/store.tsv"
     shell:
-        "ssd-lit store {RESULTS} 2>&1 | tee {log}"
+        "ssd-lit store {RESULTS} 2>&1 | keep {log}"
 
 
 checkpoint train:
@@ -27,12 +27,12 @@ checkpoint train:
         HERE / "runs/{run}/logs/{index}-{mode}.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/{index}-{mode}.tsv"
-    threads: RUN_THREADS
+    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit train {params.run} {wildcards.index}-{wildcards.mode} --threads {threads} 2>&1 | tee -a {log}"
+        "ssd-lit train {params.run} {wildcards.index}-{wildcards.mode} 2>&1 | keep -a {log}"
 
 
 checkpoint moefy:
@@ -48,12 +48,12 @@ checkpoint moefy:
         HERE / "runs/{run}/logs/{index}-moefy.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/{index}-moefy.tsv"
-    threads: RUN_THREADS
+    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit moefy {params.run} {wildcards.index}-moefy --threads {threads} 2>&1 | tee -a {log}"
+        "ssd-lit moefy {params.run} {wildcards.index}-moefy 2>&1 | keep -a {log}"
 
 
 checkpoint route:
@@ -69,9 +69,9 @@ checkpoint route:
         HERE / "runs/{run}/logs/{index}-router.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/{index}-router.tsv"
-    threads: RUN_THREADS
+    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:
-        "ssd-lit route {params.run} {wildcards.index}-router --threads {threads} 2>&1 | tee -a {log}"
+        "ssd-lit route {params.run} {wildcards.index}-router 2>&1 | keep -a {log}"

@@ -1,6 +1,7 @@
 """Blocks of tokens, cut from a split's stream on disk without loading it."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd_lit.files import read_json
+from ssd_lit.files import check_digests, read_sealed
 
 
 def load_index(tokens_dir: Path) -> dict[str, Any]:
-    """The index that `encode_documents` wrote last. Raises ValueError if it is missing or cut short."""
-    index: dict[str, Any] = read_json(tokens_dir / "index.json")
-    return index
+    """The index that `encode_documents` wrote last. Raises ValueError if it is missing or damaged."""
+    return read_sealed(tokens_dir / "index.json")
+
+
+@cache
+def _check_tokens(tokens_dir: Path, split: str, expected: str) -> None:
+    """Raise ValueError if a split is not what was encoded.
+
+    Once in a process: that reads a gigabyte in under a second, and warms the cache for what training reads next.
+    """
+    check_digests(tokens_dir, {f"{split}.bin": expected})
 
 
 class TokenBlocks(Dataset[dict[str, Tensor]]):
@@ -24,8 +33,8 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
 
     Blocks follow each other without overlap; the last target of one is the first input of the next. With `draws`,
     an item has "noise" [S, draws] too: uniform random numbers that are a function of the block, so that an objective
-    hides the same tokens whenever the block is scored. Raises ValueError if the stream's length is not what the index
-    says.
+    hides the same tokens whenever the block is scored. Raises ValueError if the stream's bytes are not those that the
+    index tells of.
     """
 
     def __init__(self, tokens_dir: Path, split: str, draws: int = 0) -> None:
@@ -36,9 +45,7 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         self._path = tokens_dir / f"{split}.bin"
         self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
         self._stream: npt.NDArray[Any] | None = None
-        expected = index["splits"][split]["tokens"] * self._dtype.itemsize
-        if not self._path.is_file() or self._path.stat().st_size != expected:
-            raise ValueError(f"{self._path}: not the {expected} bytes that index.json tells of; encode again")
+        _check_tokens(tokens_dir, split, index["splits"][split]["sha256"])
 
     def __len__(self) -> int:
         return self._blocks

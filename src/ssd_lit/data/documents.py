@@ -4,11 +4,12 @@ Everything about a document follows from the hash of its cleaned text: its place
 in, and whether it is kept. So the result depends neither on the order of the sources nor on other documents.
 
 The first pass writes each document to one of 128 buckets by the leading bits of its hash; equal texts meet in one
-bucket. The second pass sorts one bucket at a time, which needs about 1/128 of the corpus in memory.
+bucket. The second pass sorts one bucket at a time by the hashes alone, and reads the texts in that order.
 """
 
 import hashlib
 import json
+import os
 import re
 import struct
 import tempfile
@@ -17,14 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow
 import pyarrow.parquet
 
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.sources import check_sources, describe, documents
-from ssd_lit.files import write_json, write_text
+from ssd_lit.files import naming, write_sealed, write_text
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str], None]
@@ -34,6 +35,8 @@ _RECORD = struct.Struct("<16sI")
 _ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
 _UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
+_MAY_BE_MARKS = re.compile(r"[^\w\x00-\x7f]{31,}")
+_MOST_MARKS = 30
 _MANY_NEWLINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 
@@ -50,7 +53,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
     """
     check_sources(config.sources)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
+    with naming(out), tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
         read = _spill(config, Path(work), progress)
         kept = _collect(config, Path(work), progress)
         _check_splits(config, kept)
@@ -58,7 +61,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
             (Path(work) / f"{split}.parquet").replace(out / f"{split}.parquet")
     card = _card(config, read, kept)
     write_text(out / "card.md", _card_text(card))
-    write_json(out / "card.json", card)
+    write_sealed(out / "card.json", card)
     return card
 
 
@@ -69,19 +72,35 @@ def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
     """
     path = documents_dir / f"{split}.parquet"
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run the stage that writes it first") from None
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({error}); delete it and run again") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a whole Parquet file ({told}); delete {documents_dir} and run again") from None
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, newlines as \\n and never more than two together, no control characters but \\n and \\t."""
+    """Unicode NFC, newlines as \\n and never more than two together, no control characters but \\n and \\t.
+
+    Of combining marks in a row 30 are kept, as in Unicode's Stream-Safe Text Format (UAX 15): to bring a longer row
+    into order takes the square of its length.
+    """
     text = _UNWANTED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not text.isascii():
+        text = _MAY_BE_MARKS.sub(_with_few_marks, text)
     return _MANY_NEWLINES.sub("\n\n", unicodedata.normalize("NFC", text)).strip()
+
+
+def _with_few_marks(run: re.Match[str]) -> str:
+    kept, marks = [], 0
+    for character in run[0]:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks <= _MOST_MARKS:
+            kept.append(character)
+    return "".join(kept)
 
 
 def split_of(digest: bytes, validation_share: float, test_share: float) -> str:
@@ -151,14 +170,15 @@ def _collect(config: DataConfig, work: Path, progress: Progress) -> _Kept:
     with ExitStack() as stack:
         writers = {name: stack.enter_context(_SplitWriter(work / f"{name}.parquet")) for name in SPLITS}
         for number in range(_BUCKETS):
-            found = dict(_records(_bucket(work, number), kept))
+            with _bucket(work, number).open("rb") as bucket:
+                for digest, place, size in sorted(_records(bucket, kept)):
+                    if sum(writer.bytes for writer in writers.values()) >= limit:
+                        kept.left_out += 1
+                        continue
+                    split = split_of(digest, config.validation_share, config.test_share)
+                    bucket.seek(place)
+                    writers[split].add(digest, bucket.read(size))
             _bucket(work, number).unlink()
-            for digest in sorted(found):
-                if sum(writer.bytes for writer in writers.values()) >= limit:
-                    kept.left_out += 1
-                    continue
-                split = split_of(digest, config.validation_share, config.test_share)
-                writers[split].add(digest, found[digest])
             if number % 32 == 31:
                 progress(f"sorted {number + 1} of {_BUCKETS} buckets")
     kept.splits = {name: writer.summary() for name, writer in writers.items()}
@@ -169,20 +189,18 @@ def _bucket(work: Path, number: int) -> Path:
     return work / f"bucket-{number:03d}"
 
 
-def _records(bucket: Path, kept: _Kept) -> Iterator[tuple[bytes, bytes]]:
-    """The (hash, text) pairs of a bucket, each text once; counts the rest as duplicates."""
-    content = memoryview(bucket.read_bytes())
+def _records(bucket: BinaryIO, kept: _Kept) -> Iterator[tuple[bytes, int, int]]:
+    """Hash, place and size of every text in a bucket, each text once; counts the rest as duplicates."""
     seen: set[bytes] = set()
-    place = 0
-    while place < len(content):
-        digest, size = _RECORD.unpack_from(content, place)
-        start = place + _RECORD.size
-        place = start + size
+    while header := bucket.read(_RECORD.size):
+        digest, size = _RECORD.unpack(header)
+        place = bucket.tell()
+        bucket.seek(size, os.SEEK_CUR)
         if digest in seen:
             kept.duplicates += 1
             continue
         seen.add(digest)
-        yield digest, bytes(content[start:place])
+        yield digest, place, size
 
 
 class _SplitWriter:
@@ -190,7 +208,9 @@ class _SplitWriter:
 
     def __init__(self, path: Path) -> None:
         schema = pyarrow.schema([("text", pyarrow.string())])
-        self._file = pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False)
+        self._file = pyarrow.parquet.ParquetWriter(
+            path, schema, compression="zstd", use_dictionary=False, write_page_checksum=True
+        )
         self._rows: list[bytes] = []
         self._rows_bytes = 0
         self._digest = hashlib.sha256()

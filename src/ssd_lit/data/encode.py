@@ -12,8 +12,8 @@ from tokenizers import Encoding, Tokenizer
 
 from ssd_lit.config import ConfigError
 from ssd_lit.data.documents import SPLITS, Progress, read_split, silent
-from ssd_lit.data.tokenizer import end_of_text_id, load_tokenizer, mask_id, sentinel_ids
-from ssd_lit.files import whole_file, write_json
+from ssd_lit.data.tokenizer import check_tokenizer, end_of_text_id, load_tokenizer, mask_id, sentinel_ids
+from ssd_lit.files import whole_file, write_sealed
 
 _REPORT_TOKENS = 10_000_000
 
@@ -30,10 +30,11 @@ def encode_documents(
     Ids are little-endian uint16, or uint32 from a vocabulary of 65,536 on. Returns the index, which is written to
     `out_dir`/index.json last: vocab_size, eos_id, mask_id (null if there is none), sentinel_ids (<extra_id_0> first),
     dtype, sequence_length; for each split tokens, documents, blocks and sha256; and a digest over all splits. Raises
-    ConfigError if a split is shorter than one block.
+    ConfigError if a split is shorter than one block, ValueError if documents or tokenizer are damaged.
     """
     index_path = out_dir / "index.json"
     index_path.unlink(missing_ok=True)  # an old index must not describe new tokens
+    check_tokenizer(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     eos_id = end_of_text_id(tokenizer_dir)
     # A tokenizer made elsewhere may have gaps between its ids: what counts is the largest.
@@ -59,7 +60,7 @@ def encode_documents(
         "splits": splits,
         "digest": hashlib.sha256("".join(split["sha256"] for split in splits.values()).encode()).hexdigest(),
     }
-    write_json(index_path, index)
+    write_sealed(index_path, index)
     return index
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
+from ssd_lit import stopping
 from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
@@ -64,6 +65,13 @@ class TokenData(LightningDataModule):
         start = self.skipped_steps + (self.trainer.global_step if self.trainer else 0)
         return self._loader(blocks, StepBatches(len(blocks), self.batch_size, self.seed, start, rank, world_size))
 
+    def train_batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a global step, or this device's part of it, read anew."""
+        blocks = TokenBlocks(self.tokens_dir, "train")
+        order = StepBatches(len(blocks), self.batch_size, self.seed, 0, *self._place())
+        found: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(self.skipped_steps + step)))
+        return found
+
     def val_dataloader(self) -> Batches:
         """The same evenly spaced blocks each time, every block read by one device.
 
@@ -87,6 +95,7 @@ class TokenData(LightningDataModule):
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
+            worker_init_fn=stopping.ignore,
             # Its own: a new iterator would otherwise draw a number from the global generator, and a run that was
             # interrupted makes more iterators than one that was not.
             generator=torch.Generator(),

@@ -6,6 +6,7 @@ import json
 import lzma
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
                 yield from _parquet_rows(path, text_key)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from None
-    except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowInvalid) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
         raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from None
 
 
@@ -104,8 +105,10 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}: line {number} is not valid JSON ({error.msg})") from None
+            except RecursionError:
+                raise ConfigError(f"{path}: line {number} is not valid JSON (nested too deeply)") from None
+            except ValueError as error:
+                raise ConfigError(f"{path}: line {number} is not valid JSON ({_first_line(error)})") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{path}: line {number} is not a JSON object")
             yield text_of(row, text_key, f"{path}: line {number}")
@@ -147,4 +150,7 @@ def text_of(row: dict[str, Any], text_key: str, where: str) -> str:
 
 
 def _missing_key(text_key: str, columns: list[str], where: str) -> ConfigError:
-    return ConfigError(f"{where}: no text_key {text_key!r}; there are: {', '.join(columns) or 'none'}")
+    there = ", ".join(columns) or "none"
+    return ConfigError(
+        f"{where}: no text_key {text_key!r}; there are: {there if len(there) <= 200 else there[:200] + ' ...'}"
+    )

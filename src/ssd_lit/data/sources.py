@@ -1,6 +1,5 @@
 """Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
 
-import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from ssd_lit.config import ConfigError, FilesSource, HubSource, PackageSource, S
 from ssd_lit.data.hub import check_hub, hub_documents
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
 from ssd_lit.data.readers import check_format, read_documents
+from ssd_lit.file_patterns import matching_paths
 from ssd_lit.files import sha256
 
 
@@ -56,6 +56,10 @@ def describe(source: Source) -> dict[str, Any]:
 def _check_files(source: FilesSource) -> None:
     """Read up to the first text: empty files, a wrong text_key or a damaged first file show there."""
     files = _files(source)
+    if not files:
+        raise ConfigError(
+            f"data.sources: {', '.join(source.paths)}: nothing there is a file; name files, as in FOLDER/**/*.txt"
+        )
     for path in files:
         check_format(path)
     if not any(text.strip() for path in files for text in read_documents(path, source.text_key)):
@@ -64,5 +68,5 @@ def _check_files(source: FilesSource) -> None:
 
 def _files(source: FilesSource) -> list[Path]:
     """Every file that a pattern matches, once, by name: the order must not depend on the file system."""
-    found = {path for pattern in source.paths for path in glob.glob(pattern, recursive=True)}  # noqa: PTH207
+    found = {path for pattern in source.paths for path in matching_paths(pattern)}
     return [path for path in map(Path, sorted(found)) if path.is_file()]

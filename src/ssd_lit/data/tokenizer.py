@@ -10,16 +10,29 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
 from ssd_lit.data.documents import read_split
-from ssd_lit.files import read_json, whole_file, write_json
+from ssd_lit.files import (
+    check_digests,
+    read_json,
+    read_sealed,
+    sha256,
+    whole_file,
+    write_json,
+    write_sealed,
+    write_text,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
+DIGESTS = "digests.json"
+"""Written last: the SHA-256 of each file of the tokenizer."""
 
+# What merges are learnt from is cut there: learning takes the square of a word's length.
+_WITHOUT_A_BREAK = re.compile(r"(\S{1000}|\s{1000})")
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which Hugging Face's `from_pretrained` reads too.
+    """Write tokenizer.json and tokenizer_config.json, which Hugging Face's `from_pretrained` reads too, and digests.
 
     The special tokens come first: end of text, then the mask token and the sentinels that are asked for. The
     vocabulary is smaller than asked for if the text has too few different words. A tokenizer of config.folder keeps
@@ -27,6 +40,7 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
     """
     if config.folder is not None:
         _copy(Path(config.folder), out_dir)
+        _seal(out_dir)
         return
     mask = MASK if config.mask_token else None
     sentinels = [f"<extra_id_{number}>" for number in range(config.sentinels)]
@@ -41,9 +55,14 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_megabytes(documents_dir, config.train_megabytes), trainer)
-    with whole_file(out_dir / "tokenizer.json") as part:
-        tokenizer.save(str(part))
+    write_text(out_dir / "tokenizer.json", tokenizer.to_str(pretty=True))
     _write_config(out_dir, END_OF_TEXT, mask, sentinels)
+    _seal(out_dir)
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Raise ValueError if a file of a folder that `train_tokenizer` wrote is missing or damaged."""
+    check_digests(directory, read_sealed(directory / DIGESTS))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -91,7 +110,7 @@ def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str
         for text in group:
             if left <= 0:
                 break
-            taken.append(text)
+            taken += [piece for piece in _WITHOUT_A_BREAK.split(text) if piece]
             left -= len(text.encode("utf-8"))
         yield taken
         if left <= 0:
@@ -131,8 +150,10 @@ def _named(folder: Path, role: str) -> str | None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
-    token: Any = read_json(path).get(role)
-    return token.get("content") if isinstance(token, dict) else token
+    content: Any = read_json(path)
+    token = content.get(role) if isinstance(content, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _write_config(out_dir: Path, end_of_text: str, mask: str | None, sentinels: list[str]) -> None:
@@ -147,3 +168,8 @@ def _write_config(out_dir: Path, end_of_text: str, mask: str | None, sentinels: 
     if sentinels:
         config["additional_special_tokens"] = sentinels
     write_json(out_dir / "tokenizer_config.json", config)
+
+
+def _seal(out_dir: Path) -> None:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    write_sealed(out_dir / DIGESTS, {name: sha256(out_dir / name) for name in names})

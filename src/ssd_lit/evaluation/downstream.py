@@ -16,8 +16,7 @@ from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
 from ssd_lit.evaluation.pieces import Pieces
-from ssd_lit.files import sha256
-from ssd_lit.layout import PhaseRecord, phase_dir
+from ssd_lit.layout import PhaseRecord
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.checkpoint import final_model
 
@@ -50,7 +49,7 @@ def try_downstream(
         "eos_id": specials.eos_id,
         "longest": config.data.sequence_length,
     }
-    modes, kept = _modes(config, chain), Pieces(pieces, _inputs(run_dir, config, settings, chain))
+    modes, kept = _modes(config, chain), Pieces(pieces, _inputs(config, settings, chain))
     if settings.glue is not None and "glue" not in missing:
         found["glue"] = score_on_glue(model, settings.glue, modes=modes, pieces=kept, title=config.name, **shared)
     if settings.blimp is not None and "blimp" not in missing:
@@ -102,13 +101,10 @@ def _blimp(
     return scores
 
 
-def _inputs(
-    run_dir: Path, config: RunConfig, settings: DownstreamConfig, chain: Sequence[PhaseRecord]
-) -> dict[str, Any]:
+def _inputs(config: RunConfig, settings: DownstreamConfig, chain: Sequence[PhaseRecord]) -> dict[str, Any]:
     """All that decides what a piece of the work gives, but for its task and seed."""
-    last, each = chain[-1], {"tasks", "seeds"}
     return {
-        "weights": sha256(phase_dir(run_dir, last.index, last.mode) / "last.ckpt"),
+        "weights": chain[-1].weights,
         "moe": config.moe.model_dump(mode="json"),
-        "downstream": settings.model_dump(mode="json", exclude={"glue": each}),
+        "downstream": settings.model_dump(mode="json", exclude={"glue": {"tasks", "seeds"}}),
     }

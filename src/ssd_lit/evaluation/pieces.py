@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.files import read_json, write_json
+from ssd_lit.files import read_sealed, write_sealed
 
 
 class Pieces:
@@ -17,15 +17,15 @@ class Pieces:
     def __init__(self, folder: Path, inputs: dict[str, Any]):
         self._folder = folder
         book = folder / "inputs.json"
-        if not (book.exists() and read_json(book) == inputs):
+        if not (book.exists() and read_sealed(book) == inputs):
             shutil.rmtree(folder, ignore_errors=True)
-            write_json(book, inputs)
+            write_sealed(book, inputs)
 
     def get(self, name: str, work: Callable[[], Any]) -> Any:
         """The piece of that name: read, if it was done before, or else done and kept."""
         path = self._folder / f"{name}.json"
         if path.exists():
-            return read_json(path)
+            return read_sealed(path)["found"]
         found = work()
-        write_json(path, found)
+        write_sealed(path, {"found": found})
         return found

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ssd_lit.files import check_digests, read_sealed
 from ssd_lit.reporting.runs import RunResult
 
 RUN = ["run", "arm", "seed"]
@@ -15,9 +16,11 @@ def has_table(result: RunResult, name: str) -> bool:
 
 
 def read_table(result: RunResult, name: str) -> pd.DataFrame:
-    """analysis/NAME.csv of a run, which it must have."""
+    """analysis/NAME.csv of a run, which it must have. Raises ValueError if it is not what the analysis wrote."""
+    folder = result.folder / "analysis"
+    check_digests(folder, {f"{name}.csv": read_sealed(folder / "analysis.json")["digests"][f"{name}.csv"]})
     # A token may be called "NA", which is no missing number.
-    return pd.read_csv(result.folder / "analysis" / f"{name}.csv", dtype={"token": str, "layer": str}, na_filter=False)
+    return pd.read_csv(folder / f"{name}.csv", dtype={"token": str, "layer": str}, na_filter=False)
 
 
 def joined(tables: Sequence[tuple[RunResult, pd.DataFrame]], columns: Sequence[str]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.glue import TASKS
-from ssd_lit.files import read_json, write_text
+from ssd_lit.files import read_sealed, write_text
 from ssd_lit.reporting.analyses import RUN
 from ssd_lit.reporting.arms import Measure
 from ssd_lit.reporting.runs import RunResult
@@ -152,8 +152,7 @@ def _all(results: Sequence[RunResult], benchmark: str) -> list[dict[str, Any]]:
 
 
 def _read(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(run_dir / "downstream" / "downstream.json")
-    return found
+    return read_sealed(run_dir / "downstream" / "downstream.json")
 
 
 def _rows(run: RunConfig, found: dict[str, Any]) -> list[dict[str, Any]]:

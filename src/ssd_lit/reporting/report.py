@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ssd_lit.config import Experiment
-from ssd_lit.files import read_json, write_text
+from ssd_lit.files import read_sealed, write_text
 from ssd_lit.reporting import words
 from ssd_lit.reporting.arms import arms_of
 from ssd_lit.reporting.downstream import blimp_table, glue_table
@@ -106,9 +106,7 @@ def _over_range(text: str) -> Markup:
 
 def _read_card(path: Path) -> dict[str, Any]:
     """The data card as a list of sources, its splits, and whatever else it tells."""
-    card = read_json(path)
-    if not isinstance(card, dict):
-        raise ValueError(f"{path}: not a data card; delete it and run again")
+    card = read_sealed(path)
     sources = [source for source in card.get("sources", []) if isinstance(source, dict)]
     rest = {key: value for key, value in card.items() if key != "sources"}
     return {"sources": sources, "rest": flat(rest)}

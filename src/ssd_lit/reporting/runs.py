@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssd_lit.config import RunConfig
-from ssd_lit.files import read_json
+from ssd_lit.files import read_sealed
 from ssd_lit.layout import PhaseRecord, Totals, read_chain
 from ssd_lit.points import read_points
 
@@ -45,7 +45,7 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         """Raises ValueError if the file is missing, cut short or of another shape."""
-        content = read_json(path)
+        content = read_sealed(path)
         try:
             return cls(
                 loss_dense=content["loss_dense"],

@@ -19,12 +19,26 @@ COLUMNS = (
 
 def write_summary(exp_dir: Path, runs: Sequence[RunConfig]) -> Path:
     """Write summary.csv for the finished runs; a cell that does not apply stays empty."""
+    path = exp_dir / "summary.csv"
+    write_text(path, _table(exp_dir, runs))
+    return path
+
+
+def check_summary(exp_dir: Path, runs: Sequence[RunConfig]) -> None:
+    """Raise ValueError if the rows of these runs in summary.csv are not what their own files give."""
+    path = exp_dir / "summary.csv"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; run the stage that writes it first")
+    there = path.read_bytes().decode("utf-8", "replace").splitlines()
+    missing = [row for row in _table(exp_dir, runs).splitlines() if row not in there]
+    if missing:
+        raise ValueError(f"{path}: has no row {missing[0]!r}, which the runs' files give; delete it and run again")
+
+
+def _table(exp_dir: Path, runs: Sequence[RunConfig]) -> str:
     rows = [summary_row(result) for result in load_results(exp_dir, runs)]
     # Object columns keep a whole number whole where another row has none.
-    table = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
-    path = exp_dir / "summary.csv"
-    write_text(path, table.to_csv(index=False, lineterminator="\n"))
-    return path
+    return pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def summary_row(result: RunResult) -> dict[str, Any]:

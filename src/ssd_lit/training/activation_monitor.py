@@ -11,6 +11,7 @@ from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.routing_watch import RoutingWatch
 
 SEQUENCES, TOKENS = 4, 1024
 """At most so many sequences of a batch are looked at, and of long ones no more than make so many tokens."""
@@ -23,11 +24,12 @@ class ActivationMonitor(Callback):
     thousand tokens are enough: a layer's ratio averages over them and its neurons, an expert's load over them, and only
     an expert chosen by fewer than one token in a thousand may look dead. Sequences stay whole, because attention must
     see what it sees in training. Stands before what waits for the device at the same steps, so that its own work is
-    queued behind the step's.
+    queued behind the step's. Dead experts and collapsed routing are warned of.
     """
 
-    def __init__(self, log_every: int):
+    def __init__(self, title: str, log_every: int):
         self._log_every = log_every
+        self._watch = RoutingWatch(title)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
@@ -51,6 +53,11 @@ class ActivationMonitor(Callback):
                 values[f"experts/dead/layer_{layer:02d}"] = float((load == 0).sum())
                 values["experts/top_k"] = ffn.top_k
         module.record(values)
+        if ffns[0].mode == "sparse" and trainer.is_global_zero:
+            self._watch.update(shares[:, 1:], ffns[0].top_k)
+
+    def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+        self._watch.close(module.model.ffns[0].top_k)
 
 
 def _some_of(batch: Batch) -> Batch:

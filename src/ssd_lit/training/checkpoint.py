@@ -1,5 +1,6 @@
 """Reading checkpoints and building what goes into them, with and without Lightning."""
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import Specials
+from ssd_lit.files import whole_file
 from ssd_lit.layout import PhaseRecord, phase_dir
 from ssd_lit.models.language_model import LanguageModel
 
@@ -49,15 +51,46 @@ def final_model(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], 
     return model
 
 
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values, whole or not at all; OSError if the disk takes no more."""
+    with whole_file(path) as part, part.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # Told to write no more, torch complains that its archive has no end.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain values only; ValueError if it is missing or broken."""
+    """Read a checkpoint onto the CPU, tensors and plain values only; ValueError if it is missing or damaged."""
     if not path.exists():
         raise ValueError(f"{path}: not found; run the phase that writes it (delete its phase.json if that is there)")
     try:
+        check_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete its folder and run again") from None
+    try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error}); delete it and run again") from error
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({told}); delete its folder and run again") from error
     return content
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise ValueError if a checkpoint is damaged.
+
+    torch.save writes a zip archive with a checksum for each of its records, which torch.load does not look at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # No record is a folder: one that says so would be left unread, its memory as it happened to be.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
+            damaged = archive.testzip() or next(iter(folders), None)
+    except Exception as error:  # an archive that is damaged raises whatever its reader stumbles over
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if damaged is not None:
+        raise ValueError(f"{path}: damaged (the checksum of {damaged} does not fit)")
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -11,9 +11,17 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.training.optim import build_optimizer, build_scheduler
+from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.running_mean import RunningMean
 from ssd_lit.training.top_k import top_k_at
+from ssd_lit.training.update_guard import UpdateGuard
+
+COMPILE_MODE = "reduce-overhead"
+"""Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them
+one by one, would keep the GPU waiting. Without a GPU it changes nothing."""
+
+LOSS_SUMS = "train_loss_sums"
+"""Key of a checkpoint: what went into the next point of the training loss, a row a process."""
 
 
 class Pretraining(LightningModule):
@@ -27,34 +35,56 @@ class Pretraining(LightningModule):
         super().__init__()
         self.config = config
         self.model = model
+        self.guard = UpdateGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
         self._objective = objective
         self._train_loss = RunningMean()
         self._validation_loss = RunningMean()
         self._loss = self._losses
         if config.training.compile:
             # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
-            self._loss = torch.compile(self._losses)
+            self._loss = torch.compile(self._losses, mode=COMPILE_MODE)
             # One graph for every k of a schedule: beyond its limit torch would go on without compiling.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, config.moe.experts + 1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """What the model is to read and to predict; the blocks' own noise in validation, fresh noise in training."""
-        noise = batch.pop("noise", None)
         if self.trainer.training:
-            entropy = [self.config.seed, self.global_step, self.global_rank]
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-        if noise is None:
-            noise = torch.rand(*batch["inputs"].shape, self._objective.draws, device=self.device)
-        return self._objective(batch, noise)
+            return self._posed(batch, self.global_step)
+        noise = batch.pop("noise", None)
+        return self._objective(batch, self._noise(batch) if noise is None else noise)
+
+    def _posed(self, batch: Batch, step: int) -> Batch:
+        entropy = [self.config.seed, step, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        return self._objective(batch, self._noise(batch))
+
+    def _noise(self, batch: Batch) -> Tensor:
+        return torch.rand(*batch["inputs"].shape, self._objective.draws, device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._set_top_k(self.global_step)
+
+    def _set_top_k(self, step: int) -> None:
         if self.model.ffns[0].mode == "sparse":
-            self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
+            self.model.set_mode("sparse", top_k_at(self.config, step))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, gate = self._loss(batch)
-        self._train_loss.update(loss, _targets(batch))
+        # One step without a number must not hide the loss of all others.
+        finite = loss.detach().isfinite()
+        self._train_loss.update(torch.where(finite, loss, 0.0), _targets(batch) * finite)
+        total = self._total(loss, gate)
+        # A loss that is not finite makes its gradient so, in all processes, even where the gradient alone would be.
+        return total * (1.0 + 0.0 * total.detach())
+
+    def run_again(self, step: int) -> Tensor:
+        """The loss of a step's batch, drawn anew, by the weights as they are; never compiled."""
+        batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
+        self._set_top_k(step)
+        return self._total(*self._losses(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)))
+
+    def _total(self, loss: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
             return loss
         moe = self.config.moe
@@ -73,7 +103,8 @@ class Pretraining(LightningModule):
     ) -> None:
         # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 scales none.
         assert gradient_clip_val is not None
-        torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+        leave_out_if(self.guard.judge(norm, self.global_step), self.trainer.optimizers[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning would keep them through the next forward pass, where memory is needed most.
@@ -94,6 +125,15 @@ class Pretraining(LightningModule):
         found: Tensor = mean.compute()
         mean.reset()
         return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # A run may be asked to stop between two points of the loss.
+        sums = self.trainer.strategy.all_gather(self._train_loss.sums())
+        checkpoint[LOSS_SUMS] = sums.reshape(-1, 2).cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if LOSS_SUMS in checkpoint:
+            self._train_loss.go_on_from(checkpoint[LOSS_SUMS][self.global_rank])
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

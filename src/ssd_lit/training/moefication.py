@@ -5,13 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import load_index
 from ssd_lit.data.objectives import Specials
-from ssd_lit.files import whole_file
 from ssd_lit.layout import PhaseRecord, Totals, phase_dir
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
@@ -25,6 +23,7 @@ from ssd_lit.training.checkpoint import (
     load_beside_routers,
     read_checkpoint,
     weights_of,
+    write_checkpoint,
 )
 from ssd_lit.training.optim import build_optimizer
 from ssd_lit.training.records import finished
@@ -57,8 +56,7 @@ def moefy_phase(
         checkpoint, similarity = {"state_dict": _upcycled(config, checkpoint, specials)}, []
     else:
         similarity = _moefied(config, checkpoint, phase, history, tokens_dir, specials)
-    with whole_file(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt") as part:
-        torch.save(checkpoint, part)
+    write_checkpoint(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt", checkpoint)
     spent = Totals(seconds=time.perf_counter() - began)
     return finished(config, phase, history, start, spent, "moefied", similarity)
 

@@ -4,7 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -14,22 +14,30 @@ from ssd_lit.config import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW with decoupled decay on matrices and embeddings, none on norms and biases (one-dimensional).
 
-    On a GPU one fused kernel updates all. Its state loads from a checkpoint of any device.
+    One fused kernel updates all, and leaves the update out where it is told so (`leave_out_if`). Its state loads from
+    a checkpoint of any device or kernel.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = True if parameters[0].is_cuda else None
-    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
-    optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused=fused))
+    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer.register_load_state_dict_pre_hook(_keep_fused)
     return optimizer
 
 
-def _keep_fused(optimizer: Optimizer, state: dict[str, Any], *, fused: bool | None) -> dict[str, Any]:
+def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """The state to load, for our own kernel: a checkpoint names the one that it was written with."""
-    return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
+    return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
+
+
+def leave_out_if(flag: Tensor, optimizer: Optimizer) -> None:
+    """Have the next update change neither weights nor state if `flag` [], a float on their device, is 1.
+
+    By the way in which `torch.amp.GradScaler` tells a fused optimizer: the kernel reads it, the host does not.
+    """
+    optimizer.found_inf = flag  # type: ignore[attr-defined]
 
 
 def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:

@@ -1,6 +1,7 @@
 """One training phase of a run: one Lightning `fit`, from the previous phase's checkpoint to its own."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from ssd_lit.layout import PhaseRecord, Totals, phase_dir, rolling_checkpoint
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
+from ssd_lit.stopping import Stopped
 from ssd_lit.training.checkpoint import SWITCH_STATE, build_model, load_weights, read_checkpoint
 from ssd_lit.training.logger import Recorder
 from ssd_lit.training.meter import phase_flops
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.records import finished
+from ssd_lit.training.rolling_checkpoint import newest_state
 from ssd_lit.training.schedule import Phase
 from ssd_lit.training.trainer import build_trainer, quiet
 
@@ -33,11 +36,12 @@ def train_phase(
 ) -> None:
     """Train the phase to its end, which its rolling checkpoint then holds.
 
-    Starts from the phase's own rolling checkpoint if it was interrupted, else from the checkpoint of the phase
-    before, else from the model's first weights. Only the first process needs a recorder.
+    Starts from the phase's own rolling checkpoint if it was interrupted (the one before if that is damaged), else from
+    the checkpoint of the phase before, else from the model's first weights. Only the first process needs a recorder.
     """
     rolling = rolling_checkpoint(run_dir, phase.index, phase.mode)
-    if rolling.exists() and read_checkpoint(rolling)["callbacks"][SWITCH_STATE]["ended_by"] is not None:
+    interrupted = newest_state(rolling)
+    if interrupted is not None and interrupted[SWITCH_STATE]["ended_by"] is not None:
         return
     specials = Specials.of(load_index(tokens_dir))
     start = _spent_before(history)
@@ -47,7 +51,7 @@ def train_phase(
         load_weights(model, read_checkpoint(before))
     model.set_mode("sparse" if phase.mode == "sparse" else "dense")
     # Before the run's own first step there is no optimiser state to go on from, only weights.
-    resume = rolling if rolling.exists() else before if phase.first_step else None
+    resume = rolling if interrupted is not None else before if phase.first_step else None
     objective = build_objective(model.objective_name, specials)
     # Reading goes on where the run that this one started from stopped, in the same order.
     skipped = start.steps - phase.first_step
@@ -58,7 +62,13 @@ def train_phase(
         print(f"{config.name} {phase.name}: sparse FFNs are computed by {backend}", flush=True)
     with quiet():
         trainer = build_trainer(config, phase, start, costs, recorder, run_dir)
-        trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
+        except Stopped:
+            if trainer.strategy.launcher is not None:
+                # Asked while the processes of further devices waited for this one to begin.
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            raise
 
 
 def _backend(config: RunConfig, model: LanguageModel) -> str:
@@ -83,9 +93,9 @@ def close_phase(
 ) -> PhaseRecord:
     """Write the last.ckpt of a phase that was trained to its end; returns what phase.json is to say."""
     rolling = rolling_checkpoint(run_dir, phase.index, phase.mode)
+    checkpoint = read_checkpoint(rolling)
     with whole_file(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt") as part:
         shutil.copyfile(rolling, part)
-    checkpoint = read_checkpoint(rolling)
     state = checkpoint["callbacks"][SWITCH_STATE]
     step = checkpoint["global_step"]
     steps = step - phase.first_step

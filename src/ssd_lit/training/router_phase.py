@@ -13,12 +13,11 @@ from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import load_index
 from ssd_lit.data.module import TokenData
 from ssd_lit.data.objectives import Batch, Specials, build_objective
-from ssd_lit.files import whole_file
 from ssd_lit.layout import PhaseRecord, Totals, phase_dir
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
-from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of
+from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of, write_checkpoint
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.records import finished
 from ssd_lit.training.router_loss import contributions, router_loss
@@ -49,8 +48,11 @@ def train_routers(
     fitting = RouterFitting(config, model, objective, history[-1].last_step)
     with quiet():
         _trainer(config, recorder, phase_dir(run_dir, phase.index, phase.mode)).fit(fitting, data)
-    with whole_file(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt") as part:
-        torch.save({"state_dict": weights_of(model.cpu())}, part)
+    # The loss is a mean over tokens of finite outputs of a frozen model: only the routers can leave the numbers.
+    if not all(p.isfinite().all() for p in fitting.model.parameters()):
+        raise ValueError(f"{config.name} {phase.name}: the routers' weights are not finite; lower moe.router_lr")
+    path = phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt"
+    write_checkpoint(path, {"state_dict": weights_of(model.cpu())})
 
     costs = forward_costs(config.model, config.moe, specials, config.data.sequence_length)
     blocks = config.moe.router_steps * config.training.batch_size

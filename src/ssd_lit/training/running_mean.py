@@ -26,6 +26,14 @@ class RunningMean(Metric):
         self.total = self.total + value.detach().float() * weight
         self.weight = self.weight + weight
 
+    def sums(self) -> Tensor:
+        """What the mean of this process is made of, [2]."""
+        return torch.stack([self.total, self.weight])
+
+    def go_on_from(self, sums: Tensor) -> None:
+        """Take up the sums of a mean that was interrupted; one value at least must follow."""
+        self.total, self.weight = sums.to(self.total.device)
+
     def compute(self) -> Tensor:
         """The mean, on the device of the values. Raises ValueError if nothing was seen."""
         if not self.update_called:

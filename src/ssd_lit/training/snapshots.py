@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
-from ssd_lit.files import whole_file
 from ssd_lit.layout import snapshot_path
-from ssd_lit.training.checkpoint import weights_of
+from ssd_lit.training.checkpoint import weights_of, write_checkpoint
 from ssd_lit.training.module import Pretraining
 
 
@@ -21,5 +19,5 @@ class Snapshots(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         if trainer.is_global_zero and trainer.global_step % self._every == 0:
-            with whole_file(snapshot_path(self._run_dir, trainer.global_step)) as part:
-                torch.save({"state_dict": weights_of(module.model)}, part)
+            path = snapshot_path(self._run_dir, trainer.global_step)
+            write_checkpoint(path, {"state_dict": weights_of(module.model)})

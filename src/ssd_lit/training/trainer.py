@@ -18,7 +18,9 @@ from ssd_lit.layout import Totals, rolling_checkpoint
 from ssd_lit.models.flops import Costs
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.logger import Recorder, RecorderLogger
+from ssd_lit.training.loss_jump import LossJump
 from ssd_lit.training.meter import Meter
+from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
 from ssd_lit.training.rolling_checkpoint import RollingCheckpoint
@@ -58,9 +60,11 @@ def build_trainer(
         use_distributed_sampler=False,
         logger=RecorderLogger(recorder),
         callbacks=[
-            # In this order at the end of a step: decide, measure, show, and save what is then known.
+            # In this order at the end of a step: decide, measure what is sound, show, and save what is then known.
             switch,
-            ActivationMonitor(training.log_every),
+            ActivationMonitor(f"{config.name} {phase.name}", training.log_every),
+            NonFinite(phase, config, rolling),
+            LossJump(config.name, phase),
             meter,
             Progress(config.name, phase, meter),
             *snapshots,

@@ -24,8 +24,8 @@ def route(x: Tensor, directions: Tensor, k: int) -> Tensor:
     chosen = torch.empty(n_tokens, k, dtype=torch.int64, device=x.device)
     if n_tokens <= FEW:
         scores = torch.empty(n_tokens, experts, dtype=torch.float32, device=x.device)
-        inner = min(1024, triton.next_power_of_2(d))
-        _scores[(n_tokens, triton.cdiv(experts, 2))](x, directions, scores, D=d, E=experts, EXPERTS=2, INNER=inner)
+        inner = min(4096, triton.next_power_of_2(d))
+        _scores[(n_tokens, experts)](x, directions, scores, D=d, E=experts, INNER=inner)
         _select[(n_tokens,)](scores, chosen, E=experts, K=k, PADDED=triton.next_power_of_2(experts), num_warps=1)
         return chosen
     padded, inner = max(16, triton.next_power_of_2(experts)), min(64, max(16, triton.next_power_of_2(d)))
@@ -42,22 +42,16 @@ def _(x: Tensor, directions: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
-def _scores(
-    x, directions, scores, D: tl.constexpr, E: tl.constexpr, EXPERTS: tl.constexpr, INNER: tl.constexpr
-):  # fmt: skip
-    """scores [T, E] of one token and EXPERTS experts."""
-    token = tl.program_id(0)
-    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+def _scores(x, directions, scores, D: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr):
+    """scores [T, E] of one token and one expert."""
+    token, expert = tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, INNER)
-    total = tl.zeros([EXPERTS], tl.float32)
+    total = tl.zeros([INNER], tl.float32)
     for d in range(0, D, INNER):
         left = inner < D - d
         values = tl.load(x + token * D + d + inner, mask=left, other=0.0).to(tl.float32)
-        rows = tl.load(
-            directions + expert[:, None] * D + d + inner[None, :], mask=(expert < E)[:, None] & left[None, :], other=0.0
-        )
-        total += tl.sum(rows.to(tl.float32) * values[None, :], axis=1)
-    tl.store(scores + token * E + expert, total, mask=expert < E)
+        total += values * tl.load(directions + expert * D + d + inner, mask=left, other=0.0).to(tl.float32)
+    tl.store(scores + token * E + expert, tl.sum(total, axis=0))
 
 
 @triton.jit

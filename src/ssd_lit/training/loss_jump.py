@@ -1,0 +1,77 @@
+"""How far the loss jumps where a run changes from dense to sparse or back."""
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from ssd_lit.training.module import Pretraining
+from ssd_lit.training.schedule import Phase
+
+log = logging.getLogger(__name__)
+
+STEPS = 10
+"""Steps before and after a switch that are compared; of a shorter phase all."""
+ALARM = 0.1
+"""A jump is warned of from this share of the loss before it on."""
+
+KEPT = "loss_jump"  # The losses travel under this key of a checkpoint.
+
+
+class LossJump(Callback):
+    """Logs the mean loss of the first steps after a switch, less that of the last steps before it.
+
+    Nothing waits for the device but at the one step where it is told, and where a checkpoint is written.
+    """
+
+    def __init__(self, run: str, phase: Phase):
+        self._run = run
+        self._phase = phase
+        self._losses = torch.full((STEPS,), torch.nan)
+        """Those of the phase's latest steps; step n at n modulo STEPS."""
+        self._before: float | None = None
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any
+    ) -> None:
+        loss: Tensor = outputs["loss"]
+        self._losses = self._losses.to(loss.device)
+        self._losses[trainer.global_step % STEPS] = loss
+        done = trainer.global_step - self._phase.first_step
+        if self._before is None or not (done == STEPS or (trainer.should_stop and done < STEPS)):
+            return
+        jump = self._reduced(trainer).nanmean().item() - self._before
+        module.record({"switch/loss_jump": jump})
+        if jump > ALARM * self._before and trainer.is_global_zero:
+            log.warning(
+                "%s %s: the loss jumped from %.3f to %.3f at the switch",
+                self._run, self._phase.name, self._before, self._before + jump,
+            )  # fmt: skip
+
+    def on_save_checkpoint(  # type: ignore[override]
+        self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[KEPT] = {
+            "phase": self._phase.index,
+            "mode": self._phase.mode,
+            "before": self._before,
+            "losses": self._reduced(trainer).tolist(),
+        }
+
+    def on_load_checkpoint(  # type: ignore[override]
+        self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
+    ) -> None:
+        kept = checkpoint.get(KEPT)
+        if kept is None:
+            return
+        losses = torch.tensor(kept["losses"])
+        if kept["phase"] == self._phase.index:
+            self._losses, self._before = losses, kept["before"]
+        elif kept["mode"] != self._phase.mode:
+            self._before = losses.nanmean().item()
+
+    def _reduced(self, trainer: Trainer) -> Tensor:
+        found: Tensor = trainer.strategy.reduce(self._losses.clone(), reduce_op="mean")
+        return found

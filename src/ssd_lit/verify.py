@@ -1,0 +1,172 @@
+"""Whether the results of a run still are what its stages wrote, and still match what they were made from."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from ssd_lit.config import RunConfig, load_data, load_resolved, load_run
+from ssd_lit.data.blocks import load_index
+from ssd_lit.data.documents import read_split
+from ssd_lit.data.tokenizer import check_tokenizer
+from ssd_lit.files import check_digests, check_seal, read_sealed, sha256
+from ssd_lit.layout import PhaseRecord, data_dir, phase_dir, read_chain, run_dir, snapshots, weights_before
+from ssd_lit.points import read_points
+from ssd_lit.reporting.summary import check_summary
+from ssd_lit.training.checkpoint import check_checkpoint
+
+Check = tuple[str, Callable[[], str]]
+"""A name, and what looks: it tells what it found, or raises ValueError or OSError for what does not match."""
+
+
+def verify(folder: Path, say: Callable[[str], None]) -> tuple[int, int]:
+    """Verify the folder of a run or of a whole experiment, with the data; says one line for everything it looks at.
+
+    Returns how many things it looked at, and how many of them do not match. Raises ValueError if it is no such folder.
+    """
+    looked_at = mismatches = 0
+    for name, look in _checks(folder.absolute()):
+        looked_at += 1
+        try:
+            say(f"ok        {name}: {look()}")
+        except (ValueError, OSError) as error:
+            mismatches += 1
+            say(f"MISMATCH  {name}: {error}")
+    return looked_at, mismatches
+
+
+def _checks(folder: Path) -> Iterator[Check]:
+    whole = (folder / "experiment.yaml").is_file()
+    exp_dir = folder if whole else folder.parents[1]
+    runs = load_resolved(exp_dir / "experiment.yaml").runs()
+    if not whole:
+        runs = [run for run in runs if run_dir(exp_dir.parent, run) == folder]
+    if not runs:
+        raise ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
+    data = data_dir(exp_dir.parent, runs[0].data)
+    yield from _data_checks(data)
+    for run in runs:
+        yield from _run_checks(run_dir(exp_dir.parent, run), run, data / "tokens")
+
+
+def _data_checks(data: Path) -> Iterator[Check]:
+    yield "data config.yaml", lambda: load_data(data / "config.yaml").name
+    yield "data sources", lambda: _sources(data / "documents")
+    yield "data documents", lambda: _documents(data / "documents")
+    yield "data tokenizer", lambda: _tokenizer(data / "tokenizer")
+    yield "data tokens", lambda: _tokens(data / "tokens")
+
+
+def _run_checks(folder: Path, run: RunConfig, tokens: Path) -> Iterator[Check]:
+    name = run.name
+    yield f"{name} config.yaml", lambda: _config(folder, run)
+    try:
+        chain = read_chain(folder, run.method)
+    except ValueError as error:
+        yield f"{name} phases", partial(_fail, str(error))
+        return
+    for record in chain:
+        yield f"{name} {record.name}", partial(_phase, folder, run, chain, record, tokens)
+    if snapshots(folder):
+        yield f"{name} snapshots", lambda: _snapshots(folder)
+    yield f"{name} metrics.jsonl", lambda: f"{len(read_points(folder / 'metrics.jsonl'))} curves"
+    yield f"{name} evaluation.json", lambda: _measured(folder, folder / "evaluation.json", chain, tokens)
+    if (folder / "analysis.yaml").is_file():
+        yield f"{name} analysis", lambda: _analysis(folder, chain, tokens)
+    if (folder / "downstream.yaml").is_file():
+        found = folder / "downstream" / "downstream.json"
+        yield f"{name} downstream", lambda: _measured(folder, found, chain, tokens)
+    yield f"{name} summary.csv", lambda: _summary(folder.parents[1], run)
+
+
+def _fail(why: str) -> str:
+    raise ValueError(why)
+
+
+def _config(folder: Path, run: RunConfig) -> str:
+    if load_run(folder / "config.yaml") != run:
+        raise ValueError(f"{folder / 'config.yaml'}: not what the experiment asks for")
+    return f"{run.method}, seed {run.seed}"
+
+
+def _sources(documents: Path) -> str:
+    """Local files are compared with what was read from them; a package is checked by the stage that reads it."""
+    files = [file for source in read_sealed(documents / "card.json")["sources"] for file in source.get("files", [])]
+    if not files:
+        return "no local files"
+    there = [file for file in files if Path(file["path"]).is_file()]
+    changed = [file["path"] for file in there if sha256(Path(file["path"])) != file["sha256"]]
+    if changed:
+        raise ValueError(f"{changed[0]}: not the file that the documents were read from any more")
+    return f"{len(there)} of {len(files)} local files are there, and unchanged"
+
+
+def _documents(documents: Path) -> str:
+    splits = read_sealed(documents / "card.json")["splits"]
+    for split, told in splits.items():
+        digest = hashlib.sha256()
+        for texts in read_split(documents, split):
+            for text in texts:
+                digest.update(hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest())
+        if digest.hexdigest() != told["digest"]:
+            raise ValueError(f"{documents / split}.parquet: not the documents that card.json tells of")
+    return f"{sum(told['documents'] for told in splits.values()):,}"
+
+
+def _tokenizer(folder: Path) -> str:
+    check_tokenizer(folder)
+    return "as it was written"
+
+
+def _tokens(folder: Path) -> str:
+    index = load_index(folder)
+    check_digests(folder, {f"{split}.bin": told["sha256"] for split, told in index["splits"].items()})
+    return str(index["digest"][:16])
+
+
+def _phase(folder: Path, run: RunConfig, chain: list[PhaseRecord], record: PhaseRecord, tokens: Path) -> str:
+    made_from = {
+        "config": sha256(folder / "config.yaml"),
+        "tokens": load_index(tokens)["digest"],
+        "before": weights_before(folder, run, chain[: record.index]),
+    }
+    _compare(phase_dir(folder, record.index, record.mode) / "phase.json", record.inputs, made_from)
+    check_digests(phase_dir(folder, record.index, record.mode), {"last.ckpt": record.weights})
+    return f"steps {record.first_step} to {record.last_step}, weights {record.weights[:16]}"
+
+
+def _snapshots(folder: Path) -> str:
+    for _, path in snapshots(folder):
+        check_checkpoint(path)
+    return f"{len(snapshots(folder))} are whole"
+
+
+def _measured(folder: Path, path: Path, chain: list[PhaseRecord], tokens: Path) -> str:
+    """One of the JSON files of a run: made from these weights and tokens, with the settings beside the run."""
+    found, settings = read_sealed(path), folder / f"{path.stem}.yaml"
+    check_seal(settings)
+    made_from = {
+        "weights": chain[-1].weights,
+        "settings": sha256(settings),
+        "tokens": load_index(tokens)["digest"],
+    }
+    _compare(path, found.get("inputs", {}), made_from)
+    return f"of weights {chain[-1].weights[:16]}"
+
+
+def _analysis(folder: Path, chain: list[PhaseRecord], tokens: Path) -> str:
+    path = folder / "analysis" / "analysis.json"
+    told = _measured(folder, path, chain, tokens)
+    check_digests(path.parent, read_sealed(path)["digests"])
+    return told
+
+
+def _summary(exp_dir: Path, run: RunConfig) -> str:
+    check_summary(exp_dir, [run])
+    return "its row is what phases and evaluation give"
+
+
+def _compare(path: Path, recorded: Mapping[str, str | None], now: Mapping[str, str | None]) -> None:
+    other = [name for name, digest in now.items() if name not in recorded or recorded[name] != digest]
+    if other:
+        raise ValueError(f"{path}: made from other {' and '.join(other)} than there are now")
