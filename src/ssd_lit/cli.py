@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssd-lit", description="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
         epilog="The stages of an experiment, in order: configs, prepare, tokenizer, encode; for each run phases "
-        "(train, moefy, route), evaluate, analyse; then summarise, figures, report. `ssd-lit STAGE --help` tells more.",
+        "(train, moefy, route), evaluate, analyse, downstream; then summarise, figures, report. `ssd-lit STAGE --help` "
+        "tells more.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
 
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("route", stages.route, "Train the routers of a MoEfied model, and no other weight.", run_dir, phase)
     add("evaluate", stages.evaluate, "Measure the final model of a run into evaluation.json.", run_dir)
     add("analyse", stages.analyse, "Compare a run's snapshots and watch its experts, into analysis/.", run_dir)
+    add("downstream", stages.downstream, "Fine-tune on GLUE, score BLiMP: a run's final model on other tasks.", run_dir)
     add("summarise", stages.summarise, "Write summary.csv, one row a run.", exp_dir)
     add("figures", stages.figures, "Draw the figures of an experiment.", exp_dir)
     add("report", stages.report, "Write report.html, and keep report and figures in MLflow.", exp_dir)

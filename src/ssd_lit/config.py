@@ -342,6 +342,69 @@ class AnalysisConfig(Section):
     """Tokens named for each expert."""
 
 
+class GlueConfig(Section):
+    """Fine-tuning of the final models of family bert on tasks of GLUE, scored on their development sets."""
+
+    folder: str
+    """Holds SST-2/train.tsv, SST-2/dev.tsv and so on as GLUE publishes them; or a .tar.xz of such a folder."""
+    tasks: list[Literal["sst2", "rte", "mrpc", "stsb"]] = Field(default=["sst2", "rte", "mrpc", "stsb"], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
+    """Of the head's first weights and the order of examples: every task is learnt once with each."""
+    epochs: Positive = 3
+    batch_size: Positive = 32
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """The highest; it rises and then falls to zero, linearly. BERT's own sizes took 2e-5 to 5e-5."""
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of all steps in which it rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    limit: Positive | None = None
+    """Learn from the first so many examples of a task only; null takes all."""
+
+    @model_validator(mode="after")
+    def _folder_exists(self) -> Self:
+        if not Path(self.folder).exists():
+            raise ValueError(f"no file or folder {self.folder!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for key in ("tasks", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} {shown(values)}: each may stand there once")
+        return self
+
+
+class BlimpConfig(Section):
+    """BLiMP's minimal pairs, scored by the final models of families gpt2 and llama without any fine-tuning."""
+
+    file: str
+    """BLiMP.zip as published, or a folder of its .jsonl files."""
+    limit: Positive | None = None
+    """Score the first so many pairs of each set only; null takes all."""
+
+    @model_validator(mode="after")
+    def _file_exists(self) -> Self:
+        if not Path(self.file).exists():
+            raise ValueError(f"no file or folder {self.file!r}")
+        return self
+
+
+class DownstreamConfig(Section):
+    """What the final models are worth on other tasks, beside their loss."""
+
+    glue: GlueConfig | None = None
+    """null leaves it out, as for every model that is no bert."""
+    blimp: BlimpConfig | None = None
+    """null leaves it out, as for every model that does not predict the next token."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.glue is None and self.blimp is None:
+            raise ValueError("nothing is asked for; allowed: glue, blimp")
+        return self
+
+
 class Arm(Section):
     """One method or setting compared, with its changes to the experiment's sections."""
 
@@ -506,6 +569,8 @@ class Experiment(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     analysis: AnalysisConfig | None = None
     """Look into the models as well; null leaves the analyses out."""
+    downstream: DownstreamConfig | None = None
+    """Try the models on other tasks as well; null leaves that out."""
     arms: dict[Name, Arm] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -642,6 +707,11 @@ def load_data(path: Path) -> DataConfig:
 def load_analysis(path: Path) -> AnalysisConfig:
     """Read the analysis section that `dump` wrote."""
     return _load(AnalysisConfig, path)
+
+
+def load_downstream(path: Path) -> DownstreamConfig:
+    """Read the downstream section that `dump` wrote."""
+    return _load(DownstreamConfig, path)
 
 
 def load_evaluation(path: Path) -> EvaluationConfig:

@@ -4,6 +4,7 @@ results/data/<name>-<digest>/        documents/, tokenizer/, tokens/, config.yam
 results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
 results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl, evaluation.json, analysis/
     phases/<NN>-<mode>/              last.ckpt, phase.json
+    downstream/                      downstream.json, and pieces/ while it is made
     snapshots/                       step-<NNNNNNNN>.pt, if any are wanted
     work/<NN>-<mode>/                the phase at work, or the last one: its config, rolling.ckpt and previous.ckpt
 """
@@ -151,9 +152,12 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
     write_if_changed(data_dir(results, experiment.data) / "config.yaml", dump(experiment.data))
     evaluation = dump(experiment.evaluation)
     analysis = None if experiment.analysis is None else dump(experiment.analysis)
+    downstream = None if experiment.downstream is None else dump(experiment.downstream)
     for run in runs:
         write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
         write_if_changed(run_dir(results, run) / "evaluation.yaml", evaluation)
         if analysis is not None:
             write_if_changed(run_dir(results, run) / "analysis.yaml", analysis)
+        if downstream is not None:
+            write_if_changed(run_dir(results, run) / "downstream.yaml", downstream)
     return runs

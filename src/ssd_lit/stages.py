@@ -15,6 +15,7 @@ from ssd_lit.config import (
     dump,
     load_analysis,
     load_data,
+    load_downstream,
     load_evaluation,
     load_experiment,
     load_resolved,
@@ -43,10 +44,13 @@ DONE_ALREADY = "it was done already; remove its phase.json to run it again"
 
 
 def configs(args: argparse.Namespace) -> str:
+    from ssd_lit.data.downstream import check_downstream
     from ssd_lit.data.sources import check_sources
 
     experiment = load_experiment(args.experiment)
     check_sources(experiment.data.sources)
+    if experiment.downstream is not None:
+        check_downstream(experiment.downstream)
     runs = write_configs(experiment, args.results)
     return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
 
@@ -185,11 +189,37 @@ def analyse(args: argparse.Namespace) -> str:
     return ", ".join(found["written"]) or f"nothing to write: {'; '.join(sorted(set(found['left_out'].values())))}"
 
 
+def downstream(args: argparse.Namespace) -> str:
+    """Try a model on other tasks; ended on its way, it goes on with the fine-tuning that was not done."""
+    from ssd_lit.evaluation.downstream import means, try_downstream
+
+    run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
+    _set_threads(args, config)
+    chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
+    here = run_dir / "downstream"
+    with alone(run_dir, "downstream"), _tracker(run_dir, config, "downstream", None) as tracker:
+        settings = load_downstream(run_dir / "downstream.yaml")
+        found = try_downstream(
+            run_dir, config, settings, chain, folder / "tokens", folder / "tokenizer", here / "pieces"
+        )
+        told = means(found)
+        tracker.outcome(told, run_step=chain[-1].last_step)
+        inputs = _evaluated(run_dir, config, chain, "downstream.yaml")
+        write_sealed(here / "downstream.json", {**found, **inputs})
+        shutil.rmtree(here / "pieces", ignore_errors=True)
+    named = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in told.items()]
+    return ", ".join(named) or "; ".join(found["left_out"].values())
+
+
 def summarise(args: argparse.Namespace) -> str:
+    from ssd_lit.reporting.downstream import write_downstream
     from ssd_lit.reporting.summary import write_summary
 
+    experiment = load_resolved(args.exp_dir / "experiment.yaml")
     with alone(args.exp_dir, "summarise"):
-        return str(write_summary(args.exp_dir, load_resolved(args.exp_dir / "experiment.yaml").runs()))
+        if experiment.downstream is not None:
+            write_downstream(args.exp_dir, experiment.runs())
+        return str(write_summary(args.exp_dir, experiment.runs()))
 
 
 def figures(args: argparse.Namespace) -> str:

@@ -73,6 +73,9 @@ def _run_checks(folder: Path, run: RunConfig, tokens: Path) -> Iterator[Check]:
     yield f"{name} evaluation.json", lambda: _measured(folder, folder / "evaluation.json", chain, tokens)
     if (folder / "analysis.yaml").is_file():
         yield f"{name} analysis", lambda: _analysis(folder, chain, tokens)
+    if (folder / "downstream.yaml").is_file():
+        found = folder / "downstream" / "downstream.json"
+        yield f"{name} downstream", lambda: _measured(folder, found, chain, tokens)
     yield f"{name} summary.csv", lambda: _summary(folder.parents[1], run)
 
 
@@ -139,7 +142,7 @@ def _snapshots(folder: Path) -> str:
 
 
 def _measured(folder: Path, path: Path, chain: list[PhaseRecord], tokens: Path) -> str:
-    """evaluation.json or analysis.json: made from these weights and tokens, with the settings beside the run."""
+    """One of the JSON files of a run: made from these weights and tokens, with the settings beside the run."""
     found, settings = read_sealed(path), folder / f"{path.stem}.yaml"
     check_seal(settings)
     made_from = {

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 from ssd_lit.config import ConfigError, load_experiment
+from ssd_lit.data.downstream import check_downstream
 from ssd_lit.data.sources import check_sources
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, data_dir, phase_name, run_dir, write_configs
 from ssd_lit.reporting.names import caption_name, figure_names
@@ -24,6 +25,8 @@ try:
     DATA = data_dir(RESULTS, EXPERIMENT.data)
     if not (DATA / "documents").exists():
         check_sources(EXPERIMENT.data.sources)
+    if EXPERIMENT.downstream is not None:
+        check_downstream(EXPERIMENT.downstream)
 except ConfigError as error:
     sys.exit(f"ssd_lit: {error}")
 
@@ -32,6 +35,10 @@ HERE = RESULTS / EXPERIMENT.experiment
 SUMMARY, REPORT = HERE / "summary.csv", HERE / "report.html"
 FIGURES = figure_names(EXPERIMENT)
 ANALYSES = [] if EXPERIMENT.analysis is None else expand(HERE / "runs/{run}/analysis/analysis.json", run=RUNS)
+DOWNSTREAM, DOWNSTREAM_TABLE = [], []
+if EXPERIMENT.downstream is not None:
+    DOWNSTREAM = expand(HERE / "runs/{run}/downstream/downstream.json", run=RUNS)
+    DOWNSTREAM_TABLE = [HERE / "downstream.csv"]
 
 # As many runs work side by side as have room; how many threads one takes decides its bits, so its config says.
 THREADS = {name: run.training.threads for name, run in RUNS.items()}

@@ -5,8 +5,10 @@ rule summarise:
     input:
         HERE / "experiment.yaml",
         expand(HERE / "runs/{run}/evaluation.json", run=RUNS),
+        DOWNSTREAM,
     output:
         report(SUMMARY, caption="../report/summary.rst", category="Tables"),
+        DOWNSTREAM_TABLE,
     log:
         HERE / "logs/summarise.log",
     benchmark:
@@ -20,6 +22,7 @@ rule figures:
         HERE / "experiment.yaml",
         expand(HERE / "runs/{run}/evaluation.json", run=RUNS),
         ANALYSES,
+        DOWNSTREAM,
     output:
         [
             report(HERE / f"figures/{name}.svg", caption=f"../report/{caption_name(name)}.rst", category="Figures")

@@ -11,6 +11,7 @@ from ssd_lit.config import Experiment
 from ssd_lit.files import write_text
 from ssd_lit.reporting import (
     activation_figures,
+    downstream_figures,
     expert_figures,
     grid_figure,
     loss_figures,
@@ -111,6 +112,20 @@ FIGURES = {
         "The activation mass in the k experts that the router ranks first, as a share of the most that any k experts "
         "hold: the mean over layers, and the range over them. All k are taken on the tokens that sparse mode with the "
         "arm's own k (ring) brings to each layer. Dashed: k experts at random.",
+    ),
+    "glue": FigureKind(
+        downstream_figures.glue,
+        "GLUE after fine-tuning",
+        "Scores of the fine-tuned models on the development sets: means over seeds, with the range as a bar. Full "
+        "dots: fine-tuned and scored in dense mode; rings: the same models scored in sparse mode; squares: fine-tuned "
+        "and scored in sparse mode. Dashed: always naming the commonest class (no correlation, for STS-B).",
+    ),
+    "blimp": FigureKind(
+        downstream_figures.blimp,
+        "BLiMP without fine-tuning",
+        "Share of minimal pairs whose acceptable sentence is likelier to the final models, in all sets and by field of "
+        "linguistics: means over sets and seeds, with the range over seeds as a bar. Dots: dense mode; squares: sparse "
+        "mode. Dashed: chance.",
     ),
 }
 

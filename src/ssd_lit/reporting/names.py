@@ -12,6 +12,8 @@ OF_EVERY_EXPERIMENT = (
     "router_over_k",
 )
 OF_ANALYSES = ("similarity_pairs", "similarity_settings", "expert_load", "routing")
+OF_DOWNSTREAM = ("glue", "blimp")
+"""Named as the parts of the section that ask for them."""
 GRID = "grid_"
 
 
@@ -19,7 +21,9 @@ def figure_names(experiment: Experiment) -> list[str]:
     """The names of an experiment's figures, in the order of its report."""
     grids = [GRID + arm for arm, settings in experiment.arms.items() if settings.grid]
     analyses = OF_ANALYSES if experiment.analysis is not None else ()
-    return [*OF_EVERY_EXPERIMENT, *analyses, *grids]
+    asked = experiment.downstream
+    downstream = [name for name in OF_DOWNSTREAM if asked is not None and getattr(asked, name) is not None]
+    return [*OF_EVERY_EXPERIMENT, *analyses, *downstream, *grids]
 
 
 def caption_name(figure: str) -> str:

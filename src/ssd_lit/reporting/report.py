@@ -12,6 +12,7 @@ from ssd_lit.config import Experiment
 from ssd_lit.files import read_sealed, write_text
 from ssd_lit.reporting import words
 from ssd_lit.reporting.arms import arms_of
+from ssd_lit.reporting.downstream import blimp_table, glue_table
 from ssd_lit.reporting.figures import figure_kinds
 from ssd_lit.reporting.findings import findings
 from ssd_lit.reporting.grid import QUANTITIES, grids, page
@@ -34,6 +35,7 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         (name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg"))
         for name, kind in figure_kinds(experiment, results).items()
     ]
+    tried = results if experiment.downstream is not None else []
     html = _template().render(
         name=experiment.experiment,
         description=experiment.description,
@@ -47,12 +49,15 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         quantities=QUANTITIES,
         page=page,
         tokens=token_tables(results),
+        glue=glue_table(tried),
+        blimp=blimp_table(tried),
         card=_read_card(data_dir / "documents" / "card.json"),
         data=flat(experiment.data.model_dump()),
         arms=arms_of(results),
         settings=settings(results),
         evaluation=flat(experiment.evaluation.model_dump()),
         analysis=flat(experiment.analysis.model_dump()) if experiment.analysis is not None else [],
+        downstream=flat(experiment.downstream.model_dump()) if experiment.downstream is not None else [],
         provenance=flat(provenance),
     )
     path = exp_dir / "report.html"
@@ -85,12 +90,18 @@ def _template() -> Any:
     for write in (words.number, words.scaled, words.percent, words.duration):
         environment.filters[write.__name__] = write
     environment.filters["heading"] = _heading
+    environment.filters["over_range"] = _over_range
     return environment.get_template("report.html")
 
 
 def _heading(text: str) -> Markup:
     """A column's heading, broken behind its comma."""
     return Markup(",<br>").join(text.split(", "))
+
+
+def _over_range(text: str) -> Markup:
+    """A mean, and below it the range that stands in brackets behind it."""
+    return Markup("<br>").join(text.split(" ", 1))
 
 
 def _read_card(path: Path) -> dict[str, Any]:
