@@ -22,7 +22,8 @@ def test_shipped_configs_are_valid_and_survive_writing(
     # The text of large runs is not part of the project.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpora").mkdir()
-    (tmp_path / "corpora/wiki_books_210mb.txt.xz").touch()
+    for name in ("wiki_books_210mb.txt.xz", "wikitext2_test.txt"):
+        (tmp_path / "corpora" / name).touch()
     experiment = load_experiment(path)
     assert experiment.experiment == path.stem + {"small": "_small", "h100": "_h100"}.get(path.parent.name, "")
     again = tmp_path / "again.yaml"

@@ -144,6 +144,17 @@ class DataConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     """S: tokens the model predicts in one block."""
+    held_out: dict[Name, str] = {}
+    """Other texts, by name, that final models are scored on: `.txt` files, plain or compressed, each one document."""
+
+    @model_validator(mode="after")
+    def _held_out_texts_exist(self) -> Self:
+        for name, path in self.held_out.items():
+            if name in ("train", "validation", "test"):
+                raise ValueError(f"held_out.{name}: is the name of a split; give another")
+            if not Path(path).is_file():
+                raise ValueError(f"held_out.{name}: no file {path!r}")
+        return self
 
     def digest(self) -> str:
         """Eight hexadecimal digits that change whenever anything of this section does."""

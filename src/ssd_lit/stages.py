@@ -79,7 +79,12 @@ def encode(args: argparse.Namespace) -> str:
     folder = args.data_dir
     with alone(folder, "encode"):
         index = encode_documents(
-            folder / "documents", folder / "tokenizer", folder / "tokens", config.sequence_length, print
+            folder / "documents",
+            folder / "tokenizer",
+            folder / "tokens",
+            config.sequence_length,
+            print,
+            held_out=config.held_out,
         )
     return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())
 
@@ -159,7 +164,17 @@ def evaluate(args: argparse.Namespace) -> str:
         tracker.outcome(
             {f"eval/loss_{mode}": loss for mode, loss in modes.items()}
             | {f"eval/perplexity_{mode}": _perplexity(loss) for mode, loss in modes.items()}
-            | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]}),
+            | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]})
+            | {
+                f"eval/{name}/loss_dense": text["loss_dense"]
+                for name, text in found["held_out"].items()
+                if text["loss_dense"] is not None
+            }
+            | {
+                f"eval/{name}/loss_sparse": next(one["loss"] for one in text["curve"] if one["top_k"] == found["top_k"])
+                for name, text in found["held_out"].items()
+                if text["curve"]
+            },
             run_step=chain[-1].last_step,
         )
         inputs = _evaluated(run_dir, config, chain, "evaluation.yaml")

@@ -1,10 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from ssd_lit.data.blocks import TokenBlocks, load_index
 from ssd_lit.data.objectives import Specials
+from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.files import read_json
 from ssd_lit.layout import read_chain
 from ssd_lit.training.checkpoint import final_model
@@ -19,10 +21,21 @@ ARMS = {
 }
 
 
+OTHER = "the engine praises the river 7. nobody moves here.\n\n" * 40
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "other.txt").write_text(OTHER, encoding="utf-8")
+    data = {
+        "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
+        "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
+        "held_out": {"other": str(folder / "other.txt")},
+    }  # fmt: skip
     bench = Bench(
-        tmp_path_factory.mktemp("evaluation"),
+        folder,
+        data=data,
         arms=ARMS,
         evaluation={"blocks": 8, "top_k_curve": [1, 2, 4], "thresholds": [0.0, 0.5, 1.0]},
     )
@@ -81,3 +94,26 @@ def test_experts_that_are_copies_have_no_dense_mode(done: Bench) -> None:
     found = read_json(done.dir("upcycle") / "evaluation.json")
     assert (found["loss_dense"], found["active_ratio"], found["active_neurons"]) == (None, None, None)
     assert found["loss_sparse"] < read_json(done.dir("dense") / "evaluation.json")["loss_dense"] + 0.1
+
+
+def test_a_text_that_is_held_out_is_one_document_and_is_scored_like_validation(done: Bench) -> None:
+    index = load_index(done.data / "tokens")
+    assert index["splits"]["other"]["documents"] == 1
+    stream = np.fromfile(done.data / "tokens/other.bin", index["dtype"])
+    assert load_tokenizer(done.data / "tokenizer").decode(stream[:-1].tolist()) == OTHER.strip()
+    model = final_model(
+        done.dir("ssd"), done.runs["ssd"], read_chain(done.dir("ssd"), "ssd"), Specials.of(index)
+    ).eval()  # fmt: skip
+    blocks = TokenBlocks(done.data / "tokens", "other")
+    found = read_json(done.dir("ssd") / "evaluation.json")["held_out"]["other"]
+    count = min(8, len(blocks))
+    assert found["blocks"] == count
+    for told, mode, k in [
+        (found["loss_dense"], "dense", 1),
+        *((p["loss"], "sparse", p["top_k"]) for p in found["curve"]),
+    ]:
+        model.set_mode(mode, k)
+        with torch.no_grad():
+            losses = [model.loss({name: x[None] for name, x in blocks[i].items()}).item() for i in range(count)]
+        assert told == pytest.approx(sum(losses) / count, rel=1e-5)
+    assert [point["top_k"] for point in found["curve"]] == [1, 2, 4]

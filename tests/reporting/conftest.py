@@ -234,6 +234,9 @@ def _write_evaluation(
         "top_k": top_k if sparse is not None else None,
         "router": None if sparse is None else run.moe.trained_router or run.moe.router,
         "curve": curve, "oracle_curve": oracle, "threshold_curve": thresholds,
+        "held_out": {"novel": {"blocks": 8, "loss_dense": None if dense is None else dense + 1, "curve": [
+            {**point, "loss": point["loss"] + 1} for point in curve
+        ]}},
         "active_ratio": None if dense is None else ratios,
         "active_neurons": None if dense is None else sum(ratios) / LAYERS * D_FF,
         "routing_recall": None if sparse is None else [0.8, 0.7, 0.9], "tokens": 20_000, "split": "validation",

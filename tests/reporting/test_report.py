@@ -1,6 +1,8 @@
+import math
 import re
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -115,6 +117,16 @@ def test_routers_are_told_with_their_bounds(page_of_many, many):
     rows = {arm.name: told for arm, told in router_rows(results)}
     assert rows["upcycle"][3:] == ["-", "-"]
     assert rows["ssd"][:2] == ["80.0%", "70.0%"]
+
+
+def test_a_text_that_is_held_out_has_its_table(html, two_seeds):
+    table = html[html.index('id="text-novel"') :].partition("</table>")[0]
+    assert "k = 4</th>" in table
+    results = load_results(two_seeds.exp_dir, two_seeds.runs)
+    for arm in {result.arm for result in results}:
+        runs = [result for result in results if result.arm == arm]
+        assert escape(runs[0].label) in table
+        assert f"{sum(math.exp(run.evaluation.loss_dense + 1) for run in runs) / len(runs):.2f}" in table
 
 
 def test_a_grid_has_a_figure_and_a_table(page_of_many, many):

@@ -35,7 +35,7 @@ rule encode:
         rules.tokenizer.output,
     output:
         index=DATA / "tokens/index.json",
-        tokens=expand(DATA / "tokens/{split}.bin", split=["train", "validation", "test"]),
+        tokens=expand(DATA / "tokens/{split}.bin", split=["train", "validation", "test", *EXPERIMENT.data.held_out]),
     log:
         DATA / "logs/encode.log",
     benchmark:

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ssd_lit.config import ConfigError, DataConfig
+from ssd_lit.data.readers import read_text
 from ssd_lit.data.sources import check_sources, describe, documents
 from ssd_lit.files import naming, write_sealed, write_text
 
@@ -47,6 +48,8 @@ def silent(_: str) -> None:
 def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write train, validation and test documents of all sources as `out`/<split>.parquet, and the data card.
 
+    A text that is held out becomes a split of its own, of one document.
+
     Each file has one column, `text`, one row a document. Returns the card, which is also in `out`/card.json and,
     for people, card.md; card.json is written last. Needs disk space for the whole text while it works. Raises
     ConfigError if a source cannot be read, or if a split would be empty.
@@ -57,7 +60,8 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
         read = _spill(config, Path(work), progress)
         kept = _collect(config, Path(work), progress)
         _check_splits(config, kept)
-        for split in SPLITS:
+        kept.splits |= {name: _hold_out(Path(path), Path(work), name) for name, path in config.held_out.items()}
+        for split in kept.splits:
             (Path(work) / f"{split}.parquet").replace(out / f"{split}.parquet")
     card = _card(config, read, kept)
     write_text(out / "card.md", _card_text(card))
@@ -242,6 +246,15 @@ class _SplitWriter:
     def summary(self) -> dict[str, Any]:
         """Counts, and a digest over the hashes of the documents in their order."""
         return {"documents": self.documents, "bytes": self.bytes, "digest": self._digest.hexdigest()}
+
+
+def _hold_out(path: Path, work: Path, name: str) -> dict[str, Any]:
+    content = normalise(read_text(path)).encode("utf-8")
+    if not content:
+        raise ConfigError(f"data.held_out.{name}: no text in {path}")
+    with _SplitWriter(work / f"{name}.parquet") as writer:
+        writer.add(hashlib.blake2b(content, digest_size=16).digest(), content)
+    return writer.summary()
 
 
 def _check_splits(config: DataConfig, kept: _Kept) -> None:

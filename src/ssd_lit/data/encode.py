@@ -24,8 +24,12 @@ def encode_documents(
     out_dir: Path,
     sequence_length: int,
     progress: Progress = silent,
+    *,
+    held_out: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Write `out_dir`/<split>.bin: the token ids of the split's documents, each followed by end-of-text.
+
+    So for train, validation, test and each text that is `held_out`.
 
     Ids are little-endian uint16, or uint32 from a vocabulary of 65,536 on. Returns the index, which is written to
     `out_dir`/index.json last: vocab_size, eos_id, mask_id (null if there is none), sentinel_ids (<extra_id_0> first),
@@ -41,7 +45,7 @@ def encode_documents(
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     dtype = np.dtype("<u2" if vocab_size < 65536 else "<u4")
     splits = {}
-    for name in SPLITS:
+    for name in (*SPLITS, *held_out):
         with whole_file(out_dir / f"{name}.bin") as part, part.open("wb") as file:
             stream = _Stream(file, dtype, eos_id)
             for encodings in _encoded(tokenizer, read_split(documents_dir, name)):

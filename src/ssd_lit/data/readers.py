@@ -37,7 +37,7 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
     A null counts as an empty document. Raises ConfigError for a damaged file or a missing text_key.
     """
     check_format(path)
-    try:
+    with _told(path):
         match _format(path):
             case ".txt":
                 yield from _paragraph_groups(path)
@@ -45,6 +45,21 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
                 yield from _json_lines(path, text_key)
             case _:
                 yield from _parquet_rows(path, text_key)
+
+
+def read_text(path: Path) -> str:
+    """The whole of a `.txt` file, plain or compressed. Raises ConfigError if it is none, or damaged."""
+    if _format(path) != ".txt":
+        raise ConfigError(f"{path}: not a .txt file (also with {', '.join(COMPRESSIONS)} behind it)")
+    with _told(path), _open_lines(path) as lines:
+        return "".join(lines)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say which file could not be read, in words."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:

@@ -34,16 +34,22 @@ def evaluate_run(
 
     Losses are nats a target. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
     mode. `curve` is the loss over k with the run's own router, `oracle_curve` with one that knows every expert's
-    activation mass, `threshold_curve` with as many experts as matter. A model that was never MoEfied has no sparse
+    activation mass, `threshold_curve` with as many experts as matter.
+    `held_out` has the losses on each text of that name. A model that was never MoEfied has no sparse
     mode, and one whose experts are copies no dense mode: their figures are null and their curves empty.
     """
     specials = Specials.of(load_index(tokens_dir))
     model = final_model(run_dir, config, chain, specials)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     objective = build_objective(model.objective_name, specials)
-    count = min(settings.blocks, len(TokenBlocks(tokens_dir, SPLIT)))
-    # All of it at once: every curve reads it again.
-    batches = list(scoring_batches(tokens_dir, SPLIT, range(count), objective, model.ffns[0].w_in.device))
+
+    def batches_of(split: str) -> list[Batch]:
+        # All of it at once: every curve reads it again.
+        count = min(settings.blocks, len(TokenBlocks(tokens_dir, split)))
+        return list(scoring_batches(tokens_dir, split, range(count), objective, model.ffns[0].w_in.device))
+
+    batches = batches_of(SPLIT)
+    count = sum(len(batch["inputs"]) for batch in batches)
 
     k = config.moe.top_k
     has_dense = config.method != "upcycle"
@@ -55,6 +61,10 @@ def evaluate_run(
     with _oracle(model):
         oracle = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="oracle curve", disable=None)}
     ratios = _dense_ratios(model, batches) if has_dense else None
+    held_out = {
+        name: _held_out(model, batches_of(name), has_dense, ks)
+        for name in tqdm(config.data.held_out, desc="held-out texts", disable=None)
+    }
     return {
         "split": SPLIT,
         "blocks": count,
@@ -69,7 +79,17 @@ def evaluate_run(
         "threshold_curve": [_by_threshold(model, batches, share) for share in settings.thresholds if routed],
         "active_ratio": ratios,
         "active_neurons": sum(ratios) / len(ratios) * config.model.d_ff if ratios else None,
+        "held_out": held_out,
         "routing_recall": _recall(model, batches, k) if has_sparse else None,
+    }
+
+
+def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, ks: Sequence[int]) -> dict[str, Any]:
+    """The losses of a text of its own, in dense mode and over k."""
+    return {
+        "blocks": sum(len(batch["inputs"]) for batch in batches),
+        "loss_dense": _dense_loss(model, batches) if has_dense else None,
+        "curve": [{"top_k": k, "loss": _sparse_loss(model, batches, k)} for k in ks],
     }
 
 

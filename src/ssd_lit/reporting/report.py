@@ -16,6 +16,7 @@ from ssd_lit.reporting.downstream import blimp_table, glue_table
 from ssd_lit.reporting.figures import figure_kinds
 from ssd_lit.reporting.findings import findings
 from ssd_lit.reporting.grid import QUANTITIES, grids, page
+from ssd_lit.reporting.held_out_table import held_out_tables
 from ssd_lit.reporting.names import GRID
 from ssd_lit.reporting.router_table import HEADINGS, router_rows
 from ssd_lit.reporting.runs import load_results
@@ -44,6 +45,7 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         one_model=len({model_name(result.config.model) for result in results}) == 1,
         routers=router_rows(results),
         router_headings=HEADINGS,
+        held_out=held_out_tables(results),
         figures=[one for one in figures if not one[0].startswith(GRID)],
         grids=list(zip(found, (one for one in figures if one[0].startswith(GRID)), strict=True)),
         quantities=QUANTITIES,

@@ -17,6 +17,15 @@ Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What a final model scores on another text; losses are nats per target."""
+
+    loss_dense: float | None
+    curve: tuple[tuple[int, float], ...]
+    """(k, loss in sparse mode with k experts)."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """evaluation.json: what the final model scores; losses are nats per target."""
 
@@ -41,6 +50,8 @@ class Evaluation:
     """Share of the oracle's activation mass that the chosen experts hold, layer by layer."""
     tokens: int
     split: str
+    held_out: dict[str, HeldOut]
+    """Losses on other texts, by name."""
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
@@ -52,8 +63,8 @@ class Evaluation:
                 loss_sparse=content["loss_sparse"],
                 experts=content["experts"],
                 top_k=content["top_k"],
-                curve=tuple(sorted((point["top_k"], point["loss"]) for point in content["curve"])),
-                oracle_curve=tuple(sorted((point["top_k"], point["loss"]) for point in content["oracle_curve"])),
+                curve=_over_k(content["curve"]),
+                oracle_curve=_over_k(content["oracle_curve"]),
                 threshold_curve=tuple(
                     sorted((point["threshold"], point["mean_k"], point["loss"]) for point in content["threshold_curve"])
                 ),
@@ -63,6 +74,9 @@ class Evaluation:
                 routing_recall=_as_tuple(content.get("routing_recall")),
                 tokens=content["tokens"],
                 split=content["split"],
+                held_out={
+                    name: HeldOut(one["loss_dense"], _over_k(one["curve"])) for name, one in content["held_out"].items()
+                },
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not an evaluation ({error!r}); delete it and run again") from None
@@ -201,6 +215,10 @@ def _read_metrics(path: Path) -> dict[str, Points]:
     if not path.is_file():
         raise ValueError(f"{path}: not found; run the stage that writes it first")
     return {name: sorted(dict(points).items()) for name, points in read_points(path).items()}
+
+
+def _over_k(curve: Sequence[dict[str, Any]]) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted((point["top_k"], point["loss"]) for point in curve))
 
 
 def _as_tuple(value: Any) -> tuple[float, ...]:
