@@ -171,11 +171,18 @@ def train(run_dir: Path, results: Path, stage: str = "00-dense") -> float:
     return time.monotonic() - began
 
 
-def end_of_process() -> None:
+@pytest.fixture(autouse=True)
+def others() -> set[threading.Thread]:
+    """The threads of earlier tests, some of which play stages that were killed."""
+    return set(threading.enumerate())
+
+
+def end_of_process(others: set[threading.Thread]) -> None:
     """What is still being sent ends with the process of a stage; in a test it must come to its own end."""
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - others:
         if thread.name == "mlflow":
-            thread.join()
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def assert_all_arrived_once(run_dir: Path, results: Path, stages: int) -> None:
@@ -192,7 +199,12 @@ def assert_all_arrived_once(run_dir: Path, results: Path, stages: int) -> None:
 
 @pytest.mark.parametrize("fault", ["refused", "500", "silent", "slow"])
 def test_a_server_that_is_away_does_not_hold_a_stage_and_gets_every_point_once_it_is_back(
-    fault: str, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str,
+    server: FaultyServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    others: set[threading.Thread],
 ) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -205,25 +217,27 @@ def test_a_server_that_is_away_does_not_hold_a_stage_and_gets_every_point_once_i
         took = train(tmp_path, tmp_path.parent)
     assert took < 5  # bounded by CLOSE_SECONDS, here 1
     assert f"ssd-lit send {tmp_path}" in caplog.text
-    end_of_process()
+    end_of_process(others)
     server.fault = None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     assert send_runs(tmp_path.parent, [tmp_path]) in ((0, 1) if fault == "slow" else (1,))
     assert_all_arrived_once(tmp_path, tmp_path.parent, stages=1)
 
 
-def test_a_later_stage_brings_what_earlier_ones_could_not(server: FaultyServer, tmp_path: Path) -> None:
+def test_a_later_stage_brings_what_earlier_ones_could_not(
+    server: FaultyServer, tmp_path: Path, others: set[threading.Thread]
+) -> None:
     server.stop()
     train(tmp_path, tmp_path.parent)
     server.start()
     train(tmp_path, tmp_path.parent, "01-sparse")
-    end_of_process()
+    end_of_process(others)
     send_runs(tmp_path.parent, [tmp_path])
     assert_all_arrived_once(tmp_path, tmp_path.parent, stages=2)
 
 
 def test_a_server_that_comes_back_during_a_stage_gets_the_points_in_that_stage(
-    server: FaultyServer, tmp_path: Path
+    server: FaultyServer, tmp_path: Path, others: set[threading.Thread]
 ) -> None:
     server.fault = "500"
     with tracker(tmp_path, tmp_path.parent) as t:
@@ -234,15 +248,17 @@ def test_a_server_that_comes_back_during_a_stage_gets_the_points_in_that_stage(
         server.fault = None
         while json.loads((tmp_path / "mlflow.json").read_text())["sent"] == 0:
             time.sleep(0.05)
-    end_of_process()
+    end_of_process(others)
     (run_id,) = active_runs(tmp_path.parent, tmp_path)
     assert history(tmp_path.parent, run_id, "train/loss") == [(1, 1.0)]
 
 
-def test_answers_that_are_lost_double_neither_runs_nor_points(server: FaultyServer, tmp_path: Path) -> None:
+def test_answers_that_are_lost_double_neither_runs_nor_points(
+    server: FaultyServer, tmp_path: Path, others: set[threading.Thread]
+) -> None:
     server.fault = "lost"
     train(tmp_path, tmp_path.parent)
-    end_of_process()
+    end_of_process(others)
     while Outbox(tmp_path).waiting():
         with suppress(ValueError):
             send_runs(tmp_path.parent, [tmp_path])
@@ -250,10 +266,12 @@ def test_answers_that_are_lost_double_neither_runs_nor_points(server: FaultyServ
     assert_all_arrived_once(tmp_path, tmp_path.parent, stages=1)
 
 
-def test_sending_to_a_server_that_is_away_fails_in_one_line(server: FaultyServer, tmp_path: Path) -> None:
+def test_sending_to_a_server_that_is_away_fails_in_one_line(
+    server: FaultyServer, tmp_path: Path, others: set[threading.Thread]
+) -> None:
     server.fault = "500"
     train(tmp_path, tmp_path.parent)
-    end_of_process()
+    end_of_process(others)
     with pytest.raises(ValueError, match="MLflow at http://127"):
         send_runs(tmp_path.parent, [tmp_path])
 

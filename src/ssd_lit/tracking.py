@@ -130,9 +130,11 @@ class RunTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, Stopped) else "FAILED"
-        self._points.close()
-        self._outbox.end(self._stage, status, *self._outcome)
-        self._stop.set()
+        try:
+            self._points.close()
+            self._outbox.end(self._stage, status, *self._outcome)
+        finally:
+            self._stop.set()  # a full disk must not keep the thread going
         self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
         waiting = self._outbox.waiting()
         if waiting:
