@@ -2,10 +2,12 @@
 
     python benchmarks/generation.py --device cuda --shape 1.3b [--rounds 5]
     python benchmarks/generation.py --device cpu --shape medium [--rounds 3]
+    python benchmarks/generation.py --model FOLDER --name ssd30m
 
-A GPT-2 with ReLU and random weights, 32 experts of which the centre router chooses 6; bfloat16 on a GPU, float32 on a
-CPU. Tokens per second: 128 new tokens after prompts of 128, batches of 1 and 8, prompts not counted. Prefill: prompts
-of 1024 tokens, to the first new one. Each mode runs in every setting (on a GPU: the step as a graph, without and
+A GPT-2 with ReLU and random weights, 32 experts of which the centre router chooses 6, or a trained model as `ssd-lit
+export` writes it; bfloat16 on a GPU, float32 on a CPU. Tokens per second: 128 new tokens after prompts of 128, batches
+of 1 and 8, prompts not counted. Prefill: prompts of 1024 tokens (fewer, where the model reads fewer), to the first new
+one. Each mode runs in every setting (on a GPU: the step as a graph, without and
 with torch.compile; on a CPU: matrix-vector products as torch does them, and in blocks on all cores), all in turns; the
 ratio compares the best setting of each mode. Beside it stand the bytes that a token must read and the share of the
 measured reading speed that this makes. Exits with 1 if sparse is below 2.0 times dense at batch 1.
@@ -15,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from ssd_lit.config import MoEConfig
 from ssd_lit.files import write_json
 from ssd_lit.models import generate
 from ssd_lit.models.families import family
-from ssd_lit.models.folder import set_mode
+from ssd_lit.models.folder import open_folder, set_mode
 from ssd_lit.models.generate import Generator
 from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN
@@ -45,23 +48,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="1.3b")
+    parser.add_argument("--model", type=Path, help="the folder of an exported model, instead of a shape")
+    parser.add_argument("--name", help="what the file with the results calls that model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new", type=int, default=NEW, help="new tokens a round")
     parser.add_argument("--decode", default="auto", help="backend of the one-token step in sparse mode")
     parser.add_argument("--prefill", default="auto", help="backend that reads prompts of 1024 tokens")
     arguments = parser.parse_args()
-    model = build(arguments.shape, arguments.device)
+    name = arguments.name or arguments.shape
+    if arguments.model is None:
+        model = build(arguments.shape, arguments.device)
+    else:
+        model = open_folder(arguments.model).to(arguments.device, dtype_on(arguments.device)).requires_grad_(False)
     bandwidth = reading_speed(arguments.device)
     decoded = [decoding(model, batch, arguments.new, arguments.rounds, arguments.decode, bandwidth) for batch in (1, 8)]
     prefilled = [prefill(model, batch, arguments.rounds, arguments.prefill) for batch in (1, 8)]
     write_json(
-        RESULTS / f"generation-{arguments.device}-{arguments.shape}.json",
+        RESULTS / f"generation-{arguments.device}-{name}.json",
         {
             "machine": machine("transformers"),
-            "shape": arguments.shape,
+            "shape": name,
             "dtype": str(model.dtype),
-            "experts": E,
-            "top_k": K,
+            "experts": ffns_of(model)[0].experts,
+            "top_k": ffns_of(model)[0].top_k,
             "prompt": PROMPT,
             "new": arguments.new,
             "read_gigabytes_per_second": bandwidth / 1e9,
@@ -81,10 +90,14 @@ def build(shape: str, device: str) -> Any:
         activation_function="relu", bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.device(device):
-        model = GPT2LMHeadModel(config).to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+        model = GPT2LMHeadModel(config).to(dtype_on(device)).eval()
         for ffn in swap_ffns(model, family("gpt2"), MoEConfig(experts=E, top_k=K), router="center"):
             ffn.router.follow(ffn.key_rows)
     return model.requires_grad_(False)
+
+
+def dtype_on(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def choose_backend(model: Any, name: str) -> None:
@@ -141,9 +154,9 @@ def bytes_of_a_step(model: Any, mode: str, batch: int, context: float) -> float:
     weights = sum(p.numel() for p in model.parameters()) - embeddings + model.lm_head.weight.numel()
     total = size * (weights + 2.0 * batch * context * config.n_embd * config.n_layer)
     if mode == "sparse":
-        # Texts that choose independently leave this share of the experts unread.
-        unread = (1 - K / E) ** batch
         for ffn in ffns_of(model):
+            # Texts that choose independently leave this share of the experts unread.
+            unread = (1 - ffn.top_k / ffn.experts) ** batch
             total -= unread * size * sum(p.numel() for p in ffn.neuron_parameters())
             total += sum(buffer.nbytes for buffer in ffn.router.buffers())
     return total
@@ -157,9 +170,10 @@ def reading_speed(device: str) -> float:
 
 
 def prefill(model: Any, batch: int, rounds: int, backend: str) -> dict[str, Any]:
-    """Milliseconds to read prompts of 1024 tokens."""
+    """Milliseconds to read prompts of 1024 tokens, or of as many as leave the model room for new ones."""
     choose_backend(model, backend)
-    prompt = torch.randint(model.config.vocab_size, (batch, PREFILL), device=model.device)
+    length = min(PREFILL, model.config.n_positions - NEW)
+    prompt = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
 
     def way(mode: Any) -> Callable[[], None]:
         generator = Generator(model)
@@ -172,7 +186,12 @@ def prefill(model: Any, batch: int, rounds: int, backend: str) -> dict[str, Any]
 
     seconds = medians(seconds_in_turns({mode: way(mode) for mode in MODES}, rounds))
     milliseconds = {mode: 1e3 * value for mode, value in seconds.items()}
-    return {"batch": batch, "milliseconds": milliseconds, "ratio": seconds["dense"] / seconds["sparse"]}
+    return {
+        "batch": batch,
+        "tokens": length,
+        "milliseconds": milliseconds,
+        "ratio": seconds["dense"] / seconds["sparse"],
+    }
 
 
 def show(decoded: list[dict[str, Any]], prefilled: list[dict[str, Any]], bandwidth: float) -> None:
@@ -186,7 +205,8 @@ def show(decoded: list[dict[str, Any]], prefilled: list[dict[str, Any]], bandwid
         print(f"  sparse / dense: {result['ratio']:.2f}, limit from bytes {result['limit_of_ratio']:.2f}")
     for result in prefilled:
         times = ", ".join(f"{mode} {value:.1f} ms" for mode, value in result["milliseconds"].items())
-        print(f"prefill of {PREFILL}, batch {result['batch']}: {times}; sparse / dense speed {result['ratio']:.2f}")
+        ratio = f"sparse / dense speed {result['ratio']:.2f}"
+        print(f"prefill of {result['tokens']}, batch {result['batch']}: {times}; {ratio}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A whole training step in sparse mode beside the same model's in dense mode, in turns in one run.
 
-    python benchmarks/training_step.py [--shapes small,medium,1.3b] [--backend auto] [--rounds 5] [--profile]
+    python benchmarks/training_step.py [--shapes small,medium,1.3b] [--experts 32] [--top-k 6] [--backend auto]
+        [--rounds 5] [--profile]
 
 A step is the compiled forward pass and loss, the backward pass, gradient clipping and fused AdamW: bf16 over float32
 weights, sequences of 1024, E 32 and K 6, the centre router. Medians over rounds of some steps each. Peak memory is that
@@ -31,23 +32,26 @@ from ssd_lit.moe.statistics import expert_load
 
 RESULT = RESULTS / "training_step.json"
 MODES: tuple[Mode, ...] = ("dense", "sparse")
+USUAL = (32, 6)
 WANTED = {"small": 1.25, "medium": 1.35, "1.3b": 1.6}
 KERNELS = 25
 
 
 def main() -> int:
     arguments = parse()
-    moe = MoEConfig(experts=32, top_k=6, backend=arguments.backend)
+    moe = MoEConfig(experts=arguments.experts, top_k=arguments.top_k, backend=arguments.backend)
     found: dict[str, Any] = read_json(RESULT)["shapes"] if RESULT.exists() else {}
     print(f"{'':<8}{'mode':<8}{'ms':>9}{'tokens/s':>11}{'MFU':>7}{'GiB':>7}{'ratio':>7}{'wanted':>8}")
     for name in arguments.shapes.split(","):
-        found[name] = {
+        key = name if (moe.experts, moe.top_k) == USUAL else f"{name}, {moe.top_k} of {moe.experts}"
+        found[key] = {
             "machine": machine("transformers"),
+            "moe": moe.model_dump(),
             **measure(name, moe, arguments.rounds, arguments.steps, arguments.profile),
         }
-        show(name, found[name])
+        show(name, found[key])
         # After every shape: what is measured already is kept if a later one fails.
-        write_json(RESULT, {"moe": moe.model_dump(), "shapes": found})
+        write_json(RESULT, {"shapes": found})
         gc.collect()
         torch.cuda.empty_cache()
         torch._dynamo.reset()
@@ -58,6 +62,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "small,medium,1.3b" if DEVICE.type == "cuda" else "tiny"
     parser.add_argument("--shapes", default=default, help=f"some of {', '.join(SHAPES)}, with commas ({default})")
+    parser.add_argument("--experts", type=int, default=USUAL[0])
+    parser.add_argument("--top-k", type=int, default=USUAL[1])
     parser.add_argument("--backend", default="auto", help="how the sparse FFN is computed (auto)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of a mode in a round (8)")

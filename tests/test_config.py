@@ -22,7 +22,7 @@ def test_shipped_configs_are_valid_and_survive_writing(
     # The text of large runs is not part of the project.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpora").mkdir()
-    for name in ("wiki_books_210mb.txt.xz", "wikitext2_test.txt"):
+    for name in ("wiki_books_210mb.txt.xz", "wikitext2_test.txt", "BLiMP.zip", "glue.tar.xz"):
         (tmp_path / "corpora" / name).touch()
     experiment = load_experiment(path)
     assert experiment.experiment == path.stem + {"small": "_small", "h100": "_h100"}.get(path.parent.name, "")

@@ -6,7 +6,9 @@ Libraries that take seconds to import are imported by the stages that need them.
 import argparse
 import gc
 import logging
+import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from ssd_lit import exchange, stages, stopping
-from ssd_lit.config import ConfigError, Construction
+from ssd_lit.config import ConfigError, Construction, load_experiment, load_run
 
 Stage = Callable[[argparse.Namespace], str]
 
@@ -51,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssd-lit", description="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
         epilog="The stages of an experiment, in order: configs, prepare, tokenizer, encode; for each run phases "
-        "(train, moefy, route), evaluate, analyse, downstream; then summarise, figures, report. `ssd-lit STAGE --help` "
-        "tells more.",
+        "(train, moefy, route), evaluate, analyse, downstream; then summarise, figures, report. `ssd-lit run` does all "
+        "of it where Snakemake is not installed. `ssd-lit STAGE --help` tells more.",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
 
@@ -75,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         ("experiment", "a YAML file under configs/"),
     )  # fmt: skip
     configs.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
+    whole = add(
+        "run", _run_experiment, "Run a whole experiment, from text to report, without Snakemake; goes on where it was.",
+        ("experiment", "a YAML file under configs/"),
+    )  # fmt: skip
+    whole.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
+    whole.add_argument("--jobs", type=_positive, default=1, help="runs at a time (1)")
+    whole.add_argument("--minutes", type=_minutes, help="save and stop after so many; exit status 75")
+    add("finish", _finish, "Take a run to its end: every phase and measurement that is not there yet.", run_dir)
     add("prepare", stages.prepare, "Read, clean, deduplicate and split the text into documents/.", data)
     add("tokenizer", stages.tokenizer, "Train the tokenizer on the training documents into tokenizer/.", data)
     add("encode", stages.encode, "Encode all documents into memory-mapped blocks of tokens in tokens/.", data)
@@ -126,6 +136,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of minutes")
+    return minutes
+
+
 def _threads(text: str) -> int:
     if _positive(text) > 1024:
         raise argparse.ArgumentTypeError(f"{text} is too many; allowed: 1 to 1024")
@@ -149,6 +169,39 @@ def _say(text: str) -> None:
     # Whoever listened may be gone: a killed workflow's, or stopped by the same signal.
     with suppress(BrokenPipeError):
         print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
+
+
+def _run_experiment(args: argparse.Namespace) -> str:
+    from ssd_lit.conductor import conduct
+
+    experiment = load_experiment(args.experiment)
+    stages.configs(args)
+    conduct(experiment, args.results, args.jobs, None if args.minutes is None else 60 * args.minutes)
+    return str(args.results / experiment.experiment / "report.html")
+
+
+def _finish(args: argparse.Namespace) -> str:
+    """One stage after the other in this process: what it has imported and compiled serves them all."""
+    from ssd_lit.chain import next_stage
+
+    config, done = load_run(args.run_dir / "config.yaml"), list[list[str]]()
+    while (stage := next_stage(args.run_dir, config)) is not None:
+        if stage in done:
+            raise ConfigError(f"{' '.join(stage)}: its result does not match what it was made from")
+        # A stage leaves a phase with a record as it is, whatever it was made from.
+        for phase in stage[2:]:
+            (args.run_dir / "phases" / phase / "phase.json").unlink(missing_ok=True)
+        # Each of several processes that train together is started with the command line of the first.
+        command = [sys.executable, "-m", "ssd_lit", *stage]
+        status = main(stage) if config.training.devices == 1 else subprocess.run(command, check=False).returncode
+        if status == stopping.STATUS:
+            raise stopping.Stopped(stopping.asked() or "a signal")
+        if status:
+            raise ConfigError(f"{stage[0]} failed, as told above")
+        done.append(stage)
+        # Trainers and models hold each other; the next ones need the room.
+        gc.collect()
+    return f"{len(done)} stages"
 
 
 def run() -> NoReturn:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_lit.config import DataConfig, Experiment, RunConfig, dump, load_run
-from ssd_lit.files import read_sealed, write_if_changed, write_sealed
+from ssd_lit.files import read_sealed, sha256, write_if_changed, write_sealed
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -54,7 +54,7 @@ class PhaseRecord:
     weights: str = ""
     """SHA-256 of last.ckpt."""
     inputs: dict[str, str | None] = field(default_factory=dict)
-    """What the phase was made from: SHA-256 of `config` and of the checkpoint `before`, the digest of all `tokens`."""
+    """What the phase was made from: see `phase_inputs`."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Code, packages, machine, seed: see `ssd_lit.provenance`."""
 
@@ -135,6 +135,30 @@ def weights_before(run_dir: Path, config: RunConfig, history: Sequence[PhaseReco
         other = run_dir.parent / config.starts_from
         return read_chain(other, load_run(other / "config.yaml").method)[-1].weights
     return None
+
+
+def phase_inputs(
+    run_dir: Path, config: RunConfig, history: Sequence[PhaseRecord], tokens: str
+) -> dict[str, str | None]:
+    """What the phase after `history` is made from: SHA-256 of config and checkpoint before, the digest of all tokens.
+
+    Where the run matches the FLOPs of another, also the other's final weights. Raises ValueError if a phase that it
+    needs is not done.
+    """
+    inputs = {
+        "config": sha256(run_dir / "config.yaml"),
+        "tokens": tokens,
+        "before": weights_before(run_dir, config, history),
+    }
+    if config.matches is not None:
+        other = run_dir.parent / config.matches
+        inputs["matched"] = read_chain(other, load_run(other / "config.yaml").method)[-1].weights
+    return inputs
+
+
+def measured_inputs(run_dir: Path, chain: Sequence[PhaseRecord], settings: str, tokens: str) -> dict[str, str]:
+    """What a measurement of the final model is made from: its weights, the settings file of that name, the tokens."""
+    return {"weights": chain[-1].weights, "settings": sha256(run_dir / settings), "tokens": tokens}
 
 
 def data_dir(results: Path, data: DataConfig) -> Path:

@@ -1,7 +1,6 @@
 """The stages of the DAG: each finds its inputs by the layout, does its work and says in a few words what came."""
 
 import argparse
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -22,15 +21,17 @@ from ssd_lit.config import (
     load_run,
 )
 from ssd_lit.files import sha256, write_sealed, write_text
+from ssd_lit.gpus import take_gpus
 from ssd_lit.holding import alone
 from ssd_lit.layout import (
     PhaseRecord,
     Totals,
     data_dir,
+    measured_inputs,
     phase_dir,
+    phase_inputs,
     read_chain,
     snapshots,
-    weights_before,
     work_dir,
     write_configs,
 )
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace) -> str:
     _check_mode(args.phase, "dense", "sparse")
     run_dir, config = args.run_dir, _run_config(args.run_dir)
     tokens = _tokens(run_dir, config)
-    _set_threads(args, config, config.training.devices)
+    _take_machine(args, config, config.training.devices)
     if not is_first_process():
         phase, history = _open_phase(run_dir, config, args.phase)
         try:
@@ -126,7 +127,7 @@ def moefy(args: argparse.Namespace) -> str:
 
     _check_mode(args.phase, "moefy")
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
-    _set_threads(args, config)
+    _take_machine(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], _: "RunTracker") -> PhaseRecord:
         return moefy_phase(run_dir, config, phase, history, _tokens(run_dir, config), _starting_point(run_dir, config))
@@ -141,7 +142,7 @@ def route(args: argparse.Namespace) -> str:
 
     _check_mode(args.phase, "router")
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
-    _set_threads(args, config)
+    _take_machine(args, config)
 
     def work(phase: "Phase", history: list[PhaseRecord], tracker: "RunTracker") -> PhaseRecord:
         return train_routers(run_dir, config, phase, history, _tokens(run_dir, config), tracker)
@@ -151,42 +152,28 @@ def route(args: argparse.Namespace) -> str:
 
 
 def evaluate(args: argparse.Namespace) -> str:
-    from ssd_lit.evaluation.run import evaluate_run
+    from ssd_lit.evaluation.run import evaluate_run, outcome
 
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
-    _set_threads(args, config)
+    _take_machine(args, config)
     chain = read_chain(run_dir, config.method)
     with alone(run_dir, "evaluate"), _tracker(run_dir, config, "evaluate", None) as tracker:
         shutil.rmtree(run_dir / "work", ignore_errors=True)
         settings = load_evaluation(run_dir / "evaluation.yaml")
         found = evaluate_run(run_dir, config, settings, chain, _tokens(run_dir, config))
-        modes = {mode: found[f"loss_{mode}"] for mode in ("dense", "sparse") if found[f"loss_{mode}"] is not None}
-        tracker.outcome(
-            {f"eval/loss_{mode}": loss for mode, loss in modes.items()}
-            | {f"eval/perplexity_{mode}": _perplexity(loss) for mode, loss in modes.items()}
-            | ({} if found["active_neurons"] is None else {"eval/active_neurons": found["active_neurons"]})
-            | {
-                f"eval/{name}/loss_dense": text["loss_dense"]
-                for name, text in found["held_out"].items()
-                if text["loss_dense"] is not None
-            }
-            | {
-                f"eval/{name}/loss_sparse": next(one["loss"] for one in text["curve"] if one["top_k"] == found["top_k"])
-                for name, text in found["held_out"].items()
-                if text["curve"]
-            },
-            run_step=chain[-1].last_step,
-        )
+        told = outcome(found)
+        tracker.outcome(told, run_step=chain[-1].last_step)
         inputs = _evaluated(run_dir, config, chain, "evaluation.yaml")
         write_sealed(run_dir / "evaluation.json", {**found, **inputs})
-    return ", ".join(f"{mode} perplexity {_perplexity(loss):.2f}" for mode, loss in modes.items())
+    perplexities = {mode: told.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
+    return ", ".join(f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None)
 
 
 def analyse(args: argparse.Namespace) -> str:
     from ssd_lit.evaluation.analysis import analyse_run
 
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
-    _set_threads(args, config)
+    _take_machine(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
     with alone(run_dir, "analyse"), _tracker(run_dir, config, "analyse", None) as tracker:
         settings = load_analysis(run_dir / "analysis.yaml")
@@ -209,7 +196,7 @@ def downstream(args: argparse.Namespace) -> str:
     from ssd_lit.evaluation.downstream import means, try_downstream
 
     run_dir, config = args.run_dir, load_run(args.run_dir / "config.yaml")
-    _set_threads(args, config)
+    _take_machine(args, config)
     chain, folder = read_chain(run_dir, config.method), data_dir(_results(run_dir), config.data)
     here = run_dir / "downstream"
     with alone(run_dir, "downstream"), _tracker(run_dir, config, "downstream", None) as tracker:
@@ -319,11 +306,6 @@ def ui(args: argparse.Namespace) -> str:
     os.execvp(command[0], command)
 
 
-def _perplexity(loss: float) -> float:
-    # math.exp raises OverflowError for the loss of a model that learnt nothing.
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def _run_phase(
     run_dir: Path,
     config: RunConfig,
@@ -357,9 +339,11 @@ def _run_phase(
     return record
 
 
-def _set_threads(args: argparse.Namespace, config: RunConfig, processes: int = 1) -> None:
+def _take_machine(args: argparse.Namespace, config: RunConfig, processes: int = 1) -> None:
+    """The threads that the run's config gives a stage, and a GPU for each process that works on it."""
     import torch
 
+    take_gpus(processes)
     torch.set_num_threads(max(1, (args.threads or config.training.threads) // processes))
 
 
@@ -437,12 +421,7 @@ def _origin(run_dir: Path, config: RunConfig, history: list[PhaseRecord]) -> dic
     from ssd_lit.provenance import stage_provenance
 
     tokens = load_index(_tokens(run_dir, config))["digest"]
-    inputs = {
-        "config": sha256(run_dir / "config.yaml"),
-        "tokens": tokens,
-        "before": weights_before(run_dir, config, history),
-    }
-    return {"inputs": inputs, "provenance": stage_provenance(config, tokens)}
+    return {"inputs": phase_inputs(run_dir, config, history, tokens), "provenance": stage_provenance(config, tokens)}
 
 
 def _evaluated(run_dir: Path, config: RunConfig, chain: list[PhaseRecord], settings: str) -> dict[str, Any]:
@@ -451,8 +430,7 @@ def _evaluated(run_dir: Path, config: RunConfig, chain: list[PhaseRecord], setti
     from ssd_lit.provenance import stage_provenance
 
     tokens = load_index(_tokens(run_dir, config))["digest"]
-    inputs = {"weights": chain[-1].weights, "settings": sha256(run_dir / settings), "tokens": tokens}
-    return {"inputs": inputs, "provenance": stage_provenance(config, tokens)}
+    return {"inputs": measured_inputs(run_dir, chain, settings, tokens), "provenance": stage_provenance(config, tokens)}
 
 
 def _tracker(run_dir: Path, config: RunConfig, stage: str, resume_step: int | None) -> "RunTracker":

@@ -10,7 +10,16 @@ from ssd_lit.data.blocks import load_index
 from ssd_lit.data.documents import read_split
 from ssd_lit.data.tokenizer import check_tokenizer
 from ssd_lit.files import check_digests, check_seal, read_sealed, sha256
-from ssd_lit.layout import PhaseRecord, data_dir, phase_dir, read_chain, run_dir, snapshots, weights_before
+from ssd_lit.layout import (
+    PhaseRecord,
+    data_dir,
+    measured_inputs,
+    phase_dir,
+    phase_inputs,
+    read_chain,
+    run_dir,
+    snapshots,
+)
 from ssd_lit.points import read_points
 from ssd_lit.reporting.summary import check_summary
 from ssd_lit.training.checkpoint import check_checkpoint
@@ -125,11 +134,7 @@ def _tokens(folder: Path) -> str:
 
 
 def _phase(folder: Path, run: RunConfig, chain: list[PhaseRecord], record: PhaseRecord, tokens: Path) -> str:
-    made_from = {
-        "config": sha256(folder / "config.yaml"),
-        "tokens": load_index(tokens)["digest"],
-        "before": weights_before(folder, run, chain[: record.index]),
-    }
+    made_from = phase_inputs(folder, run, chain[: record.index], load_index(tokens)["digest"])
     _compare(phase_dir(folder, record.index, record.mode) / "phase.json", record.inputs, made_from)
     check_digests(phase_dir(folder, record.index, record.mode), {"last.ckpt": record.weights})
     return f"steps {record.first_step} to {record.last_step}, weights {record.weights[:16]}"
@@ -145,11 +150,7 @@ def _measured(folder: Path, path: Path, chain: list[PhaseRecord], tokens: Path) 
     """One of the JSON files of a run: made from these weights and tokens, with the settings beside the run."""
     found, settings = read_sealed(path), folder / f"{path.stem}.yaml"
     check_seal(settings)
-    made_from = {
-        "weights": chain[-1].weights,
-        "settings": sha256(settings),
-        "tokens": load_index(tokens)["digest"],
-    }
+    made_from = measured_inputs(folder, chain, settings.name, load_index(tokens)["digest"])
     _compare(path, found.get("inputs", {}), made_from)
     return f"of weights {chain[-1].weights[:16]}"
 

@@ -22,13 +22,6 @@ from tests.conftest import Bench, tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results = tmp_path_factory.mktemp("quick")
-    snakemake("quick", results)
-    return results
-
-
 def test_the_quick_experiment_reaches_its_report(quick: Path) -> None:
     here = quick / "quick"
     with (here / "summary.csv").open() as file:

@@ -1,6 +1,7 @@
 """The final model of a run: its loss in both modes and over k, how sparse it is, and how well it routes."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ def evaluate_run(
         "held_out": held_out,
         "routing_recall": _recall(model, batches, k) if has_sparse else None,
     }
+
+
+def outcome(found: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of evaluation.json that are worth a line each, by name; not those of a mode that the model lacks."""
+    figures: dict[str, float | None] = {"eval/active_neurons": found["active_neurons"]}
+    for mode in ("dense", "sparse"):
+        loss = found[f"loss_{mode}"]
+        figures[f"eval/loss_{mode}"] = loss
+        figures[f"eval/perplexity_{mode}"] = None if loss is None else _perplexity(loss)
+    for name, text in found["held_out"].items():
+        figures[f"eval/{name}/loss_dense"] = text["loss_dense"]
+        losses = {point["top_k"]: point["loss"] for point in text["curve"]}
+        figures[f"eval/{name}/loss_sparse"] = losses.get(found["top_k"])
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _perplexity(loss: float) -> float:
+    # math.exp raises OverflowError for the loss of a model that learnt nothing.
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, ks: Sequence[int]) -> dict[str, Any]:
