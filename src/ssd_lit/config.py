@@ -282,6 +282,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     """torch.compile the forward pass and loss."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits whenever they are run. Those that are fastest on a GPU, or compiled
+    for several CPU threads, add up in the order in which their parts happen to be done."""
     devices: Annotated[int, Field(gt=0, le=1024)] = 1
     """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1

@@ -340,10 +340,16 @@ def _run_phase(
 
 
 def _take_machine(args: argparse.Namespace, config: RunConfig, processes: int = 1) -> None:
-    """The threads that the run's config gives a stage, and a GPU for each process that works on it."""
+    """The threads and algorithms that the run's config gives a stage, and a GPU for each process that works on it."""
     import torch
 
     take_gpus(processes)
+    if config.training.deterministic:
+        # Read when the GPU is first used; torch asks for it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    # For finding reads of what was never written; nothing of ours does that.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_num_threads(max(1, (args.threads or config.training.threads) // processes))
 
 

@@ -280,3 +280,18 @@ def test_neither_workers_nor_cores_decide_what_is_trained_but_threads_do(tmp_pat
         used[name] = PhaseRecord.read(bench.dir("dense") / "phases/00-dense/phase.json").provenance["threads"]
     assert used == {"plain": 1, "workers": 1, "threads": 2}
     assert all(torch.equal(found["plain"][name], found["workers"][name]) for name in found["plain"])
+
+
+def test_a_deterministic_training_gives_the_same_bits_on_several_threads(tmp_path: Path) -> None:
+    """Compiled for two threads, gradients of the embedding are added up in any order if nothing is said."""
+    training = {
+        "steps": 8, "batch_size": 64, "log_every": 4, "validate_every": 8, "validation_blocks": 4,
+        "compile": True, "threads": 2, "deterministic": True,
+    }  # fmt: skip
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        bench = Bench(tmp_path / name, training=training, arms={"dense": {"method": "dense"}})
+        assert main(["train", str(bench.dir("dense")), "00-dense"]) == 0
+        found.append(weights(bench.last_checkpoint("dense")))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -69,6 +69,10 @@ def train_phase(
                 # Asked while the processes of further devices waited for this one to begin.
                 trainer.strategy.launcher.kill(signal.SIGTERM)
             raise
+        finally:
+            # Where one process trains phase after phase, the graphs of all of them would stay on the GPU; recording
+            # still more of them failed there in the twelfth. What was compiled is found again on disk.
+            torch.compiler.reset()
 
 
 def _backend(config: RunConfig, model: LanguageModel) -> str:
