@@ -74,6 +74,8 @@ def ensure_store(results: Path) -> None:
             return
         from mlflow import MlflowClient
 
+        for left in path.parent.glob(f".{path.name}.*"):
+            left.unlink()  # by one who was killed
         with whole_file(path) as part:
             try:
                 MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
