@@ -33,6 +33,16 @@ def test_shipped_configs_are_valid_and_survive_writing(
         assert load_run(tmp_path / experiment.experiment / "runs" / run.name / "config.yaml") == run
 
 
+def test_settings_of_a_measurement_go_when_it_is_not_asked_for(tmp_path: Path) -> None:
+    experiment = load_experiment(ROOT / "configs/analysis.yaml")
+    write_configs(experiment, tmp_path)
+    here = tmp_path / "analysis/runs"
+    assert len(list(here.glob("*/analysis.yaml"))) == len(experiment.runs())
+    write_configs(experiment.model_copy(update={"analysis": None}), tmp_path)
+    assert not list(here.glob("*/analysis.yaml"))
+    assert len(list(here.glob("*/evaluation.yaml"))) == len(experiment.runs())
+
+
 def test_a_config_is_laid_over_its_bases_key_by_key(tmp_path: Path) -> None:
     (tmp_path / "low.yaml").write_text("model: {layers: 2, d_ff: 64}\nseeds: [1, 2]\na: 1", encoding="utf-8")
     (tmp_path / "mid.yaml").write_text("base: low.yaml\nmodel: {layers: 3}\nb: {c: 1}", encoding="utf-8")

@@ -24,7 +24,7 @@ def next_stage(run_dir: Path, config: RunConfig) -> list[str] | None:
     A result counts only if it was made from the config, the tokens and the weights that there are now. Raises
     ValueError for a damaged record, or if a run that this one builds on is not done.
     """
-    tokens = load_index(data_dir(run_dir.parents[2], config.data) / "tokens")["digest"]
+    tokens = load_index(data_dir(run_dir.absolute().parents[2], config.data) / "tokens")["digest"]
     history: list[PhaseRecord] = []
     mode: str | None = FIRST_MODE[config.method]
     while mode is not None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -19,8 +19,6 @@ DATA = {"prepare": "documents", "tokenizer": "tokenizer", "encode": "tokens/inde
 """The stages that make the tokens, in order, and what each leaves last."""
 
 TABLES = ("summarise", "figures", "report")
-
-Say = Callable[[str], None]
 
 
 def conduct(experiment: Experiment, results: Path, jobs: int, seconds: float | None) -> None:

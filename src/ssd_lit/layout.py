@@ -170,7 +170,10 @@ def run_dir(results: Path, run: RunConfig) -> Path:
 
 
 def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
-    """Give every run and data set its own resolved config file, touched only if its content changes."""
+    """Give every run and data set its own resolved config file, touched only if its content changes.
+
+    A measurement that the experiment does not ask for any more loses its settings; what it found stays.
+    """
     runs = experiment.runs()
     write_if_changed(results / experiment.experiment / "experiment.yaml", dump(experiment))
     write_if_changed(data_dir(results, experiment.data) / "config.yaml", dump(experiment.data))
@@ -180,8 +183,9 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
     for run in runs:
         write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
         write_if_changed(run_dir(results, run) / "evaluation.yaml", evaluation)
-        if analysis is not None:
-            write_if_changed(run_dir(results, run) / "analysis.yaml", analysis)
-        if downstream is not None:
-            write_if_changed(run_dir(results, run) / "downstream.yaml", downstream)
+        for name, settings in (("analysis.yaml", analysis), ("downstream.yaml", downstream)):
+            if settings is None:
+                (run_dir(results, run) / name).unlink(missing_ok=True)
+            else:
+                write_if_changed(run_dir(results, run) / name, settings)
     return runs
