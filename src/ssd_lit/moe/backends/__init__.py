@@ -18,7 +18,7 @@ NAMES = ("auto", *BACKENDS, "fused", "few")
 """All that can be asked for; the last two are made of kernels, which are loaded where they can run."""
 
 FEW_TOKENS = {"cpu": 8, "cuda": 8}
-"""Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_cpu.py)."""
+"""Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_float32.py)."""
 
 
 def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
