@@ -68,6 +68,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "sparse": {"method": "sparse", "label": "MoE from scratch"},
     "posthoc": {"method": "posthoc", "label": "Post-hoc MoEfication", "start_from": "dense"},
 }
+PARTS = ("dag", "store", "report", "corpus")
 Measured = dict[str, float]
 
 
@@ -101,11 +102,18 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("dag", "store", "report", "corpus")
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=list(parts), help="what to measure (all)")
+    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help=f"some of {', '.join(PARTS)} (all)")
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--folder", type=Path, help="where the inputs are made, 7 GB at most (the temporary folder)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.parts = arguments.parts or list(PARTS)
+    return arguments
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PARTS)}")
+    return text
 
 
 def measure(command: Sequence[str | Path], log: Path) -> Measured:
