@@ -42,12 +42,14 @@ def _without(name: str) -> dict[str, str]:
 
 def test_runs_spread_evenly_and_take_the_place_of_one_that_ended(tmp_path: Path) -> None:
     takers = [Taker(tmp_path) for _ in range(4)]
-    assert sorted(taker.sees for taker in takers) == ["0", "0", "1", "1"]
-    gone = takers.pop(1)
-    gone.end()
-    takers.append(Taker(tmp_path))
-    assert takers[-1].sees == gone.sees
-    for taker in takers:
+    assert [taker.sees for taker in takers] == ["0", "1", "0", "1"]
+    # One stays on the first GPU, in its last place.
+    for taker in (*takers[:2], takers[3]):
+        taker.end()
+    assert takers[2].sees == "0"
+    later = [Taker(tmp_path) for _ in range(3)]
+    assert [taker.sees for taker in later] == ["1", "0", "1"]
+    for taker in (takers[2], *later):
         taker.end()
 
 

@@ -349,7 +349,7 @@ def _take_machine(args: argparse.Namespace, config: RunConfig, processes: int = 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.training.deterministic)
     # For finding reads of what was never written; nothing of ours does that.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(max(1, (args.threads or config.training.threads) // processes))
 
 
