@@ -28,7 +28,7 @@ import yaml
 
 from ssd_lit.config import Experiment, RunConfig, load_experiment
 from ssd_lit.data.packages import package_documents
-from ssd_lit.files import read_json, write_json
+from ssd_lit.files import read_json, read_sealed, write_json, write_sealed
 from ssd_lit.layout import run_dir, write_configs
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,7 @@ Measured = dict[str, float]
 
 def main() -> int:
     arguments = parse()
+    # What is not measured now is kept.
     found: dict[str, Any] = read_json(RESULT) if RESULT.exists() else {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -89,14 +90,17 @@ def main() -> int:
                 if "report" in arguments.parts:
                     parts["report"] = report(folder / "results" / shape)
                 shutil.rmtree(folder / "results" / shape)
+                write_json(RESULT, found)
         if "store" in arguments.parts:
             found["store"] = store(folder / "store", arguments.runs)
+            write_json(RESULT, found)
         if "corpus" in arguments.parts:
             found["corpus"] = [corpus(folder / f"text{size}", size) for size in TEXT_MEGABYTES]
     # It brings torch with it; what a process may take at most is counted from its parent's size on.
     from machine import machine
 
-    write_json(RESULT, {**found, "machine": machine("snakemake", "mlflow", "tokenizers", "pyarrow", "matplotlib")})
+    found["machine"] = machine("snakemake", "mlflow", "tokenizers", "pyarrow", "matplotlib")
+    write_json(RESULT, found)
     return show(found)
 
 
@@ -208,12 +212,12 @@ def make_run(folder: Path, run: RunConfig, like: Path, number: int) -> None:
                 if name in point["values"]:
                     point["values"][name] += shift + 0.01 * rng.gauss(0, 1)
             file.write(json.dumps(point) + "\n")
-    found = read_json(like / "evaluation.json")
+    found = read_sealed(like / "evaluation.json")
     for name in ("loss_dense", "loss_sparse"):
         found[name] = None if found[name] is None else found[name] + shift
     for name in ("curve", "oracle_curve"):
         found[name] = [{**point, "loss": point["loss"] + shift} for point in found[name]]
-    write_json(folder / "evaluation.json", found)
+    write_sealed(folder / "evaluation.json", found)
     shutil.copytree(like / "analysis", folder / "analysis")
 
 
