@@ -152,8 +152,9 @@ async def _start(out: IO[bytes], arguments: Iterable[str | Path]) -> Process:
 
 
 def _last_words(log: Path) -> str:
-    """The last two lines of a log: what failed, and what failed with it."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-2:])
+    """What the stages at the end of a log say failed; the last two lines of all if they say nothing."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line for line in lines[-100:] if ": failed: " in line][-2:] or lines[-2:])
 
 
 def _say(text: str) -> None:
