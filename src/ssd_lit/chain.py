@@ -47,4 +47,4 @@ def _record(folder: Path) -> PhaseRecord | None:
 
 
 def _measured_from(path: Path) -> object:
-    return read_sealed(path)["inputs"] if path.exists() else None
+    return read_sealed(path).get("inputs") if path.exists() else None

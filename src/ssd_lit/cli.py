@@ -176,7 +176,7 @@ def _run_experiment(args: argparse.Namespace) -> str:
 
     experiment = load_experiment(args.experiment)
     stages.configs(args)
-    conduct(experiment, args.results, args.jobs, None if args.minutes is None else 60 * args.minutes)
+    conduct(experiment, args.results, args.jobs, None if args.minutes is None else 60 * args.minutes, _say)
     return str(args.results / experiment.experiment / "report.html")
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -21,20 +21,23 @@ DATA = {"prepare": "documents", "tokenizer": "tokenizer", "encode": "tokens/inde
 TABLES = ("summarise", "figures", "report")
 
 
-def conduct(experiment: Experiment, results: Path, jobs: int, seconds: float | None) -> None:
+def conduct(
+    experiment: Experiment, results: Path, jobs: int, seconds: float | None, say: Callable[[str], None]
+) -> None:
     """Take all runs of an experiment, whose configs lie in `results`, to their ends and write the report.
 
     At most `jobs` runs at a time. After `seconds`, or at SIGTERM, SIGUSR1 or Ctrl-C, the stages at work save their
     state and end, and `stopping.Stopped` is raised: called again, all go on where they were. A run that fails leaves
-    out those that build on it, and no others; ConfigError then names it and its log.
+    out those that build on it, and no others; ConfigError then names it and its log. `say` hears what begins and ends.
     """
-    asyncio.run(_Conductor(experiment, results, jobs).conduct(seconds))
+    asyncio.run(_Conductor(experiment, results, jobs, say).conduct(seconds))
 
 
 class _Conductor:
-    def __init__(self, experiment: Experiment, results: Path, jobs: int):
+    def __init__(self, experiment: Experiment, results: Path, jobs: int, say: Callable[[str], None]):
         self._runs = {run.name: run for run in experiment.runs()}
         self._results = results
+        self._say = say
         self._data = data_dir(results, experiment.data)
         self._here = results / experiment.experiment
         self._room = asyncio.Semaphore(jobs)
@@ -75,7 +78,7 @@ class _Conductor:
             self._fail(run, str(why))
         finally:
             self._ended[run.name].set()
-            _say(f"{sum(event.is_set() for event in self._ended.values())} of {len(self._runs)} runs have ended")
+            self._say(f"{sum(event.is_set() for event in self._ended.values())} of {len(self._runs)} runs have ended")
 
     def _fail(self, run: RunConfig, why: str) -> None:
         if self._stopped is None:
@@ -105,7 +108,7 @@ class _Conductor:
     async def _stage(self, log: Path, *arguments: str | Path) -> bool:
         """Run a stage in a process of its own, with all it says in its log; whether it succeeded."""
         title, began = " ".join(map(str, arguments)), time.monotonic()
-        _say(f"{title}: begins")
+        self._say(f"{title}: begins")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             process = await _start(out, arguments)
@@ -115,7 +118,7 @@ class _Conductor:
         status = await process.wait()
         self._processes.remove(process)
         ending = {0: "done", stopping.STATUS: "stopped"}.get(status, "failed")
-        _say(f"{title}: {ending} after {time.monotonic() - began:.0f} s")
+        self._say(f"{title}: {ending} after {time.monotonic() - began:.0f} s")
         return status == 0
 
     def _stop(self, why: str) -> None:
@@ -155,7 +158,3 @@ def _last_words(log: Path) -> str:
     """What the stages at the end of a log say failed; the last two lines of all if they say nothing."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([line for line in lines[-100:] if ": failed: " in line][-2:] or lines[-2:])
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)

@@ -40,7 +40,7 @@ def test_an_experiment_in_pieces_gives_what_snakemake_gives(quick: Path, tmp_pat
     experiment, pieces = ROOT / "configs/quick.yaml", tmp_path / "pieces"
     process = start(experiment, pieces)
     deadline = time.monotonic() + 120
-    while not list(pieces.glob("quick/runs/*/work/*/rolling.ckpt")) and time.monotonic() < deadline:
+    while not list(pieces.rglob("rolling.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
     told, _ = process.communicate(timeout=120)
