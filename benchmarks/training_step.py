@@ -1,10 +1,10 @@
 """A whole training step in sparse mode beside the same model's in dense mode, in turns in one run.
 
-    python benchmarks/training_step.py [--shapes small,medium,1.3b] [--experts 32] [--top-k 6] [--backend auto]
-        [--rounds 5] [--profile]
+    python benchmarks/training_step.py [--shapes small,medium,1.3b] [--experts 32] [--top-k 6] [--router center]
+        [--backend auto] [--rounds 5] [--profile]
 
 A step is the compiled forward pass and loss, the backward pass, gradient clipping and fused AdamW: bf16 over float32
-weights, sequences of 1024, E 32 and K 6, the centre router. Medians over rounds of some steps each. Peak memory is that
+weights, sequences of 1024 (512 for 30m), E 32 and K 6, the centre router, unless told otherwise. Medians over rounds of some steps each. Peak memory is that
 of all tensors, weights and optimizer included. With --profile the kernels that take the time are told, for each mode.
 Shapes that were measured before stay in the JSON.
 """
@@ -39,11 +39,13 @@ KERNELS = 25
 
 def main() -> int:
     arguments = parse()
-    moe = MoEConfig(experts=arguments.experts, top_k=arguments.top_k, backend=arguments.backend)
+    moe = MoEConfig(
+        experts=arguments.experts, top_k=arguments.top_k, router=arguments.router, backend=arguments.backend
+    )
     found: dict[str, Any] = read_json(RESULT)["shapes"] if RESULT.exists() else {}
     print(f"{'':<8}{'mode':<8}{'ms':>9}{'tokens/s':>11}{'MFU':>7}{'GiB':>7}{'ratio':>7}{'wanted':>8}")
     for name in arguments.shapes.split(","):
-        key = name if (moe.experts, moe.top_k) == USUAL else f"{name}, {moe.top_k} of {moe.experts}"
+        key = ", ".join([name, *unusual(moe)])
         found[key] = {
             "machine": machine("transformers"),
             "moe": moe.model_dump(),
@@ -58,12 +60,19 @@ def main() -> int:
     return 0
 
 
+def unusual(moe: MoEConfig) -> list[str]:
+    """What is said of experts and router where they are not the usual ones."""
+    experts = [] if (moe.experts, moe.top_k) == USUAL else [f"{moe.top_k} of {moe.experts}"]
+    return experts + ([] if moe.router == "center" else [f"{moe.router} router"])
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "small,medium,1.3b" if DEVICE.type == "cuda" else "tiny"
     parser.add_argument("--shapes", default=default, help=f"some of {', '.join(SHAPES)}, with commas ({default})")
     parser.add_argument("--experts", type=int, default=USUAL[0])
     parser.add_argument("--top-k", type=int, default=USUAL[1])
+    parser.add_argument("--router", default="center", choices=("center", "random", "learned"))
     parser.add_argument("--backend", default="auto", help="how the sparse FFN is computed (auto)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of a mode in a round (8)")

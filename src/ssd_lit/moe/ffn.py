@@ -118,23 +118,25 @@ class ExpertFFN(nn.Module):
 
     def choose(self, x: Tensor) -> Choice:
         """The experts that each token of x [T, D] runs through in sparse mode, and their weights."""
-        directions = self.router.directions()
-        if directions is not None and not self.oracle and self.threshold is None:
-            return Choice(top_k_products(x, directions, self.top_k))
-        scores = self.router(x)
-        ranking = self.mass(x) if self.oracle else scores
         if self.threshold is not None:
-            return Choice(experts_above(ranking, self.threshold), ragged=True)
-        chosen = top_k_experts(ranking, self.top_k)
+            return Choice(experts_above(self.mass(x) if self.oracle else self.router(x), self.threshold), ragged=True)
+        directions = self.router.directions()
+        if self.oracle:
+            chosen = top_k_experts(self.mass(x), self.top_k)
+        elif directions is not None:
+            chosen = top_k_products(x, directions, self.top_k)
+        else:
+            chosen = top_k_experts(self.router(x), self.top_k)
         if not self.router.weighted:
             return Choice(chosen)
+        scores = self.router(x)
         if self.training:
             self.gate_losses = gate_losses(scores, chosen)
         total = 1 if self.copies else self.top_k
         return Choice(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "sparse":
+        if self.mode == "sparse" and not self._chooses_all:
             y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
         elif self.copies:
             raise ValueError("experts that are copies of one FFN have no dense mode")
@@ -142,6 +144,11 @@ class ExpertFFN(nn.Module):
             y = self.hidden_dropout(self.activations(x)) @ self.w_out
         out: Tensor = self.dropout(y if self.b_out is None else y + self.b_out)
         return out
+
+    @property
+    def _chooses_all(self) -> bool:
+        """Whether every token runs through every expert and outputs are added as they are: that is the dense FFN."""
+        return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.copies
 
     def _sparse(self, x: Tensor) -> Tensor:
         # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.

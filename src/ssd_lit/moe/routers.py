@@ -73,6 +73,9 @@ class LearnedRouter(Router):
         super().__init__()
         self.gate = nn.Parameter(torch.randn(experts, d_model) * 0.02)
 
+    def directions(self) -> Tensor:
+        return self.gate.detach()
+
     def forward(self, x: Tensor) -> Tensor:
         # In full precision under autocast too: a softmax over experts suffers from rounding (Switch, section 2.4).
         with torch.autocast(x.device.type, enabled=False):
@@ -132,7 +135,8 @@ def gate_losses(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     small (ST-MoE, arXiv 2202.08906, section 3.3).
     """
     n_experts = scores.shape[-1]
-    share = chosen.flatten().bincount(minlength=n_experts) / chosen.numel()
+    # Counted without bincount, which makes the host wait for a GPU and cuts compiled graphs in two.
+    share = torch.zeros_like(scores).scatter(1, chosen, 1.0).sum(dim=0) / chosen.numel()
     balance = n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
     return balance, scores.logsumexp(dim=-1).square().mean()
 
