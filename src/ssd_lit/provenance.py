@@ -33,7 +33,7 @@ def provenance() -> dict[str, object]:
     return {
         "commit": git_commit(),
         "written": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
         "machine": {
             "system": platform.system(),
             "python": platform.python_version(),
@@ -59,3 +59,11 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: `ssd-lit run` does without Snakemake."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -21,6 +21,10 @@ FEW_TOKENS = {"cpu": 8, "cuda": 8}
 """Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_float32.py)."""
 
 
+MANY_NUMBERS = 2**20
+"""From so many numbers of an input in float32 the fused kernels pass one product with all neurons on a GPU."""
+
+
 def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
     """The backend of that name, or the fastest one for x [T, D] if the name is `auto`.
 
@@ -41,15 +45,15 @@ def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
 def fastest_backend(x: Tensor, activation: Activation) -> str:
     """What `auto` takes for x [T, D], by its device, dtype and number of tokens, as measured in benchmarks/.
 
-    On the CPU views for a few tokens, else the loop. On a GPU kernels, but for float32, whose products they compute
-    without tensor cores, and for dropout of activations, which they lack.
+    On the CPU views for a few tokens, else the loop. On a GPU kernels, but for dropout of activations, which they lack,
+    and for an input in float32 that is small: there a few large products take less time than many launches.
     """
     few = len(x) <= FEW_TOKENS[x.device.type] and not torch.is_grad_enabled()
     if not x.is_cuda:
         # Which views are taken is known only outside a compiled graph.
         return "views" if few and not torch.compiler.is_compiling() else "loop"
     if not kernels.runs_on(x) or activation.dropout:
-        return "grouped" if x.dtype == torch.bfloat16 else "loop"
+        return "grouped" if x.dtype == torch.bfloat16 else "masked"
     if few:
         return "few"
-    return "loop" if x.dtype == torch.float32 else "fused"
+    return "masked" if x.dtype == torch.float32 and x.numel() < MANY_NUMBERS else "fused"
