@@ -214,6 +214,7 @@ def downstream(args: argparse.Namespace) -> str:
 
 
 def summarise(args: argparse.Namespace) -> str:
+    from ssd_lit.reporting.arms_table import write_arms
     from ssd_lit.reporting.downstream import write_downstream
     from ssd_lit.reporting.summary import write_summary
 
@@ -221,6 +222,7 @@ def summarise(args: argparse.Namespace) -> str:
     with alone(args.exp_dir, "summarise"):
         if experiment.downstream is not None:
             write_downstream(args.exp_dir, experiment.runs())
+        write_arms(args.exp_dir, experiment.runs())
         return str(write_summary(args.exp_dir, experiment.runs()))
 
 
