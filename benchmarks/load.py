@@ -39,7 +39,7 @@ BATCH_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 STAGE_MEGABYTES = 1000.0
 """Beyond its imports, for each stage of the data."""
-SAME = 1.25
+SAME = 1.1
 """The peak with four times the text may be this many times as high: it differs so much from call to call."""
 
 POINTS = 1_000_000
