@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssd_lit.moe.backends import BACKENDS, Activation, Experts
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routers import CenterRouter
+from ssd_lit.moe.routers import CenterRouter, build_router
 from ssd_lit.moe.selection import Choice
 
 # T, D, E, H, K
@@ -84,7 +84,8 @@ def test_gradients_have_gradients(name: str) -> None:
 
 def sparse_ffn(backend: str, **how: Any) -> ExpertFFN:
     torch.manual_seed(0)
-    ffn = ExpertFFN(64, 512, experts=16, top_k=3, router=CenterRouter(64, 16), backend=backend, **how)
+    how = {"router": CenterRouter(64, 16), **how}
+    ffn = ExpertFFN(64, 512, experts=16, top_k=3, backend=backend, **how)
     ffn.router.follow(ffn.key_rows)
     ffn.set_mode("sparse")
     return ffn
@@ -102,8 +103,9 @@ def test_no_weights_are_copied(backend: str, gated: bool) -> None:
     assert 0 < largest < 32 * 64 * 4
 
 
-def test_compiled_and_recomputed_ffns_are_the_same_ffn() -> None:
-    ffn = sparse_ffn("loop")
+@pytest.mark.parametrize("router", ["center", "learned"])
+def test_compiled_and_recomputed_ffns_are_the_same_ffn(router: str) -> None:
+    ffn = sparse_ffn("loop", router=build_router(router, 64, 16, hidden=1))
     torch._dynamo.reset()
     compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
     ways = (ffn, compiled, lambda x: checkpoint(ffn, x, use_reentrant=False))
