@@ -63,6 +63,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def same_file(source: Path, path: Path) -> None:
+    """Make `path` a second name of `source`, whole or not at all; a copy where the disk knows no second names.
+
+    For files that are never written to again, only replaced.
+    """
+    with whole_file(path) as part:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """A full disk names no file by itself: say which one could not be written."""

@@ -2,11 +2,15 @@
 
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import Specials
@@ -18,34 +22,55 @@ PREFIX = "model."  # The model is `Pretraining.model`, so its weights carry this
 
 ROUTER = ".router."  # In the names of a router's weights, and of no others.
 
+CHECKERS = 4  # Threads that look for damage in a checkpoint.
+
 SWITCH_STATE = "PhaseSwitch"  # The phase switch keeps its state under this key of a checkpoint's callbacks.
 
 
 def build_model(
-    config: RunConfig, specials: Specials, *, router: str | None = None, read_weights: bool = True
+    config: RunConfig,
+    specials: Specials,
+    *,
+    router: str | None = None,
+    read_weights: bool = True,
+    draw_weights: bool = True,
 ) -> LanguageModel:
     """The run's model with its first weights, a function of its config and seed.
 
     `router` names another way to choose experts than the config's. Where a checkpoint is loaded next, a pretrained
-    one need not be read.
+    one need not be read; where all of its weights are loaded, the routers' too, none need be drawn.
     """
     torch.manual_seed(config.seed)
-    return LanguageModel(
-        config.model,
-        config.moe,
-        specials,
-        context=config.data.sequence_length,
-        router=router,
-        copies=config.method == "upcycle",
-        read_weights=read_weights,
-    )
+    with nullcontext() if draw_weights else _Undrawn():  # type: ignore[no-untyped-call]
+        return LanguageModel(
+            config.model,
+            config.moe,
+            specials,
+            context=config.data.sequence_length,
+            router=router,
+            copies=config.method == "upcycle",
+            read_weights=read_weights,
+        )
+
+
+class _Undrawn(TorchDispatchMode):
+    """Leaves weights as their memory happens to be: drawing those of 124 M parameters takes a core three seconds."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def final_model(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], specials: Specials) -> LanguageModel:
     """The model at the end of a run, with the router that was trained for it if one was; on the CPU, dense mode."""
     last = chain[-1]
     model = build_model(
-        config, specials, router=config.moe.trained_router if last.mode == "router" else None, read_weights=False
+        config,
+        specials,
+        router=config.moe.trained_router if last.mode == "router" else None,
+        read_weights=False,
+        draw_weights=False,
     )
     load_weights(model, read_checkpoint(phase_dir(run_dir, last.index, last.mode) / "last.ckpt"))
     return model
@@ -53,7 +78,13 @@ def final_model(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write tensors and plain values, whole or not at all; OSError if the disk takes no more."""
-    with whole_file(path) as part, part.open("wb") as file:
+    with whole_file(path) as part:
+        save(content, part)
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain values to a file that nobody reads yet; OSError if the disk takes no more."""
+    with path.open("wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
@@ -61,8 +92,11 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain values only; ValueError if it is missing or damaged."""
+def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, tensors and plain values only; ValueError if it is missing or damaged.
+
+    Tensors that are `mapped` are read when they are looked at, and the file must stay until they are gone.
+    """
     if not path.exists():
         raise ValueError(f"{path}: not found; run the phase that writes it (delete its phase.json if that is there)")
     try:
@@ -70,7 +104,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{error}; delete its folder and run again") from None
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
         told = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable checkpoint ({told}); delete its folder and run again") from error
@@ -86,11 +120,28 @@ def check_checkpoint(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             # No record is a folder: one that says so would be left unread, its memory as it happened to be.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr]
-            damaged = archive.testzip() or next(iter(folders), None)
+            names = archive.namelist()
+            # Checksums are made side by side: Python's lock is not held for them.
+            with ThreadPoolExecutor(CHECKERS) as pool:
+                sound = list(pool.map(partial(_is_sound, archive), names))
+            damaged = next(
+                (name for name, good in zip(names, sound, strict=True) if not good), next(iter(folders), None)
+            )
     except Exception as error:  # an archive that is damaged raises whatever its reader stumbles over
         raise ValueError(f"{path}: damaged ({error})") from None
     if damaged is not None:
         raise ValueError(f"{path}: damaged (the checksum of {damaged} does not fit)")
+
+
+def _is_sound(archive: zipfile.ZipFile, record: str) -> bool:
+    """Whether a record is what was written."""
+    try:
+        with archive.open(record) as file:
+            while file.read(2**20):  # checks at the end
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """One training phase of a run: one Lightning `fit`, from the previous phase's checkpoint to its own."""
 
-import shutil
 import signal
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import load_index
 from ssd_lit.data.module import TokenData
 from ssd_lit.data.objectives import Specials, build_objective
-from ssd_lit.files import whole_file
+from ssd_lit.files import same_file
 from ssd_lit.layout import PhaseRecord, Totals, phase_dir, rolling_checkpoint
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
@@ -46,12 +45,13 @@ def train_phase(
     specials = Specials.of(load_index(tokens_dir))
     start = _spent_before(history)
     before = phase_dir(run_dir, history[-1].index, history[-1].mode) / "last.ckpt" if history else None
-    model = build_model(config, specials, read_weights=before is None)
-    if before is not None:
-        load_weights(model, read_checkpoint(before))
-    model.set_mode("sparse" if phase.mode == "sparse" else "dense")
     # Before the run's own first step there is no optimiser state to go on from, only weights.
     resume = rolling if interrupted is not None else before if phase.first_step else None
+    fresh = before is None and resume is None
+    model = build_model(config, specials, read_weights=fresh, draw_weights=fresh)
+    if before is not None and resume is None:
+        load_weights(model, read_checkpoint(before))
+    model.set_mode("sparse" if phase.mode == "sparse" else "dense")
     objective = build_objective(model.objective_name, specials)
     # Reading goes on where the run that this one started from stopped, in the same order.
     skipped = start.steps - phase.first_step
@@ -97,9 +97,8 @@ def close_phase(
 ) -> PhaseRecord:
     """Write the last.ckpt of a phase that was trained to its end; returns what phase.json is to say."""
     rolling = rolling_checkpoint(run_dir, phase.index, phase.mode)
-    checkpoint = read_checkpoint(rolling)
-    with whole_file(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt") as part:
-        shutil.copyfile(rolling, part)
+    checkpoint = read_checkpoint(rolling, mapped=True)
+    same_file(rolling, phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt")
     state = checkpoint["callbacks"][SWITCH_STATE]
     step = checkpoint["global_step"]
     steps = step - phase.first_step

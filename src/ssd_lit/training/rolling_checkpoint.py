@@ -4,12 +4,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
 from ssd_lit import stopping
 from ssd_lit.files import whole_file
 from ssd_lit.layout import previous_checkpoint
-from ssd_lit.training.checkpoint import read_checkpoint
+from ssd_lit.training.checkpoint import read_checkpoint, save
 from ssd_lit.training.module import Pretraining
 
 
@@ -54,6 +55,19 @@ class RollingCheckpoint(Callback):
             trainer.save_checkpoint(part)  # ends with a barrier: the file is whole for all processes
             if trainer.is_global_zero and self._path.exists():
                 self._path.replace(previous_checkpoint(self._path))
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Reads and writes as every other part of ours does.
+
+    Lightning's own way looks at no checksum, and makes a copy of the whole file in memory before it writes it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path)
 
 
 def newest_state(rolling: Path) -> dict[str, Any] | None:

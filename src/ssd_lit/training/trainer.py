@@ -23,7 +23,7 @@ from ssd_lit.training.meter import Meter
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
-from ssd_lit.training.rolling_checkpoint import RollingCheckpoint
+from ssd_lit.training.rolling_checkpoint import CheckpointFiles, RollingCheckpoint
 from ssd_lit.training.schedule import Phase
 from ssd_lit.training.snapshots import Snapshots
 
@@ -51,7 +51,7 @@ def build_trainer(
         # No buffer changes within a phase, and a validation may be longer in one process than in another.
         strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
         # A cluster gives a stage one task: Lightning would take that for the number of processes.
-        plugins=[LightningEnvironment()],
+        plugins=[LightningEnvironment(), CheckpointFiles()],
         precision=PRECISION[training.precision],
         gradient_clip_val=config.optim.grad_clip,
         val_check_interval=training.validate_every,
