@@ -1,7 +1,9 @@
 """A tiny experiment on text written here, shared by the tests that need a real run."""
 
 import os
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import yaml
 from ssd_lit.cli import main
 from ssd_lit.config import RunConfig, load_experiment
 from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_dir
+from ssd_lit.tracking import ensure_store
 
 # Before any test imports MLflow: it reports its use to its makers by default.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -20,7 +23,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TRITON_INTERPRET"] = "1"
 
 
-def write_text_files(folder: Path, documents: int = 400) -> None:
+@cache
+def sentences(documents: int) -> str:
     """Sentences of a small grammar: there is something to learn."""
     rng = np.random.default_rng(0)
     nouns, verbs = ["river", "senate", "actor", "harvest", "engine"], ["moves", "praises", "forgets", "carries"]
@@ -28,7 +32,11 @@ def write_text_files(folder: Path, documents: int = 400) -> None:
         " ".join(f"the {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)} {n}." for _ in range(12))
         for n in range(documents)
     ]
-    (folder / "text.txt").write_text("\n\n".join(text), encoding="utf-8")
+    return "\n\n".join(text)
+
+
+def write_text_files(folder: Path, documents: int = 400) -> None:
+    (folder / "text.txt").write_text(sentences(documents), encoding="utf-8")
 
 
 def tiny_experiment(folder: Path, **changes: Any) -> Path:
@@ -63,6 +71,14 @@ def tiny_experiment(folder: Path, **changes: Any) -> Path:
     return path
 
 
+@cache
+def empty_store() -> bytes:
+    """An MLflow store as the stage `store` makes it: a hundred tables, which one copies sooner than one makes them."""
+    with TemporaryDirectory() as folder:
+        ensure_store(Path(folder))
+        return (Path(folder) / "mlflow.db").read_bytes()
+
+
 class Bench:
     """An experiment with its data prepared, driven stage by stage as a person would."""
 
@@ -70,6 +86,8 @@ class Bench:
         self.results = folder / "results"
         config = config or tiny_experiment(folder, **changes)
         self.stage("configs", config, "--results", self.results)
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            (self.results / "mlflow.db").write_bytes(empty_store())
         self.data = next((self.results / "data").iterdir())
         for stage in ("prepare", "tokenizer", "encode"):
             self.stage(stage, self.data)

@@ -197,6 +197,13 @@ def assert_all_arrived_once(run_dir: Path, results: Path, stages: int) -> None:
     assert all(c.info.status == "FINISHED" and c.data.tags["ended_by"] == "stable" for c in children)
 
 
+def test_a_stage_makes_the_store_where_there_is_none(tmp_path: Path, others: set[threading.Thread]) -> None:
+    train(tmp_path / "run", tmp_path)
+    end_of_process(others)
+    send_runs(tmp_path, [tmp_path / "run"])  # on a busy machine the stage may have left it for later
+    assert_all_arrived_once(tmp_path / "run", tmp_path, stages=1)
+
+
 @pytest.mark.parametrize("fault", ["refused", "500", "silent", "slow"])
 def test_a_server_that_is_away_does_not_hold_a_stage_and_gets_every_point_once_it_is_back(
     fault: str,

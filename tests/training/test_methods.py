@@ -192,19 +192,28 @@ def test_phases_change_at_the_steps_given(tmp_path: Path) -> None:
     assert chain[-1].mode == "moefy"
 
 
-@pytest.mark.parametrize("construction", ["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"])
-def test_every_construction_keeps_the_dense_function(tmp_path: Path, construction: str) -> None:
-    arms = {
-        "dense": {"method": "dense"},
-        "posthoc": {"method": "posthoc", "start_from": "dense", "moe": {"construction": construction}},
+CONSTRUCTIONS = ("kmeans", "kmeans_activations", "coactivation", "random", "contiguous")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A dense model, trained and measured, with an arm for each construction."""
+    posthoc = {
+        name: {"method": "posthoc", "start_from": "dense", "moe": {"construction": name}} for name in CONSTRUCTIONS
     }
-    bench = Bench(tmp_path, arms=arms)
-    dense, posthoc = evaluated(bench, "dense"), evaluated(bench, "posthoc")
+    bench = Bench(tmp_path_factory.mktemp("cut"), arms={"dense": {"method": "dense"}, **posthoc})
+    evaluated(bench, "dense")
+    return bench
+
+
+@pytest.mark.parametrize("construction", CONSTRUCTIONS)
+def test_every_construction_keeps_the_dense_function(cut: Bench, construction: str) -> None:
+    dense, posthoc = read_json(cut.dir("dense") / "evaluation.json"), evaluated(cut, construction)
     assert posthoc["loss_dense"] == pytest.approx(dense["loss_dense"], rel=1e-6)
-    ids = weights(bench, "posthoc")[f"{FFN}.neuron_ids"]
+    ids = weights(cut, construction)[f"{FFN}.neuron_ids"]
     assert torch.equal(ids.sort().values, torch.arange(32))
     assert torch.equal(ids, torch.arange(32)) == (construction == "contiguous")
-    source, moved = weights(bench, "dense")[f"{FFN}.w_in"], weights(bench, "posthoc")[f"{FFN}.w_in"]
+    source, moved = weights(cut, "dense")[f"{FFN}.w_in"], weights(cut, construction)[f"{FFN}.w_in"]
     assert torch.equal(source[ids], moved)
 
 

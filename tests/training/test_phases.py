@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from ssd_lit.cli import main
@@ -189,8 +190,14 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     assert similarity[0] == similarity[1]
 
 
-def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:
-    chain = bench.phases("ssd")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """For tests that look only: what one of them has trained, the next finds done."""
+    return Bench(tmp_path_factory.mktemp("kept"))
+
+
+def test_ssd_runs_its_schedule_and_counts_what_it_spends(kept: Bench) -> None:
+    chain = kept.phases("ssd")
     modes = [record.mode for record in chain]
     assert modes[:4] == ["dense", "moefy", "sparse", "dense"]
     assert modes[-2:] == ["dense", "moefy"]
@@ -199,7 +206,7 @@ def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:
     assert total.sparse_steps == sum(r.steps for r in chain if r.mode == "sparse") == 16
     assert total.tokens == 40 * 4 * 16
     assert chain[-1].ended_by == "moefied"
-    dense = bench.phases("dense")
+    dense = kept.phases("dense")
     assert dense[0].ended_by == "budget"
     # A sparse step costs less, a dense step the same.
     assert total.flops < dense[0].total.flops
@@ -207,7 +214,7 @@ def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:
     for record in chain:
         if record.mode == "dense":
             assert record.flops == record.steps * per_dense_step
-    points = read_points(bench.dir("ssd") / "metrics.jsonl")
+    points = read_points(kept.dir("ssd") / "metrics.jsonl")
     assert points["train/flops"][-1] == (40, total.flops)
     assert points["validation/loss"][-1][0] == 40
     assert {"activation/active_ratio/layer_01", "experts/load_entropy/layer_01", "activation/similarity"} <= set(points)
@@ -216,9 +223,9 @@ def test_ssd_runs_its_schedule_and_counts_what_it_spends(bench: Bench) -> None:
     assert checks == sorted(set(checks))
 
 
-def test_moefication_of_a_checkpoint_moves_neurons_and_keeps_the_function(bench: Bench) -> None:
-    phases = bench.dir("ssd") / "phases"
-    chain = bench.phases("ssd", stop_after=2)
+def test_moefication_of_a_checkpoint_moves_neurons_and_keeps_the_function(kept: Bench) -> None:
+    phases = kept.dir("ssd") / "phases"
+    chain = kept.phases("ssd", stop_after=2)
     before, after = (torch.load(phases / r.name / "last.ckpt", weights_only=True)["state_dict"] for r in chain)
     name = "model.backbone.transformer.h.0.mlp"
     x = torch.randn(9, 16, dtype=torch.double)
@@ -230,20 +237,20 @@ def test_moefication_of_a_checkpoint_moves_neurons_and_keeps_the_function(bench:
     torch.testing.assert_close(y[0], y[1], rtol=0, atol=1e-12)
 
 
-def test_posthoc_reuses_the_dense_model_and_what_it_cost(bench: Bench) -> None:
-    dense = bench.phases("dense")
-    (record,) = bench.phases("posthoc")
+def test_posthoc_reuses_the_dense_model_and_what_it_cost(kept: Bench) -> None:
+    dense = kept.phases("dense")
+    (record,) = kept.phases("posthoc")
     assert (record.steps, record.total.steps, record.total.flops) == (0, 40, dense[-1].total.flops)
-    a, b = (torch.load(bench.last_checkpoint(arm), weights_only=True)["state_dict"] for arm in ("dense", "posthoc"))
+    a, b = (torch.load(kept.last_checkpoint(arm), weights_only=True)["state_dict"] for arm in ("dense", "posthoc"))
     name = "model.backbone.transformer.h.1.mlp.b_in"
     assert torch.equal(a[name].sort().values, b[name].sort().values)
     assert torch.equal(a["model.backbone.transformer.wte.weight"], b["model.backbone.transformer.wte.weight"])
 
 
-def test_training_lowers_the_loss_in_both_modes(bench: Bench) -> None:
+def test_training_lowers_the_loss_in_both_modes(kept: Bench) -> None:
     for arm in ("dense", "sparse"):
-        bench.phases(arm)
-        losses = [value for _, value in read_points(bench.dir(arm) / "metrics.jsonl")["validation/loss"]]
+        kept.phases(arm)
+        losses = [value for _, value in read_points(kept.dir(arm) / "metrics.jsonl")["validation/loss"]]
         assert losses[-1] < losses[0] - 0.3
 
 

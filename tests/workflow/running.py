@@ -1,4 +1,4 @@
-"""Snakemake as a person calls it."""
+"""Snakemake and `ssd-lit run` as a person calls them."""
 
 import os
 import subprocess
@@ -24,3 +24,20 @@ def snakemake(experiment: str | Path, results: Path, *arguments: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
+
+
+def start(experiment: Path, results: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Begin `ssd-lit run`."""
+    # Kernels that need a GPU shall not run here in an interpreter instead.
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssd_lit", "run", str(experiment), "--results", str(results), "--jobs", "2", *arguments],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(experiment: Path, results: Path, *arguments: str) -> tuple[int, str]:
+    """`ssd-lit run` to its end: its status and what it said."""
+    process = start(experiment, results, *arguments)
+    told, _ = process.communicate(timeout=900)
+    return process.returncode, told

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,22 +9,7 @@ import yaml
 
 from tests.campaigns.same_results import differences
 from tests.tiny import tiny
-from tests.workflow.running import ENVIRONMENT, ROOT
-
-
-def start(experiment: Path, results: Path, *arguments: str) -> "subprocess.Popen[str]":
-    # Kernels that need a GPU shall not run here in an interpreter instead.
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ssd_lit", "run", str(experiment), "--results", str(results), "--jobs", "2", *arguments],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def run(experiment: Path, results: Path, *arguments: str) -> tuple[int, str]:
-    process = start(experiment, results, *arguments)
-    told, _ = process.communicate(timeout=300)
-    return process.returncode, told
+from tests.workflow.running import ROOT, run, start
 
 
 def times(results: Path) -> dict[str, float]:

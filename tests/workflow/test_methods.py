@@ -1,26 +1,37 @@
-"""Every method from its shipped config, through the workflow."""
+"""Every method from its shipped config: what it promises, and what it waits for in the workflow.
+
+The whole of it is done by `ssd-lit run`, which imports its libraries once a run and not once a phase, and gives what
+the workflow gives (test_conductor.py); the workflow then goes on from there.
+"""
 
 import csv
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ssd_lit.files import read_json
+from tests.campaigns.same_results import differences
 from tests.tiny import tiny
-from tests.workflow.running import snakemake
-
-Rows = dict[str, dict[str, str]]
+from tests.workflow.running import run, snakemake
 
 FIXED = {"switch_points": [12, 28]}
+HALF = {"training": {"steps": 20}}
+ARMS = {
+    "ssd_fixed": {"switching": FIXED}, "from_dense": HALF, "upcycled": HALF, "dense_half": HALF,
+    "smoe_dropout": {"moe": {"k_schedule": {"start": 1, "end": 4}}}, "dense_smaller": {"model": {"d_ff": 16}},
+}  # fmt: skip
 
 
-def run(shipped: str, folder: Path, **changes: Any) -> tuple[Path, Rows]:
-    """The experiment's folder and its summary by arm."""
-    snakemake(tiny(shipped, folder, **changes), folder / "results")
-    here = folder / "results/tiny"
-    with (here / "summary.csv").open() as file:
-        return here, {row["arm"]: row for row in csv.DictReader(file)}
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the experiment and its results; whoever changes them works on a copy."""
+    folder = tmp_path_factory.mktemp("methods")
+    status, told = run(tiny("methods", folder, arms=ARMS), folder / "results")
+    assert status == 0, told
+    return folder
 
 
 def evaluation(here: Path, arm: str) -> dict[str, Any]:
@@ -28,13 +39,10 @@ def evaluation(here: Path, arm: str) -> dict[str, Any]:
     return found
 
 
-def test_every_method_keeps_its_promise(tmp_path: Path) -> None:
-    half = {"training": {"steps": 20}}
-    arms = {
-        "ssd_fixed": {"switching": FIXED}, "from_dense": half, "upcycled": half, "dense_half": half,
-        "smoe_dropout": {"moe": {"k_schedule": {"start": 1, "end": 4}}}, "dense_smaller": {"model": {"d_ff": 16}},
-    }  # fmt: skip
-    here, rows = run("methods", tmp_path, arms=arms)
+def test_every_method_keeps_its_promise(methods: Path) -> None:
+    here = methods / "results/tiny"
+    with (here / "summary.csv").open() as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
     steps = {arm: int(row["steps"]) for arm, row in rows.items()}
     flops = {arm: float(row["train_flops"]) for arm, row in rows.items()}
     share = {arm: float(row["sparse_fraction"]) for arm, row in rows.items()}
@@ -67,3 +75,25 @@ def test_every_method_keeps_its_promise(tmp_path: Path) -> None:
     assert len(evaluation(here, "posthoc_norm")["threshold_curve"]) == 4
     html = (here / "report.html").read_text(encoding="utf-8")
     assert all(f"{arm}-seed0" in html for arm in rows)
+
+
+def test_the_workflow_finds_all_of_it_done_and_trains_a_router_that_is_not(methods: Path, tmp_path: Path) -> None:
+    experiment, results = methods / "experiment.yaml", tmp_path / "results"
+    shutil.copytree(methods / "results", results)
+    (results / ".mlflow-ready").touch()  # a file of the workflow's own
+    assert "Nothing to be done" in snakemake(experiment, results, "-n")
+    run_dir = results / "tiny/runs/posthoc_mass-seed0"
+    shutil.rmtree(run_dir / "phases/01-router")
+    (run_dir / "evaluation.json").unlink()
+    told = snakemake(experiment, results, str(run_dir / "evaluation.json"))
+    assert set(re.findall(r"^(?:local)?(?:checkpoint|rule) (\w+):", told, re.MULTILINE)) == {"route", "evaluate"}
+    assert list(differences(methods / "results", results, "tiny")) == []
+
+
+def test_a_run_waits_for_the_one_that_it_builds_on(methods: Path, tmp_path: Path) -> None:
+    first = {"dense_stopped": "00-dense", "upcycled": "00-moefy"}
+    asked = [str(tmp_path / f"tiny/runs/{arm}-seed0/phases/{phase}/phase.json") for arm, phase in first.items()]
+    planned = snakemake(methods / "experiment.yaml", tmp_path, "-n", *asked)
+    assert set(re.findall(r"wildcards: run=(\w+)-seed0", planned)) == {*first, "ssd", "dense_half"}
+    # What the other's last phase will be, only the other can tell.
+    assert planned.count("<TBD>") == len(first)

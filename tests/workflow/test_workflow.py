@@ -168,8 +168,9 @@ def test_runs_that_share_their_warm_up_are_done_once_they_are_done(tmp_path: Pat
         "switching": {"switch_points": [12, 28]},
     }
     config, results = tiny_experiment(tmp_path, arms={"ssd": grid}), tmp_path / "results"
-    snakemake(config, results)
-    phases = [results / f"tiny/runs/ssd.construction_{name}-seed0/phases" for name in ("kmeans", "random")]
-    first, second = (folder / "00-dense/last.ckpt" for folder in phases)
+    runs = [results / f"tiny/runs/ssd.construction_{name}-seed0" for name in ("kmeans", "random")]
+    measured = [str(run / "evaluation.json") for run in runs]
+    snakemake(config, results, *measured)
+    first, second = (run / "phases/00-dense/last.ckpt" for run in runs)
     assert first.read_bytes() == second.read_bytes()
-    assert "Nothing to be done" in snakemake(config, results)
+    assert "Nothing to be done" in snakemake(config, results, *measured)
