@@ -32,7 +32,7 @@ except ConfigError as error:
 
 RUNS = {run.name: run for run in write_configs(EXPERIMENT, RESULTS)}
 HERE = RESULTS / EXPERIMENT.experiment
-SUMMARY, REPORT = HERE / "summary.csv", HERE / "report.html"
+SUMMARY, ARMS_TABLE, REPORT = HERE / "summary.csv", HERE / "arms.csv", HERE / "report.html"
 FIGURES = figure_names(EXPERIMENT)
 ANALYSES = [] if EXPERIMENT.analysis is None else expand(HERE / "runs/{run}/analysis/analysis.json", run=RUNS)
 DOWNSTREAM, DOWNSTREAM_TABLE = [], []

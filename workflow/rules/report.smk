@@ -8,6 +8,7 @@ rule summarise:
         DOWNSTREAM,
     output:
         report(SUMMARY, caption="../report/summary.rst", category="Tables"),
+        ARMS_TABLE,
         DOWNSTREAM_TABLE,
     log:
         HERE / "logs/summarise.log",

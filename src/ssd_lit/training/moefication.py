@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssd_lit.config import RunConfig
@@ -110,7 +111,9 @@ def _experts(
         if checks and checks[-1][0] == phase.first_step:
             # The phase before ended with a check: these very weights are clustered already.
             return tracker.labels, []
-        found = tracker.update(rows)
+        # Where training's checks cluster: a GPU takes all layers in a part of a second, a core several seconds.
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = tracker.update([w.to(device) for w in rows])
         return tracker.labels, [] if found is None else [[phase.first_step, found]]
     activations: Iterable[Tensor | None] = [None] * len(rows)
     if moe.construction in NEEDS_ACTIVATIONS:
