@@ -135,7 +135,7 @@ def gate_losses(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     small (ST-MoE, arXiv 2202.08906, section 3.3).
     """
     n_experts = scores.shape[-1]
-    # Counted without bincount, which makes the host wait for a GPU and cuts compiled graphs in two.
+    # Not by bincount, for which the host waits for a GPU.
     share = torch.zeros_like(scores).scatter(1, chosen, 1.0).sum(dim=0) / chosen.numel()
     balance = n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
     return balance, scores.logsumexp(dim=-1).square().mean()

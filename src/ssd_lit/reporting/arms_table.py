@@ -64,14 +64,15 @@ def _numbers(arm: Arm, dense: Arm | None) -> Iterator[_Row]:
     theirs = {} if dense is None else {run.config.seed: run for run in dense.runs}
     evaluation = arm.runs[0].evaluation
     for text in (evaluation.split, *evaluation.held_out):
-        in_dense_mode = _loss(text, "dense", None)
-        yield from _perplexities(text, "dense", in_dense_mode, in_dense_mode, theirs)
-        for curve in ("sparse", "oracle"):
-            for k in _ks(arm, text, curve):
-                yield from _perplexities(text, f"{curve}, k {k}", _loss(text, curve, k), in_dense_mode, theirs)
+        yield from _perplexities(text, "dense", _scored(text), theirs)
+        for k in sorted({k for run in arm.runs for k in run.evaluation.ks_on(text)}):
+            yield from _perplexities(text, f"sparse, k {k}", _scored(text, k), theirs)
+    for k in sorted({k for run in arm.runs for k, _ in run.evaluation.oracle_curve}):
+        yield from _perplexities(evaluation.split, f"oracle, k {k}", _scored_by_oracle(k), theirs)
 
 
-def _perplexities(text: str, mode: str, loss: Get, in_dense_mode: Get, theirs: dict[int, RunResult]) -> Iterator[_Row]:
+def _perplexities(text: str, mode: str, loss: Get, theirs: dict[int, RunResult]) -> Iterator[_Row]:
+    in_dense_mode = _scored(text)
     yield _Row(text, mode, "perplexity", lambda run: None if (mine := loss(run)) is None else perplexity(mine))
     yield _Row(
         text, mode, "over_dense_arm",
@@ -81,27 +82,14 @@ def _perplexities(text: str, mode: str, loss: Get, in_dense_mode: Get, theirs: d
         yield _Row(text, mode, "over_dense_mode", lambda run: _over(loss(run), in_dense_mode(run)))
 
 
+def _scored(text: str, k: int | None = None) -> Get:
+    return lambda run: run.evaluation.loss_on(text, k)
+
+
+def _scored_by_oracle(k: int) -> Get:
+    return lambda run: dict(run.evaluation.oracle_curve).get(k)
+
+
 def _over(loss: float | None, other: float | None) -> float | None:
     """How much higher a perplexity is than another, as a share of that; from their losses."""
     return None if loss is None or other is None else perplexity(loss - other) - 1
-
-
-def _loss(text: str, curve: str, k: int | None) -> Get:
-    def get(run: RunResult) -> float | None:
-        found = run.evaluation
-        if curve == "dense":
-            return found.loss_dense if text == found.split else found.held_out[text].loss_dense
-        return None if k is None else dict(_curve(run, text, curve)).get(k)
-
-    return get
-
-
-def _curve(run: RunResult, text: str, curve: str) -> tuple[tuple[int, float], ...]:
-    found = run.evaluation
-    if curve == "oracle":
-        return found.oracle_curve if text == found.split else ()
-    return found.curve if text == found.split else found.held_out[text].curve
-
-
-def _ks(arm: Arm, text: str, curve: str) -> list[int]:
-    return sorted({k for run in arm.runs for k, _ in _curve(run, text, curve)})

@@ -36,6 +36,5 @@ def _table(name: str, arms: Sequence[Arm]) -> HeldOutTable:
 
 
 def _perplexity(run: RunResult, name: str, k: int | None) -> float | None:
-    found = run.evaluation.held_out[name]
-    loss = found.loss_dense if k is None else dict(found.curve).get(k)
+    loss = run.evaluation.loss_on(name, k)
     return None if loss is None else math.exp(loss)

@@ -53,6 +53,15 @@ class Evaluation:
     held_out: dict[str, HeldOut]
     """Losses on other texts, by name."""
 
+    def loss_on(self, text: str, k: int | None = None) -> float | None:
+        """The loss on the split or another text, in dense mode or in sparse mode with k experts; None if not scored."""
+        found = self if text == self.split else self.held_out[text]
+        return found.loss_dense if k is None else dict(found.curve).get(k)
+
+    def ks_on(self, text: str) -> list[int]:
+        """The numbers of experts with which sparse mode was scored on the split or another text."""
+        return [k for k, _ in (self.curve if text == self.split else self.held_out[text].curve)]
+
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         """Raises ValueError if the file is missing, cut short or of another shape."""
