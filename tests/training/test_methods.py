@@ -70,6 +70,23 @@ def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) ->
     assert not torch.equal(weights(bench, owner, 0)[f"{FFN}.w_in"], got[f"{FFN}.w_in"])
 
 
+def test_another_run_keeps_the_experts_that_ssd_trained_together(tmp_path: Path) -> None:
+    arms = {
+        "ssd": {"method": "ssd"},
+        "routed": {"method": "posthoc", "start_from": "ssd", "moe": {"trained_router": "mass", "router_steps": 2}},
+        "coarser": {"method": "posthoc", "start_from": "ssd", "moe": {"experts": 2, "top_k": 1}},
+    }
+    bench = Bench(tmp_path, arms=arms)
+    for arm in arms:
+        bench.phases(arm)
+    size = bench.runs["ssd"].model.d_ff // bench.runs["ssd"].moe.experts
+    found = {arm: weights(bench, arm) for arm in arms}
+    for name in (name for name in found["ssd"] if name.endswith("neuron_ids")):
+        trained, kept = ({frozenset(one.tolist()) for one in found[arm][name].split(size)} for arm in ("ssd", "routed"))
+        assert trained == kept
+        assert sorted(found["coarser"][name].tolist()) == list(range(len(found["ssd"][name])))
+
+
 def test_matched_flops_are_those_of_the_other_arm_but_for_less_than_a_step(tmp_path: Path) -> None:
     arms = {
         "ssd": {"method": "ssd"},

@@ -56,7 +56,7 @@ def moefy_phase(
     if config.method == "upcycle":
         checkpoint, similarity = {"state_dict": _upcycled(config, checkpoint, specials)}, []
     else:
-        similarity = _moefied(config, checkpoint, phase, history, tokens_dir, specials)
+        similarity = _moefied(config, checkpoint, phase, history, start, tokens_dir, specials)
     write_checkpoint(phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt", checkpoint)
     spent = Totals(seconds=time.perf_counter() - began)
     return finished(config, phase, history, start, spent, "moefied", similarity)
@@ -67,17 +67,21 @@ def _moefied(
     checkpoint: dict[str, Any],
     phase: Phase,
     history: list[PhaseRecord],
+    start: Totals,
     tokens_dir: Path,
     specials: Specials,
 ) -> Checks:
-    """Group the neurons of a checkpoint in place; returns the check of similarity that came with it, if any."""
+    """Group the neurons of a checkpoint in place; returns the check of similarity that came with it, if any.
+
+    What was spent up to it, `start`, tells whether its neurons were trained as experts.
+    """
     model = build_model(config, specials, read_weights=not checkpoint)
     if checkpoint:
         load_beside_routers(model, checkpoint)
     tracker = PatternTracker(config.moe.experts, seed=config.seed)
     switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
-    # Another run's clusters may be of another number; its labels are no start for ours.
-    if history and switch is not None:
+    if switch is not None and (history or start.sparse_steps and _clusters(switch) == config.moe.experts):
+        # Experts that were trained together stay together, in another run as well; a dense one's are looked for anew.
         tracker.load_state_dict(switch["tracker"])
     labels, similarity = _experts(config, model, tracker, phase, history, tokens_dir, specials)
 
@@ -114,7 +118,7 @@ def _experts(
         # Where training's checks cluster: a GPU takes all layers in a part of a second, a core several seconds.
         device = "cuda" if torch.cuda.is_available() else "cpu"
         found = tracker.update([w.to(device) for w in rows])
-        return tracker.labels, [] if found is None else [[phase.first_step, found]]
+        return tracker.labels, [[phase.first_step, found]] if history and found is not None else []
     activations: Iterable[Tensor | None] = [None] * len(rows)
     if moe.construction in NEEDS_ACTIVATIONS:
         activations = layer_activations(model, tokens_dir, moe.calibration_blocks, specials)
@@ -122,6 +126,12 @@ def _experts(
         construct(moe.construction, w, moe.experts, seed=1000 * config.seed + layer, activations=h)
         for layer, (w, h) in enumerate(zip(rows, activations, strict=True))
     ], []
+
+
+def _clusters(switch: dict[str, Any]) -> int:
+    """The number of clusters of the clustering that a phase switch knew; 0 if it knew none."""
+    labels = switch["tracker"]["labels"]
+    return int(labels[0].max()) + 1 if labels else 0
 
 
 def _upcycled(config: RunConfig, checkpoint: dict[str, Any], specials: Specials) -> dict[str, Tensor]:
