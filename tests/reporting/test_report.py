@@ -109,6 +109,20 @@ def test_arms_of_every_method_are_told(page_of_many, many):
     assert "nats per target" in page_of_many.text
 
 
+def test_what_is_the_papers_and_what_is_ours(page, page_of_many, many):
+    """A row for each part that an arm has, and none for what no arm has."""
+    for told in (page, page_of_many):
+        assert "origins" in told.ids
+        assert "Every setting here is ours" in told.text
+        assert any(row[:2] == ["Switchable sparse-dense training", "SSD, arXiv 2410.03440"] for row in told.rows)
+    parts = {row[0] for row in page_of_many.rows}
+    runs = [result.config for result in load_results(many.exp_dir, many.runs)]
+    assert ("Sparse upcycling" in parts) == any(run.method == "upcycle" for run in runs)
+    assert ("Learned gate" in parts) == any(run.moe.router == "learned" for run in runs)
+    assert ("Dense training for another arm's FLOPs" in parts) == any(run.match_flops for run in runs)
+    assert "Sparse upcycling" not in {row[0] for row in page.rows}
+
+
 def test_routers_are_told_with_their_bounds(page_of_many, many):
     results = load_results(many.exp_dir, many.runs)
     for arm, told in router_rows(results):

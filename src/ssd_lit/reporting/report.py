@@ -18,6 +18,7 @@ from ssd_lit.reporting.findings import findings
 from ssd_lit.reporting.grid import QUANTITIES, grids, page
 from ssd_lit.reporting.held_out_table import held_out_tables
 from ssd_lit.reporting.names import GRID
+from ssd_lit.reporting.origins import origins
 from ssd_lit.reporting.router_table import HEADINGS, router_rows
 from ssd_lit.reporting.runs import load_results
 from ssd_lit.reporting.settings import flat, settings
@@ -56,6 +57,7 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         card=_read_card(data_dir / "documents" / "card.json"),
         data=flat(experiment.data.model_dump()),
         arms=arms_of(results),
+        origins=origins(arms_of(results)),
         settings=settings(results),
         evaluation=flat(experiment.evaluation.model_dump()),
         analysis=flat(experiment.analysis.model_dump()) if experiment.analysis is not None else [],

@@ -80,7 +80,7 @@ def _moefied(
         load_beside_routers(model, checkpoint)
     tracker = PatternTracker(config.moe.experts, seed=config.seed)
     switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
-    if switch is not None and (history or start.sparse_steps and _clusters(switch) == config.moe.experts):
+    if switch is not None and (history or (start.sparse_steps and _clusters(switch) == config.moe.experts)):
         # Experts that were trained together stay together, in another run as well; a dense one's are looked for anew.
         tracker.load_state_dict(switch["tracker"])
     labels, similarity = _experts(config, model, tracker, phase, history, tokens_dir, specials)
