@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from ssd_lit import exchange, stages, stopping
-from ssd_lit.config import ConfigError, Construction, load_experiment, load_run
+from ssd_lit.config import ConfigError, Construction, TrainedRouter, load_experiment, load_run
 
 Stage = Callable[[argparse.Namespace], str]
 
@@ -123,9 +123,9 @@ def _add_moefy(command: argparse.ArgumentParser, *places: tuple[str, str]) -> No
     add("--top-k", type=_positive, metavar="K", help="experts a token in sparse mode, unless told otherwise")
     add("--out", type=Path, metavar="DIR", help="the new folder")
     add("--construction", choices=get_args(Construction), help="how neurons are grouped (kmeans)")
-    add("--router", choices=("center", "random", "mass", "norm"), help="what chooses experts (center)")
+    add("--router", choices=("center", "random", *get_args(TrainedRouter)), help="what chooses experts (center)")
     add("--seed", type=int, help="of construction and router (0)")
-    add("--text", type=Path, metavar="FILE", help="what kmeans_activations, coactivation, mass and norm look at")
+    add("--text", type=Path, metavar="FILE", help="what kmeans_activations, coactivation and trained routers look at")
     add("--calibration-tokens", type=_positive, metavar="T", help="tokens of it that are read (8192)")
     command.set_defaults(shown=[*(place for place, _ in places), "model"])
 

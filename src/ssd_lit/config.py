@@ -32,6 +32,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
 Family = Literal["gpt2", "bert", "t5", "llama"]
 Construction = Literal["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"]
+TrainedRouter = Literal["mass", "norm", "direction"]
 
 
 Seed = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -229,10 +230,11 @@ class MoEConfig(Section):
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     z_weight: Annotated[float, Field(ge=0)] = 0.001
     """Weights of the load-balancing loss and the z-loss of a learned router."""
-    trained_router: Literal["mass", "norm"] | None = None
-    """After the last phase, train a small MLP to choose instead: on the experts' activation mass, or output norm."""
+    trained_router: TrainedRouter | None = None
+    """After the last phase, train what chooses instead: a small MLP on the experts' activation mass (mass) or on their
+    output norm (norm), or, on the mass, a direction for each expert, at first its centre (direction)."""
     router_hidden: Annotated[int, Field(gt=0, le=1_000_000)] = 64
-    """Width of that MLP."""
+    """Width of the MLP."""
     router_steps: Positive = 200
     router_lr: Annotated[float, Field(gt=0)] = 1e-3
     permute_optimizer: bool = True

@@ -3,10 +3,10 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ssd_lit import stages
-from ssd_lit.config import ConfigError, Construction, MoEConfig, load_run
+from ssd_lit.config import ConfigError, Construction, MoEConfig, TrainedRouter, load_run
 from ssd_lit.layout import data_dir, read_chain
 
 MODEL_OPTIONS = ("model", "experts", "top_k", "out", "construction", "router", "seed", "text", "calibration_tokens")
@@ -50,7 +50,7 @@ def _moefy_model(
     top_k: int,
     out: Path,
     construction: Construction = "kmeans",
-    router: Literal["center", "random", "mass", "norm"] = "center",
+    router: Literal["center", "random"] | TrainedRouter = "center",
     **calibration: Any,
 ) -> str:
     if top_k > experts:
@@ -60,7 +60,7 @@ def _moefy_model(
     from ssd_lit.training.moefy_folder import moefy_folder
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    chosen: Any = {"trained_router" if router in ("mass", "norm") else "router": router}
+    chosen: Any = {"trained_router" if router in get_args(TrainedRouter) else "router": router}
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
     moefy_folder(model, out, moe, **calibration, progress=print)
     return f"{out}: {experts} experts a layer, {top_k} a token in sparse mode"

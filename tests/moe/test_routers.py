@@ -113,6 +113,29 @@ def test_the_oracle_changes_what_a_gate_chooses_and_not_how_it_weighs() -> None:
     torch.testing.assert_close(choice.weights, expected)
 
 
+def test_directions_begin_as_the_centres_and_learn_to_find_more_mass() -> None:
+    tuned, plain = ffn_with("direction"), ffn_with("center")
+    with torch.no_grad():  # An expert of long rows contributes more, which centres of one length do not tell.
+        tuned.w_in[:6] *= 3
+        plain.w_in[:6] *= 3
+    plain.router.follow(plain.key_rows)
+    tuned.router.begin(tuned.key_rows)
+    x, unseen = torch.randn(2, 500, 8, dtype=torch.double)
+
+    def found(ffn: ExpertFFN) -> torch.Tensor:
+        ffn.set_mode("sparse", 1)
+        return ffn.mass(unseen).gather(1, ffn.choose(unseen).experts).sum()
+
+    before = found(tuned)
+    assert before == found(plain)
+    optimizer = torch.optim.Adam(tuned.router.parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.cross_entropy(tuned.router(x).log(), F.normalize(tuned.mass(x).detach(), p=1)).backward()
+        optimizer.step()
+    assert found(tuned) > 1.05 * before
+
+
 def test_a_frozen_router_has_nothing_to_train_and_the_oracle_beats_it() -> None:
     for name in ("center", "random"):
         ffn = ffn_with(name)
@@ -124,7 +147,7 @@ def test_a_frozen_router_has_nothing_to_train_and_the_oracle_beats_it() -> None:
         found = mass.gather(1, ffn.choose(x).experts).sum()
         ffn.oracle = True
         assert found < mass.gather(1, ffn.choose(x).experts).sum()
-    with pytest.raises(ValueError, match="allowed are center, random, learned, mass, norm"):
+    with pytest.raises(ValueError, match="allowed are center, random, learned, mass, norm, direction"):
         build_router("centre", 8, 4, 1)
 
 

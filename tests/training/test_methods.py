@@ -169,7 +169,7 @@ def test_a_dense_model_cut_into_experts_trains_on(tmp_path: Path) -> None:
     assert torch.equal(source.sort().values, cut.sort().values)
 
 
-@pytest.mark.parametrize("kind", ["mass", "norm"])
+@pytest.mark.parametrize("kind", ["mass", "norm", "direction"])
 def test_router_training_touches_no_other_weight_and_learns(tmp_path: Path, kind: str) -> None:
     moe = {"experts": 8, "top_k": 2, "trained_router": kind, "router_steps": 120, "router_lr": 1e-2}
     bench = Bench(tmp_path, moe=moe, arms={"ssd": {"method": "ssd"}})

@@ -24,6 +24,9 @@ class Router(nn.Module):
     def follow(self, rows: Tensor) -> None:
         """Take note of the experts' neurons, whose input rows [F, D] now stand in expert order."""
 
+    def begin(self, rows: Tensor) -> None:
+        """Get ready to be trained behind the model, for experts whose input rows are [F, D]."""
+
 
 class CenterRouter(Router):
     """Scores an expert by the dot product of the token and the expert's centre (MoEfication, SSD section 4)."""
@@ -104,6 +107,30 @@ class PredictorRouter(Router):
             return F.softplus(F.linear(hidden, self.w_out, self.b_out))
 
 
+class DirectionRouter(Router):
+    """A direction for each expert that begins as its centre; a score is the softplus of its dot product with a token.
+
+    It is trained after the model, which stays as it is, on the experts' activation mass. Ours: it costs a token what
+    the centres do, and begins with what they know.
+    """
+
+    def __init__(self, d_model: int, experts: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(experts, d_model))
+
+    def directions(self) -> Tensor:
+        # Softplus only grows: what is chosen by the products is chosen by the scores.
+        return self.weights.detach()
+
+    @torch.no_grad()
+    def begin(self, rows: Tensor) -> None:
+        self.weights.copy_(expert_centers(rows, len(self.weights)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.softplus(x.to(self.weights.dtype) @ self.weights.T)
+
+
 def build_router(name: str, d_model: int, experts: int, hidden: int) -> Router:
     """The router of that name; `hidden` is the width of the trained ones."""
     match name:
@@ -115,7 +142,9 @@ def build_router(name: str, d_model: int, experts: int, hidden: int) -> Router:
             return LearnedRouter(d_model, experts)
         case "mass" | "norm":
             return PredictorRouter(d_model, experts, hidden)
-    raise ValueError(f"router {name!r}: allowed are center, random, learned, mass, norm")
+        case "direction":
+            return DirectionRouter(d_model, experts)
+    raise ValueError(f"router {name!r}: allowed are center, random, learned, mass, norm, direction")
 
 
 def expert_centers(rows: Tensor, experts: int) -> Tensor:

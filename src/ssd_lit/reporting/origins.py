@@ -58,6 +58,13 @@ ORIGINS = (
         lambda run: run.moe.trained_router == "norm",
     ),
     Origin(
+        "Router direction",
+        "ours",
+        "",
+        "Each expert's centre, trained behind the model on the experts' activation mass.",
+        lambda run: run.moe.trained_router == "direction",
+    ),
+    Origin(
         "Learned gate",
         "Shazeer et al., arXiv 1701.06538; Switch, 2101.03961; ST-MoE, 2202.08906",
         "A gate trained with the model, with a load-balancing loss and a z-loss.",

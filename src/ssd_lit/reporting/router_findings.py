@@ -6,7 +6,11 @@ from ssd_lit.reporting.arms import Arm, Finding, dynamic_k, in_sparse_mode, run_
 from ssd_lit.reporting.settings import AFTERWARDS, alike_but
 from ssd_lit.reporting.words import PERPLEXITY, compare, listed, number, percent
 
-TARGETS = {"mass": "the experts' activation mass", "norm": "the norm of the experts' outputs"}
+TRAINED = {
+    "mass": "an MLP that was trained on the experts' activation mass",
+    "norm": "an MLP that was trained on the norm of the experts' outputs",
+    "direction": "directions that began as the experts' centres and were trained on their activation mass",
+}
 
 
 def differs_in_trained_router(one: Arm, other: Arm) -> bool:
@@ -17,13 +21,13 @@ def differs_in_trained_router(one: Arm, other: Arm) -> bool:
 def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
     """A trained router against the one it replaces and against the oracle, on the same model."""
     mine, oracle = in_sparse_mode(arm), arm.measure(lambda run: run.ppl_oracle)
-    target = arm.config.moe.trained_router
-    if mine is None or oracle is None or target is None:
+    kind = arm.config.moe.trained_router
+    if mine is None or oracle is None or kind is None:
         return None
     text = (
-        f"With {arm.experts} chosen by an MLP that was trained on {TARGETS[target]}, {arm.label}'s perplexity is "
-        f"{mine.text()}, {compare(mine.mean, oracle.mean, PERPLEXITY)} the {oracle.text()} of an oracle, which chooses "
-        "by the true mass."
+        f"With {arm.experts} chosen by {TRAINED[kind]}, {arm.label}'s perplexity is {mine.text()}, "
+        f"{compare(mine.mean, oracle.mean, PERPLEXITY)} the {oracle.text()} of an oracle, which chooses by the "
+        "true mass."
     )
     plain = [
         other for other in arms if other.config.moe.trained_router is None and differs_in_trained_router(arm, other)

@@ -96,6 +96,7 @@ def fit_router(ffn: ExpertFFN, x: Tensor, moe: MoEConfig, *, seed: int) -> None:
     """Train the router of an FFN, and nothing else, on inputs x [T, D], for moe.router_steps steps."""
     kind = moe.trained_router
     assert kind is not None
+    ffn.router.begin(ffn.key_rows)
     wanted = contributions(ffn, x, kind)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(ffn.router.parameters(), lr=moe.router_lr, weight_decay=0.0)

@@ -43,6 +43,8 @@ def train_routers(
     before = phase_dir(run_dir, history[-1].index, history[-1].mode) / "last.ckpt"
     model = build_model(config, specials, router=config.moe.trained_router, read_weights=False)
     load_beside_routers(model, read_checkpoint(before))
+    for ffn in model.ffns:
+        ffn.router.begin(ffn.key_rows)
     objective = build_objective(model.objective_name, specials)
     data = TokenData.of_run(config, tokens_dir, objective.draws)
     fitting = RouterFitting(config, model, objective, history[-1].last_step)
