@@ -74,15 +74,15 @@ def test_every_router_chooses_otherwise_and_none_changes_the_model(tmp_path: Pat
     here, rows = run("ablations/router", tmp_path, arms={"ssd": {"switching": FIXED}})
     for source in ("ssd", "dense"):
         cells = [arm for arm in rows if arm.startswith("ssd_" if source == "ssd" else "posthoc")]
-        assert len(cells) == 4
+        assert len(cells) == 5
         for arm in cells:
             assert float(rows[arm]["val_loss_dense"]) == pytest.approx(float(rows[source]["val_loss_dense"]), rel=1e-5)
         found = [evaluation(here, arm) for arm in cells]
-        assert {one["router"] for one in found} == {"center", "mass", "norm", "random"}
-        assert len({one["loss_sparse"] for one in found}) == 4
+        assert {one["router"] for one in found} == {"center", "mass", "norm", "direction", "random"}
+        assert len({one["loss_sparse"] for one in found}) == 5
         # The oracle's choice is the model's, whatever the router.
         bounds = [one["oracle_curve"][0]["loss"] for one in found]
-        assert bounds == pytest.approx([bounds[0]] * 4, rel=1e-5)
+        assert bounds == pytest.approx([bounds[0]] * 5, rel=1e-5)
 
 
 def test_analyses_are_made_where_an_experiment_asks_for_them(tmp_path: Path) -> None:
