@@ -432,6 +432,8 @@ class Arm(Section):
     training; upcycle: the dense arm whose FFNs are copied."""
     match_flops: str | None = None
     """dense: train for as many steps as the FLOPs of this arm pay for, instead of training.steps."""
+    downstream: bool = True
+    """Whether its models are tried on the other tasks of the experiment, where it has some."""
     grid: dict[str, list[Any]] = {}
     """Settings by dotted key, such as moe.top_k, each with its values: the arm becomes one for every combination. By
     the name of a section, mappings of settings that change together; the first names the cell."""
@@ -602,6 +604,8 @@ class Experiment(Section):
         runs = len(self.seeds) * sum(math.prod(map(len, arm.grid.values())) for arm in self.arms.values())
         if runs > MOST_RUNS:
             raise ValueError(f"arms, grids and seeds make {runs:,} runs; allowed: {MOST_RUNS:,}")
+        if self.downstream is not None and not any(arm.downstream for arm in self.arms.values()):
+            raise ValueError("downstream: false for every arm, so that nothing is tried; leave the section out")
         return self
 
     def runs(self) -> list[RunConfig]:
@@ -615,6 +619,11 @@ class Experiment(Section):
                 if owner != run.name:
                     runs[index] = run.model_copy(update={"shares_warmup": owner})
         return runs
+
+    def tried_runs(self) -> list[RunConfig]:
+        """The runs whose final models are tried on other tasks; none without a section downstream."""
+        left_out = {name for key, arm in self.arms.items() if not arm.downstream for name in cells(key, arm)}
+        return [] if self.downstream is None else [run for run in self.runs() if run.arm not in left_out]
 
     def _resolve(self, name: str, arm: Arm, values: dict[str, Any], seed: int) -> RunConfig:
         self._check_other_arms(name, arm)

@@ -179,11 +179,13 @@ def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
     write_if_changed(data_dir(results, experiment.data) / "config.yaml", dump(experiment.data))
     evaluation = dump(experiment.evaluation)
     analysis = None if experiment.analysis is None else dump(experiment.analysis)
+    tried = {run.name for run in experiment.tried_runs()}
     downstream = None if experiment.downstream is None else dump(experiment.downstream)
     for run in runs:
         write_if_changed(run_dir(results, run) / "config.yaml", dump(run))
         write_if_changed(run_dir(results, run) / "evaluation.yaml", evaluation)
-        for name, settings in (("analysis.yaml", analysis), ("downstream.yaml", downstream)):
+        mine = downstream if run.name in tried else None
+        for name, settings in (("analysis.yaml", analysis), ("downstream.yaml", mine)):
             if settings is None:
                 (run_dir(results, run) / name).unlink(missing_ok=True)
             else:

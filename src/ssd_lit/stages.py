@@ -221,7 +221,7 @@ def summarise(args: argparse.Namespace) -> str:
     experiment = load_resolved(args.exp_dir / "experiment.yaml")
     with alone(args.exp_dir, "summarise"):
         if experiment.downstream is not None:
-            write_downstream(args.exp_dir, experiment.runs())
+            write_downstream(args.exp_dir, experiment.tried_runs())
         write_arms(args.exp_dir, experiment.runs())
         return str(write_summary(args.exp_dir, experiment.runs()))
 

@@ -126,3 +126,34 @@ def test_a_section_is_written_for_every_run(tmp_path: Path) -> None:
     assert main(["configs", str(config), "--results", str(tmp_path / "results")]) == 0
     for run in load_experiment(config).runs():
         assert "epochs: 3" in (tmp_path / "results/tiny/runs" / run.name / "downstream.yaml").read_text()
+
+
+def test_an_arm_that_is_left_out_has_no_section_in_any_of_its_runs(tmp_path: Path) -> None:
+    write_glue(tmp_path / "glue")
+    arms = {
+        "dense": {"method": "dense"},
+        "sizes": {"method": "dense", "grid": {"model.d_ff": [16, 48]}, "downstream": False},
+        "posthoc": {"method": "posthoc", "start_from": "dense", "downstream": False},
+    }
+    config = tiny_experiment(tmp_path, downstream=_glue(tmp_path), arms={**arms, "sizes": {"method": "dense"}})
+    assert main(["configs", str(config), "--results", str(tmp_path / "results")]) == 0
+    before = (tmp_path / "results/tiny/runs/dense-seed0/downstream.yaml").read_bytes()
+    config = tiny_experiment(tmp_path, downstream=_glue(tmp_path), arms=arms)
+    assert main(["configs", str(config), "--results", str(tmp_path / "results")]) == 0
+    tried = sorted(path.parent.name for path in (tmp_path / "results/tiny/runs").glob("*/downstream.yaml"))
+    assert tried == ["dense-seed0", "sizes-seed0"]  # the latter of the first config only
+    assert [run.name for run in load_experiment(config).tried_runs()] == ["dense-seed0"]
+    # What other arms do is no reason to try a model again.
+    assert (tmp_path / "results/tiny/runs/dense-seed0/downstream.yaml").read_bytes() == before
+
+
+def test_without_the_section_nothing_is_tried(tmp_path: Path) -> None:
+    assert load_experiment(tiny_experiment(tmp_path)).tried_runs() == []
+
+
+def test_a_section_that_no_arm_takes_part_in_is_a_mistake(tmp_path: Path) -> None:
+    write_glue(tmp_path / "glue")
+    arms = {"dense": {"method": "dense", "downstream": False}}
+    config = tiny_experiment(tmp_path, downstream=_glue(tmp_path), arms=arms)
+    with pytest.raises(ConfigError, match="downstream: false for every arm"):
+        load_experiment(config)

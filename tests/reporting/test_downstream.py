@@ -124,6 +124,19 @@ def test_an_experiment_that_asks_for_nothing_shows_nothing(make_tree: Callable[.
     assert not set(OF_DOWNSTREAM) & set(figure_names(tree.experiment))
 
 
+def test_what_an_arm_scored_before_it_was_left_out_is_shown_no_more(tmp_path: Path) -> None:
+    asked = DownstreamConfig.model_validate({"glue": {"folder": str(tmp_path)}})
+    whole = experiment((0,), ("dense", "ssd"))
+    arms = {**whole.arms, "ssd": whole.arms["ssd"].model_copy(update={"downstream": False})}
+    tree = build(tmp_path, whole.model_copy(update={"downstream": asked, "arms": arms}))
+    fill(tree)
+    table = glue_table(load_results(tree.exp_dir, tree.runs))
+    assert table is not None
+    assert [name for name, _ in table.arms] == ["Commonest class", "Dense"]
+    tried = write_downstream(tree.exp_dir, tree.experiment.tried_runs())
+    assert set(pd.read_csv(tried)["run"]) == {"dense-seed0"}
+
+
 def test_a_figure_of_a_benchmark_that_nobody_was_tried_on_says_so(tmp_path: Path) -> None:
     asked = DownstreamConfig.model_validate({"glue": {"folder": str(tmp_path)}})
     tree = build(tmp_path, experiment((0,), ("sparse",)).model_copy(update={"downstream": asked}))

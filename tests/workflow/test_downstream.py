@@ -19,3 +19,13 @@ def test_tables_and_figures_wait_for_every_run_to_be_tried(tmp_path: Path) -> No
         assert "figures/glue.svg" not in outputs
         for run in load_experiment(config).runs():
             assert f"runs/{run.name}/downstream/downstream.json" in inputs
+
+
+def test_a_run_of_an_arm_that_is_left_out_is_not_tried(tmp_path: Path) -> None:
+    archive = write_blimp(tmp_path / "BLiMP.zip", {"one": ("syntax", [("a b", "b a")])})
+    arms = {"dense": {"method": "dense"}, "ssd": {"method": "ssd", "downstream": False}}
+    config = tiny_experiment(tmp_path, downstream={"blimp": {"file": str(archive)}}, arms=arms)
+    planned = snakemake(config, tmp_path / "results", "-n")
+    assert "runs/dense-seed0/downstream/downstream.json" in planned
+    assert "runs/ssd-seed0/downstream/downstream.json" not in planned
+    assert "runs/ssd-seed0/evaluation.json" in planned

@@ -37,7 +37,8 @@ FIGURES = figure_names(EXPERIMENT)
 ANALYSES = [] if EXPERIMENT.analysis is None else expand(HERE / "runs/{run}/analysis/analysis.json", run=RUNS)
 DOWNSTREAM, DOWNSTREAM_TABLE = [], []
 if EXPERIMENT.downstream is not None:
-    DOWNSTREAM = expand(HERE / "runs/{run}/downstream/downstream.json", run=RUNS)
+    TRIED = [run.name for run in EXPERIMENT.tried_runs()]
+    DOWNSTREAM = expand(HERE / "runs/{run}/downstream/downstream.json", run=TRIED)
     DOWNSTREAM_TABLE = [HERE / "downstream.csv"]
 
 # As many runs work side by side as have room; how many threads one takes decides its bits, so its config says.

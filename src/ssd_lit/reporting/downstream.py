@@ -142,7 +142,9 @@ def _percent(value: float) -> str:
 
 
 def _tried(result: RunResult) -> bool:
-    return (result.folder / "downstream" / "downstream.json").is_file()
+    # What was found stays where an experiment does not ask for it any more.
+    files = ("downstream.yaml", "downstream/downstream.json")
+    return all((result.folder / name).is_file() for name in files)
 
 
 def _all(results: Sequence[RunResult], benchmark: str) -> list[dict[str, Any]]:

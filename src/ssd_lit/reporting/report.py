@@ -37,7 +37,6 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         (name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg"))
         for name, kind in figure_kinds(experiment, results).items()
     ]
-    tried = results if experiment.downstream is not None else []
     html = _template().render(
         name=experiment.experiment,
         description=experiment.description,
@@ -52,8 +51,8 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         quantities=QUANTITIES,
         page=page,
         tokens=token_tables(results),
-        glue=glue_table(tried),
-        blimp=blimp_table(tried),
+        glue=glue_table(results),
+        blimp=blimp_table(results),
         card=_read_card(data_dir / "documents" / "card.json"),
         data=flat(experiment.data.model_dump()),
         arms=arms_of(results),
