@@ -64,6 +64,13 @@ GRIDS: dict[str, dict[str, Any]] = {
         "grid": {"moe.top_k": [4, 6, 8], "moe.construction": ["kmeans", "random"]},
     },
 }  # fmt: skip
+ROUTED: dict[str, dict[str, Any]] = {
+    "routed": {
+        "method": "posthoc", "label": "SSD", "start_from": "ssd",
+        "grid": {"moe.trained_router": ["mass", "direction"]},
+    },
+}  # fmt: skip
+"""A grid of routers behind SSD's model, for those who ask for it."""
 
 Losses = dict[str, tuple[float | None, float | None]]
 FINAL: Losses = {
@@ -73,10 +80,14 @@ FINAL: Losses = {
     "tau.tau_0.9": (3.31, 3.47), "tau.tau_0.6": (3.34, 3.41), "tau.tau_0.75": (3.32, 3.43),
     "square.top_k_4.construction_kmeans": (3.34, 3.50), "square.top_k_4.construction_random": (3.38, 3.70),
     "square.top_k_6.construction_kmeans": (3.33, 3.40), "square.top_k_6.construction_random": (3.36, 3.55),
+    "routed.trained_router_mass": (3.33, 3.375), "routed.trained_router_direction": (3.33, 3.385),
     "square.top_k_8.construction_kmeans": (3.32, 3.36), "square.top_k_8.construction_random": (3.33, 3.42),
 }  # fmt: skip
 """Losses of the final models in dense and in sparse mode."""
-SAME_WEIGHTS = {"ssd_mass": "ssd", "posthoc_norm": "posthoc"}
+SAME_WEIGHTS = {
+    "ssd_mass": "ssd", "posthoc_norm": "posthoc",
+    "routed.trained_router_mass": "ssd", "routed.trained_router_direction": "ssd",
+}  # fmt: skip
 ORACLE = 0.6
 """Share of the loss above dense mode that stays when the oracle chooses."""
 
@@ -92,7 +103,7 @@ class Tree(NamedTuple):
 
 
 def experiment(seeds: tuple[int, ...], arms: tuple[str, ...] = tuple(ARMS)) -> Experiment:
-    known = ARMS | OTHERS | GRIDS
+    known = ARMS | OTHERS | GRIDS | ROUTED
     return Experiment.model_validate({
         "experiment": "tiny",
         "description": "What does each method cost & give?",

@@ -149,6 +149,32 @@ def test_what_a_trained_router_buys(make_tree, loss, words):
     assert found.runs == ("ssd_mass-seed0", "ssd-seed0")
 
 
+def test_routers_in_a_grid_behind_ssd_are_told_one_by_one_against_its_own(make_tree):
+    tree = make_tree((0,), ("dense", "ssd", "routed"))
+    found = told(tree)
+    for router, loss in (("mass", 3.375), ("direction", 3.385)):
+        text = found[f"SSD, trained_router {router}: what the router buys"].text
+        assert f"perplexity is {math.exp(loss):.2f}, " in text
+        assert f"the {math.exp(3.40):.2f} of SSD, the same model with its center router" in text
+        assert "on average 9.5 experts give" in text
+    # All start from one model, whose dense mode no router changes.
+    grid = found["Grid: SSD"].text
+    assert f"In dense mode the perplexity is {math.exp(3.33):.2f} with all of them." in grid
+    assert f"In sparse mode the lowest perplexity is {math.exp(3.375):.2f} (trained_router mass)" in grid
+
+
+def test_a_router_behind_ssd_with_other_experts_is_not_told_against_it(make_tree):
+    tree = make_tree((0,), ("dense", "ssd", "routed"))
+    results = load_results(tree.exp_dir, tree.runs)
+    for result in results:
+        if result.config.arm.startswith("routed"):
+            moe = result.config.moe.model_copy(update={"experts": 8})
+            object.__setattr__(result, "config", result.config.model_copy(update={"moe": moe}))
+    texts = [one.text for one in findings(results) if "what the router buys" in one.topic]
+    assert len(texts) == 2
+    assert not any("the same model" in text for text in texts)
+
+
 def test_an_oracle_that_is_no_better_leaves_no_gap(make_tree):
     # All of sparse mode's loss is below that of dense mode.
     tree = make_tree((0,), ("dense", "ssd", "ssd_mass"), losses={"ssd": (3.33, 3.20), "ssd_mass": (3.33, 3.2)})

@@ -46,9 +46,13 @@ CLOSE = 0.01
 def findings(results: Sequence[RunResult], grids: Sequence[Grid] = ()) -> list[Finding]:
     """Every finding the experiment's arms allow, SSD first, what they do not allow last.
 
-    The cells of a grid have one finding together.
+    The cells of a grid have one finding together, but a grid of nothing but trained routers one for each as well.
     """
-    arms = [arm for arm in arms_of(results) if not arm.config.grid]
+    every = arms_of(results)
+    arms = [arm for arm in every if not arm.config.grid]
+    routed = [
+        arm for arm in every if arm.config.moe.trained_router and arm.config.grid.keys() <= {"moe.trained_router"}
+    ]
     found: list[Finding | None] = []
     for arm in of_methods(arms, "ssd"):
         found += _ssd(arm, arms)
@@ -56,10 +60,10 @@ def findings(results: Sequence[RunResult], grids: Sequence[Grid] = ()) -> list[F
         found += [_scratch(arm, arms), _cost(arm, arms)]
     found += [upcycled(arm, arms) for arm in of_methods(arms, "upcycle")]
     found += [_sparse_mode(arm) for arm in of_methods(arms, "posthoc") if arm.config.moe.trained_router is None]
-    found += [trained_router(arm, arms) for arm in arms if arm.config.moe.trained_router is not None]
+    found += [trained_router(arm, every) for arm in routed]
     found += [matched(arm, arms) for arm in arms if arm.config.match_flops is not None]
     found += [over_grid(grid) for grid in grids]
-    found.append(_limits(arms_of(results)))
+    found.append(_limits(every))
     return [finding for finding in found if finding is not None]
 
 

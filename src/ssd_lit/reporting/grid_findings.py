@@ -14,6 +14,10 @@ def over_grid(grid: Grid) -> Finding:
         if not scored:
             continue
         (low, best), (high, worst) = min(scored, key=lambda one: one[0]), max(scored, key=lambda one: one[0])
+        if low == high:
+            # As with routers trained behind one model.
+            text += f" In {mode} the perplexity is {_told(grid, best, quantity)} with all of them."
+            continue
         text += (
             f" In {mode} the lowest perplexity is {_told(grid, best, quantity)} ({_settings(grid, best)}), the highest "
             f"{_told(grid, worst, quantity)} ({_settings(grid, worst)}), {compare(high, low, PERPLEXITY)} the lowest."

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ssd_lit.reporting.arms import Arm, Finding, dynamic_k, in_sparse_mode, run_names
-from ssd_lit.reporting.settings import AFTERWARDS, alike_but
+from ssd_lit.reporting.settings import AFTERWARDS, alike_but, differences
 from ssd_lit.reporting.words import PERPLEXITY, compare, listed, number, percent
 
 TRAINED = {
@@ -14,8 +14,13 @@ TRAINED = {
 
 
 def differs_in_trained_router(one: Arm, other: Arm) -> bool:
-    """Whether both hold the same weights but for a router that was trained afterwards."""
-    return alike_but(one.config, other.config, AFTERWARDS)
+    """Whether both hold the same weights but for a router that was trained afterwards.
+
+    A post-hoc arm that starts from SSD's model holds its weights and its experts.
+    """
+    behind_ssd = other.config.method == "ssd" and one.config.start_from == other.name
+    beside = behind_ssd and differences(one.config, other.config).keys() <= AFTERWARDS
+    return beside or alike_but(one.config, other.config, AFTERWARDS)
 
 
 def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
