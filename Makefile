@@ -14,7 +14,8 @@ test: install
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	@# Files of tests share what is dear to build, so each stays with one process.
+	pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 ui: install
 	ssd-lit ui
