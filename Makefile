@@ -15,7 +15,7 @@ test: install
 	ruff format --check .
 	mypy
 	@# Files of tests share what is dear to build, so each stays with one process.
-	pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 ui: install
 	ssd-lit ui

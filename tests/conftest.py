@@ -23,12 +23,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole workflows first, then trainings: were they last, one process would work on them and the others wait."""
-    order = ("workflow", "training")
-    items.sort(key=lambda item: next((i for i, name in enumerate(order) if name in item.path.parts), len(order)))
-
-
 @cache
 def sentences(documents: int) -> str:
     """Sentences of a small grammar: there is something to learn."""
