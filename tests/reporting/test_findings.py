@@ -163,12 +163,15 @@ def test_routers_in_a_grid_behind_ssd_are_told_one_by_one_against_its_own(make_t
     assert f"In sparse mode the lowest perplexity is {math.exp(3.375):.2f} (trained_router mass)" in grid
 
 
-def test_a_router_behind_ssd_with_other_experts_is_not_told_against_it(make_tree):
+@pytest.mark.parametrize(
+    ("arms", "changes"), [(("routed",), {"experts": 8}), (("routed", "ssd"), {"construction": "random"})]
+)
+def test_a_router_behind_ssd_with_other_experts_is_not_told_against_it(make_tree, arms, changes):
     tree = make_tree((0,), ("dense", "ssd", "routed"))
     results = load_results(tree.exp_dir, tree.runs)
     for result in results:
-        if result.config.arm.startswith("routed"):
-            moe = result.config.moe.model_copy(update={"experts": 8})
+        if result.config.arm.startswith(arms):
+            moe = result.config.moe.model_copy(update=changes)
             object.__setattr__(result, "config", result.config.model_copy(update={"moe": moe}))
     texts = [one.text for one in findings(results) if "what the router buys" in one.topic]
     assert len(texts) == 2

@@ -16,11 +16,14 @@ TRAINED = {
 def differs_in_trained_router(one: Arm, other: Arm) -> bool:
     """Whether both hold the same weights but for a router that was trained afterwards.
 
-    A post-hoc arm that starts from SSD's model holds its weights and its experts.
+    A post-hoc arm that starts from SSD's model keeps its experts, where they are clusters: other constructions make new
+    ones.
     """
     behind_ssd = other.config.method == "ssd" and one.config.start_from == other.name
-    beside = behind_ssd and differences(one.config, other.config).keys() <= AFTERWARDS
-    return beside or alike_but(one.config, other.config, AFTERWARDS)
+    same_experts = (
+        one.config.moe.construction == "kmeans" and differences(one.config, other.config).keys() <= AFTERWARDS
+    )
+    return (behind_ssd and same_experts) or alike_but(one.config, other.config, AFTERWARDS)
 
 
 def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
