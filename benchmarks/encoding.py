@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ssd_lit.config import DataConfig, TokenizerConfig
-from ssd_lit.data.blocks import load_index
 from ssd_lit.data.documents import prepare_documents, read_split
 from ssd_lit.data.encode import encode_documents
+from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
 from ssd_lit.files import write_json
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ModelConfig, MoEConfig, OptimConfig
-from ssd_lit.data.objectives import Batch, Specials
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import Batch
 from ssd_lit.models.flops import PEAK_FLOPS, Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.module import COMPILE_MODE

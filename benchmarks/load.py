@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 import yaml
+from ssd_lit.layout import run_dir, write_configs
 
 from ssd_lit.config import Experiment, RunConfig, load_experiment
 from ssd_lit.data.packages import package_documents
 from ssd_lit.files import read_json, read_sealed, write_json, write_sealed
-from ssd_lit.layout import run_dir, write_configs
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "load.json"

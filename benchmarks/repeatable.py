@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from gpt2 import DEVICE, SHAPES, build, random_batch, stepper
 from machine import RESULTS, machine, seconds_in_turns
+from ssd_lit.layout import PhaseRecord, phase_dir
+from ssd_lit.training.phase import close_phase, train_phase
 from throughput import write_tokens
 from torch import Tensor
 
 from ssd_lit.config import MoEConfig, RunConfig, dump
 from ssd_lit.files import write_json, write_text
-from ssd_lit.layout import PhaseRecord, phase_dir
 from ssd_lit.training.checkpoint import read_checkpoint
 from ssd_lit.training.moefication import moefy_phase
-from ssd_lit.training.phase import close_phase, train_phase
 from ssd_lit.training.schedule import next_phase
 
 RESULT = RESULTS / "repeatable.json"

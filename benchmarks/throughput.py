@@ -28,13 +28,13 @@ import torch
 from gpt2 import DEVICE, SHAPES, Shape, autocast, build, forget_peak, gibibytes, mfu, random_batch, shown, stepper
 from lightning.pytorch import Callback, Trainer
 from machine import RESULTS, machine, seconds_in_turns, synchronize
+from ssd_lit.layout import Totals
 from torch import Tensor
 
 from ssd_lit.config import MoEConfig, RunConfig
 from ssd_lit.data.module import TokenData
 from ssd_lit.data.objectives import Causal
 from ssd_lit.files import sha256, write_json, write_sealed
-from ssd_lit.layout import Totals
 from ssd_lit.points import PointLog
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.meter import Meter

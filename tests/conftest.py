@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_dir
 
 from ssd_lit.cli import main
 from ssd_lit.config import RunConfig, load_experiment
-from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_dir
 from ssd_lit.tracking import ensure_store
 
 # Before any test imports MLflow: it reports its use to its makers by default.

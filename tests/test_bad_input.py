@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, FilesSource
-from ssd_lit.data.blocks import load_index
 from ssd_lit.data.documents import normalise
+from ssd_lit.data.index import load_index
 from ssd_lit.data.sources import documents
 from ssd_lit.data.tokenizer import load_tokenizer
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ssd_lit.layout import write_configs
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, dump, load_experiment, load_run
-from ssd_lit.layout import write_configs
 from ssd_lit.yaml_file import read_with_bases
 
 ROOT = Path(__file__).parents[1]

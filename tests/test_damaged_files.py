@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ssd_lit.layout import PhaseRecord
 
 from ssd_lit.cli import main
 from ssd_lit.config import load_run
 from ssd_lit.files import read_sealed, write_sealed
-from ssd_lit.layout import PhaseRecord
 from ssd_lit.points import read_points
 from ssd_lit.reporting.analyses import read_table
 from ssd_lit.reporting.runs import load_results

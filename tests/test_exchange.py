@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from ssd_lit.layout import read_chain
 
 import ssd_lit
 from ssd_lit.cli import main
-from ssd_lit.data.blocks import TokenBlocks, load_index
-from ssd_lit.data.objectives import Batch, Specials, build_objective
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.index import Specials, load_index
+from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.data.order import StepBatches
 from ssd_lit.data.scoring import scoring_batches
 from ssd_lit.files import read_json
-from ssd_lit.layout import read_chain
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.points import read_points
 from ssd_lit.training.checkpoint import final_model

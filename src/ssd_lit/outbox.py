@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,15 +54,15 @@ class Outbox:
                 setattr(self.record, name, value)
             self._save()
 
-    def supersede(self, stage: str) -> None:
-        """Begin a new run, which takes over the stages before `stage`; by name, phases sort in their order."""
+    def supersede(self, kept: Collection[str]) -> None:
+        """Begin a new run, which takes over the stages that are `kept`."""
         with self._lock:
             old = self.record
             self.update(
                 key=uuid.uuid4().hex, run_id=None, sent=0,
                 superseded=[*old.superseded, *([] if old.run_id is None else [old.run_id])],
-                stages={name: child for name, child in old.stages.items() if name < stage},
-                ended={name: ending for name, ending in old.ended.items() if name < stage},
+                stages={name: child for name, child in old.stages.items() if name in kept},
+                ended={name: ending for name, ending in old.ended.items() if name in kept},
             )  # fmt: skip
 
     def end(

@@ -1,12 +1,17 @@
 """The signals by which a scheduler asks a stage to end, before it kills it: SIGTERM and SIGUSR1."""
 
+import os
 import signal
+import threading
 from types import FrameType
 
 STATUS = 75
 """Exit status of a stage that was stopped: EX_TEMPFAIL, "try again". No other end has it."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_IMPORT_SECONDS = 0.05
+"""After so long a signal that came during an import is sent again."""
 
 
 class Stopped(BaseException):
@@ -26,7 +31,7 @@ _request = _Request()
 def obey() -> None:
     """From now on the first such signal raises `Stopped` where the process stands; any more change nothing.
 
-    Raises `Stopped` at once if a signal came while they were deferred.
+    One that comes while a module is imported waits until it is. Raises `Stopped` at once if a signal came while they were deferred.
     """
     _request.deferred = False
     _listen()
@@ -56,9 +61,23 @@ def _listen() -> None:
         signal.signal(number, _hear)
 
 
-def _hear(number: int, _: FrameType | None) -> None:
+def _hear(number: int, frame: FrameType | None) -> None:
     if _request.signal is not None:
+        return
+    if not _request.deferred and _is_importing(frame):
+        # An extension module that is left half way through its import can bring the interpreter down.
+        again = threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
         return
     _request.signal = signal.Signals(number).name
     if not _request.deferred:
         raise Stopped(_request.signal)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -23,11 +23,14 @@ from ssd_lit.config import RunConfig, load_run
 from ssd_lit.files import whole_file
 from ssd_lit.outbox import Outbox
 from ssd_lit.points import PointLog, drop_points_after, points_from
+from ssd_lit.records import ALL_STAGES
 from ssd_lit.stopping import Stopped
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Run as MlflowRun
+
+    from ssd_lit.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -102,20 +105,40 @@ class RunTracker:
         self._stage = stage
         self._outbox = Outbox(run_dir)
         if resume_step is not None and drop_points_after(self._outbox.points, resume_step):
-            self._outbox.supersede(stage)
+            self._outbox.supersede(ALL_STAGES[: ALL_STAGES.index(stage)])
         tags = {
             "experiment": config.experiment, "arm": config.arm, "method": config.method, "seed": str(config.seed),
-            "git_commit": commit, "phase": stage, "mlflow.runName": config.name,
+            "git_commit": commit, "stage": stage, "mlflow.runName": config.name,
         }  # fmt: skip
         self._outbox.update(tags=tags, data_digest=data_digest)
         self._points = PointLog(self._outbox.points)
         self._outcome: tuple[Mapping[str, float], Mapping[str, str], int | None] = ({}, {}, None)
+        self._finished: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+
+    @classmethod
+    def of(cls, run: "Run", stage: str, resume_step: int | None = None) -> Self:
+        """The tracker of a stage of a run."""
+        from ssd_lit.provenance import git_commit
+
+        return cls(
+            run.folder, run.config, run.results,
+            stage=stage, data_digest=run.tokens_digest[:36], commit=git_commit(), resume_step=resume_step,
+        )  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values at a step; returns at once."""
         self._points.log(step, values)
+
+    def begin(self, stage: str) -> None:
+        """The work that follows is of another stage."""
+        self._stage = stage
+
+    def finish(self, stage: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """A stage is done; what it came to is for its child run."""
+        self._outbox.end(stage, "FINISHED", metrics, tags, None)
+        self._finished.add(stage)
 
     def outcome(
         self, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None, *, run_step: int | None = None
@@ -134,7 +157,8 @@ class RunTracker:
         status = "FINISHED" if error is None else "KILLED" if isinstance(error, Stopped) else "FAILED"
         try:
             self._points.close()
-            self._outbox.end(self._stage, status, *self._outcome)
+            if error is not None or self._stage not in self._finished:
+                self._outbox.end(self._stage, status, *self._outcome)
         finally:
             self._stop.set()  # a full disk must not keep the thread going
         self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
@@ -147,7 +171,7 @@ class RunTracker:
 
     def _send_all(self) -> None:
         """The thread: connect, send what is new now and then, and once more at the end."""
-        wait, warned = SEND_SECONDS, False
+        wait, warned, shown = SEND_SECONDS, False, ""
         delivery: _Delivery | None = None
         system: _SystemWatch | None = None
         while True:
@@ -156,8 +180,10 @@ class RunTracker:
                 if delivery is None:
                     fresh = _Delivery(_client(self._results), self._results, self._config, self._outbox)
                     fresh.connect()
-                    fresh.begin(self._stage)
                     system, delivery = _SystemWatch(fresh.run_id, self._results), fresh
+                if self._stage != shown:
+                    delivery.begin(self._stage)
+                    shown = self._stage
                 delivery.send_points()
                 if last:
                     delivery.send_endings()
@@ -240,7 +266,7 @@ class _Delivery:
                 self._client.set_terminated(run_id, ending["status"], ending["time"])
             self._outbox.told(stage)
 
-    def _child(self, stage: str) -> "Run":
+    def _child(self, stage: str) -> "MlflowRun":
         record = self._outbox.record
         name = f"{self._config.name} {stage}"
         tags = {"stage": stage, PARENT: self.run_id, "mlflow.runName": name}
@@ -386,7 +412,7 @@ def _experiment(client: "MlflowClient", results: Path, name: str) -> str:
 
 def _find_or_create(
     client: "MlflowClient", experiment: str, key: str, tags: Mapping[str, str], known: str | None
-) -> "Run":
+) -> "MlflowRun":
     """The run that carries the key: the `known` one, else the oldest, else a new one; any others are deleted.
 
     Others were made by requests that were carried out although their answers never came.
@@ -413,7 +439,7 @@ def _is_active(client: "MlflowClient", run_id: str) -> bool:
         return False
 
 
-def _log_outcome(client: "MlflowClient", run: "Run", ending: Mapping[str, Any], step: int) -> None:
+def _log_outcome(client: "MlflowClient", run: "MlflowRun", ending: Mapping[str, Any], step: int) -> None:
     """Log what a stage came to, but for metrics whose latest value it is already: a stage that ran twice adds none."""
     from mlflow.entities import Metric, RunTag
 
@@ -426,7 +452,7 @@ def _log_outcome(client: "MlflowClient", run: "Run", ending: Mapping[str, Any], 
     )
 
 
-def _log_new(client: "MlflowClient", run: "Run", config: RunConfig, tags: Mapping[str, str]) -> None:
+def _log_new(client: "MlflowClient", run: "MlflowRun", config: RunConfig, tags: Mapping[str, str]) -> None:
     """Log the settings that the run has not got yet, and the tags."""
     from mlflow.entities import Param, RunTag
 

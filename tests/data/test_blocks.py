@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssd_lit.data.blocks import TokenBlocks, load_index
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.index import load_index
 
 
 def test_blocks_equal_slices_of_the_stream(corpus: Path) -> None:

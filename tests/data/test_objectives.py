@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ConfigError
-from ssd_lit.data.objectives import IGNORED, OBJECTIVES, Batch, Masked, Spans, Specials, build_objective
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import IGNORED, OBJECTIVES, Batch, Masked, Spans, build_objective
 
 EOS, MASK = 7, 150
 SENTINELS = tuple(range(299, 259, -1))  # falling, as T5's are

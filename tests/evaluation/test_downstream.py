@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ssd_lit.config import GlueConfig, ModelConfig, MoEConfig
 from ssd_lit.data.blimp import Pair, PairSet
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.evaluation import glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
 from ssd_lit.evaluation.classifier import Classifier, Texts, encode, fine_tune, outputs_for

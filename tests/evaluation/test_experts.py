@@ -4,14 +4,14 @@ from collections import Counter
 import pandas as pd
 import pytest
 import torch
+from ssd_lit.layout import read_chain
 from torch import Tensor
 
-from ssd_lit.data.blocks import TokenBlocks, load_index
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.index import Specials, load_index
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.experts import MIN_COUNT, LayerWatch, readable, several_ks
 from ssd_lit.files import read_json, write_text
-from ssd_lit.layout import read_chain
 from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import Router, build_router

@@ -7,13 +7,12 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
+from ssd_lit.layout import snapshot_path, snapshots
 from torch import Tensor
 
 from ssd_lit.config import AnalysisConfig, RunConfig
-from ssd_lit.data.blocks import load_index
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials, load_index
 from ssd_lit.evaluation.pattern import COLUMNS, compare_snapshots, fitting_experts
-from ssd_lit.layout import snapshot_path, snapshots
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.order import reorder_neurons
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from ssd_lit.layout import read_chain
 
-from ssd_lit.data.blocks import TokenBlocks, load_index
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.index import Specials, load_index
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.files import read_json
-from ssd_lit.layout import read_chain
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
 

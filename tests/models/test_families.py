@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.objectives import IGNORED, Batch, Specials, build_objective
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import IGNORED, Batch, build_objective
 from ssd_lit.models.families import family
 from ssd_lit.models.family import Family, FFNParts
 from ssd_lit.models.flops import forward_costs

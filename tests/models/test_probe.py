@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs, ffn_tokens
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ModelConfig, MoEConfig, OptimConfig
-from ssd_lit.data.objectives import Batch, Specials
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import Batch
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.ffn import ExpertFFN

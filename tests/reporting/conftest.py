@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, run_dir, write_configs
 
 from ssd_lit.config import Experiment, RunConfig
 from ssd_lit.files import write_sealed, write_text
-from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, run_dir, write_configs
 
 STEPS, BATCH, LENGTH, LAYERS, D_FF = 400, 16, 32, 3, 64
 TOKENS = BATCH * LENGTH

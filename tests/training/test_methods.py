@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from ssd_lit.data.blocks import load_index
-from ssd_lit.data.objectives import Specials
-from ssd_lit.files import read_json
 from ssd_lit.layout import read_chain
+
+from ssd_lit.data.index import Specials, load_index
+from ssd_lit.files import read_json
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.points import read_points
 from ssd_lit.training.checkpoint import ROUTER

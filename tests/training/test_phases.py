@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ssd_lit.layout import PhaseRecord
 
 from ssd_lit.cli import main
 from ssd_lit.files import read_json
-from ssd_lit.layout import PhaseRecord
 from ssd_lit.points import read_points
 from ssd_lit.stopping import STATUS
 from tests.conftest import Bench, tiny_experiment

@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd_lit.files import check_digests, read_sealed
-
-
-def load_index(tokens_dir: Path) -> dict[str, Any]:
-    """The index that `encode_documents` wrote last. Raises ValueError if it is missing or damaged."""
-    return read_sealed(tokens_dir / "index.json")
+from ssd_lit.data.index import load_index
+from ssd_lit.files import check_digests
 
 
 @cache

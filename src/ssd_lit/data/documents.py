@@ -54,7 +54,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
     for people, card.md; card.json is written last. Needs disk space for the whole text while it works. Raises
     ConfigError if a source cannot be read, or if a split would be empty.
     """
-    check_sources(config.sources)
+    check_sources(config)
     out.mkdir(parents=True, exist_ok=True)
     with naming(out), tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
         read = _spill(config, Path(work), progress)

@@ -4,37 +4,20 @@ An objective is a function of the tokens and of uniform random numbers. It draws
 same on any device, and a block can hide the same tokens whenever it is scored.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_lit.config import ConfigError
+from ssd_lit.data.index import Specials
 
 IGNORED = -100
 """Targets that count for nothing."""
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Specials:
-    """The size of a vocabulary and the ids that no text encodes to."""
-
-    vocab_size: int
-    eos_id: int
-    mask_id: int | None = None
-    sentinel_ids: tuple[int, ...] = ()
-    """<extra_id_0> first."""
-
-    @classmethod
-    def of(cls, index: Mapping[str, Any]) -> "Specials":
-        """From the index of encoded documents; one written before there were mask tokens and sentinels has none."""
-        sentinels = tuple(index.get("sentinel_ids", ()))
-        return cls(index["vocab_size"], index["eos_id"], index.get("mask_id"), sentinels)
 
 
 class Objective(Protocol):

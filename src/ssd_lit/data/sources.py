@@ -1,10 +1,10 @@
 """Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.config import ConfigError, FilesSource, HubSource, PackageSource, Source
+from ssd_lit.config import ConfigError, DataConfig, FilesSource, HubSource, PackageSource, Source
 from ssd_lit.data.hub import check_hub, hub_documents
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
 from ssd_lit.data.readers import check_format, read_documents
@@ -24,16 +24,28 @@ def documents(source: Source) -> Iterator[str]:
             yield from hub_documents(source)
 
 
-def check_sources(sources: Sequence[Source]) -> None:
-    """Raise ConfigError for what can be known to fail without reading all the text: before any work begins."""
-    for source in sources:
+def check_sources(data: DataConfig) -> None:
+    """Raise ConfigError for what can be known to fail without reading all the text: before any work begins.
+
+    Asked while there are no tokens yet; once there are, the text they were made from need not be there.
+    """
+    for number, source in enumerate(data.sources):
         match source:
             case PackageSource():
                 check_package(source.name)
             case FilesSource():
+                for pattern in source.paths:
+                    if next(matching_paths(pattern), None) is None:
+                        raise ConfigError(f"data.sources.{number}.files: no file matches {pattern!r}")
                 _check_files(source)
             case HubSource():
                 check_hub()
+    folder = data.tokenizer.folder
+    if folder is not None and not (Path(folder) / "tokenizer.json").is_file():
+        raise ConfigError(f"data.tokenizer: no tokenizer.json in folder {folder!r}")
+    for name, path in data.held_out.items():
+        if not Path(path).is_file():
+            raise ConfigError(f"data.held_out.{name}: no file {path!r}")
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -9,47 +9,37 @@ import torch
 
 from ssd_lit.config import BlimpConfig, DownstreamConfig, RunConfig
 from ssd_lit.data.blimp import read_blimp
-from ssd_lit.data.blocks import load_index
 from ssd_lit.data.glue import TASKS
-from ssd_lit.data.objectives import Specials
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
 from ssd_lit.evaluation.pieces import Pieces
-from ssd_lit.layout import PhaseRecord
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 
-def try_downstream(
-    run_dir: Path,
-    config: RunConfig,
-    settings: DownstreamConfig,
-    chain: Sequence[PhaseRecord],
-    tokens_dir: Path,
-    tokenizer_dir: Path,
-    pieces: Path,
-) -> dict[str, Any]:
-    """Score the last checkpoint of the chain on the benchmarks asked for; returns downstream.json.
+def try_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> dict[str, Any]:
+    """Score the final model of a run on the benchmarks asked for; returns downstream.json.
 
     `glue` and `blimp` are what `score_on_glue` and `score_on_blimp` found, the latter in every mode; null where left
     out, and `left_out` says why. Pieces of the work that are done are kept in the folder `pieces`.
     """
+    config = run.config
     sections = {"glue": settings.glue, "blimp": settings.blimp}
     missing = {name: why for name, one in sections.items() if one and (why := _why_not(name, config)) is not None}
     found: dict[str, Any] = {"glue": None, "blimp": None, "left_out": missing}
     if not any(one for name, one in sections.items() if name not in missing):
         return found
 
-    specials = Specials.of(load_index(tokens_dir))
-    model = final_model(run_dir, config, chain, specials)
+    model = final_model(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     shared: dict[str, Any] = {
-        "tokenizer": load_tokenizer(tokenizer_dir),
-        "eos_id": specials.eos_id,
+        "tokenizer": load_tokenizer(run.tokenizer),
+        "eos_id": run.specials.eos_id,
         "longest": config.data.sequence_length,
     }
-    modes, kept = _modes(config, chain), Pieces(pieces, _inputs(config, settings, chain))
+    modes, kept = _modes(run), Pieces(pieces, _inputs(run, settings))
     if settings.glue is not None and "glue" not in missing:
         found["glue"] = score_on_glue(model, settings.glue, modes=modes, pieces=kept, title=config.name, **shared)
     if settings.blimp is not None and "blimp" not in missing:
@@ -78,10 +68,9 @@ def _why_not(benchmark: str, config: RunConfig) -> str | None:
     return None
 
 
-def _modes(config: RunConfig, chain: Sequence[PhaseRecord]) -> tuple[str, ...]:
+def _modes(run: Run) -> tuple[str, ...]:
     """The modes that the model can be run in: experts that are copies have no dense one."""
-    has_sparse = any(record.mode == "moefy" for record in chain)
-    return (*(() if config.method == "upcycle" else ("dense",)), *(("sparse",) if has_sparse else ()))
+    return (*(("dense",) if run.has_dense_mode else ()), *(("sparse",) if run.has_experts else ()))
 
 
 def _blimp(
@@ -101,10 +90,10 @@ def _blimp(
     return scores
 
 
-def _inputs(config: RunConfig, settings: DownstreamConfig, chain: Sequence[PhaseRecord]) -> dict[str, Any]:
+def _inputs(run: Run, settings: DownstreamConfig) -> dict[str, Any]:
     """All that decides what a piece of the work gives, but for its task and seed."""
     return {
-        "weights": chain[-1].weights,
-        "moe": config.moe.model_dump(mode="json"),
+        "weights": run.final().weights,
+        "moe": run.config.moe.model_dump(mode="json"),
         "downstream": settings.model_dump(mode="json", exclude={"glue": {"tasks", "seeds"}}),
     }

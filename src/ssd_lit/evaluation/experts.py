@@ -3,7 +3,6 @@
 Shape letters: T tokens, D model width, E experts, K experts a token, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +14,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from ssd_lit.config import AnalysisConfig, RunConfig
-from ssd_lit.data.blocks import TokenBlocks, load_index
-from ssd_lit.data.objectives import Specials, build_objective
+from ssd_lit.config import AnalysisConfig
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import build_objective
 from ssd_lit.data.scoring import BATCH, scoring_batches
 from ssd_lit.data.tokenizer import load_tokenizer
-from ssd_lit.layout import PhaseRecord
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs, ffn_tokens
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import chosen_mask, load_entropy
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 SPLIT = "validation"
@@ -63,14 +63,7 @@ class Watched(NamedTuple):
 
 
 @torch.no_grad()
-def watch_experts(
-    run_dir: Path,
-    config: RunConfig,
-    settings: AnalysisConfig,
-    chain: Sequence[PhaseRecord],
-    tokens_dir: Path,
-    tokenizer_dir: Path,
-) -> Watched:
+def watch_experts(run: Run, settings: AnalysisConfig) -> Watched:
     """Watch the experts on validation blocks in sparse mode, on the tokens that the run's top_k brings to each layer.
 
     - load: the share of tokens that choose each expert. The shares of a layer add up to top_k.
@@ -80,16 +73,16 @@ def watch_experts(
       MIN_COUNT times; `seen` is how often, `count` how often they chose the expert. Equal lifts go by `count`.
     - layers: load entropy, experts that no token chose, and recall at top_k.
     """
-    specials = Specials.of(load_index(tokens_dir))
-    model = final_model(run_dir, config, chain, specials)
+    config = run.config
+    model = final_model(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.set_mode("sparse", config.moe.top_k)
-    blocks = min(settings.blocks, len(TokenBlocks(tokens_dir, SPLIT)))
-    watches = _watch(model, specials, tokens_dir, blocks)
+    blocks = min(settings.blocks, len(TokenBlocks(run.tokens, SPLIT)))
+    watches = _watch(model, run.specials, run.tokens, blocks)
 
     ks = several_ks(config.moe.experts, config.moe.top_k)
     load, routing, tokens, layers = [], [], [], []
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(run.tokenizer)
     for layer, watch in enumerate(watches):
         load += [(layer, expert, share) for expert, share in enumerate(watch.load.tolist())]
         held = [(k, *watch.mass_shares(k)) for k in ks]

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssd_lit.config import AnalysisConfig, Construction, RunConfig
-from ssd_lit.data.blocks import load_index
-from ssd_lit.data.objectives import Specials
-from ssd_lit.layout import snapshots
+from ssd_lit.config import AnalysisConfig, Construction
+from ssd_lit.data.index import Specials
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.similarity import pattern_similarity
+from ssd_lit.paths import snapshots
+from ssd_lit.run import Run
 from ssd_lit.training.calibration import layer_activations
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint
 
@@ -35,7 +35,7 @@ def fitting_experts(settings: AnalysisConfig, d_ff: int) -> list[int]:
     return sorted({experts for experts in settings.experts if d_ff % experts == 0})
 
 
-def compare_snapshots(run_dir: Path, config: RunConfig, settings: AnalysisConfig, tokens_dir: Path) -> pd.DataFrame:
+def compare_snapshots(run: Run, settings: AnalysisConfig) -> pd.DataFrame:
     """The adjusted Rand index of every pair of snapshots, with every construction and number of clusters.
 
     One row with COLUMNS for each pair (step_a <= step_b) and layer, and one with layer "mean" for their average. Every
@@ -43,14 +43,14 @@ def compare_snapshots(run_dir: Path, config: RunConfig, settings: AnalysisConfig
     in how one clustering was made from another. (The checks during training start from the clustering before as well,
     and keep the better of both.) "random" is given another seed at every snapshot: it shows what chance alone gives.
     """
+    config = run.config
     chosen: list[Setting] = list(
         product(dict.fromkeys(settings.constructions), fitting_experts(settings, config.model.d_ff))
     )
     steps: list[int] = []
     found: dict[Setting, list[list[Tensor]]] = {setting: [] for setting in chosen}  # by snapshot, then by layer
-    specials = Specials.of(load_index(tokens_dir))
-    taken = snapshots(run_dir)
-    model = build_model(config, specials, read_weights=False)
+    taken = snapshots(run.folder)
+    model = build_model(config, run.specials, read_weights=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     with tqdm(total=len(taken) * len(model.ffns) * len(chosen), desc="clusterings", disable=None) as bar:
         for step, path in taken:
@@ -59,7 +59,7 @@ def compare_snapshots(run_dir: Path, config: RunConfig, settings: AnalysisConfig
             for labels in found.values():
                 labels.append([])
             wanted = any(name in NEEDS_ACTIVATIONS for name, _ in chosen)
-            layers = _layers(model, tokens_dir, config.moe.calibration_blocks if wanted else 0, specials)
+            layers = _layers(model, run.tokens, config.moe.calibration_blocks if wanted else 0, run.specials)
             for layer, (ffn, activations) in enumerate(layers):
                 for name, experts in chosen:
                     seed = 1000 * config.seed + layer + (1_000_000 * step if name == "random" else 0)

@@ -3,22 +3,21 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssd_lit.config import EvaluationConfig, RunConfig
-from ssd_lit.data.blocks import TokenBlocks, load_index
-from ssd_lit.data.objectives import IGNORED, Batch, Specials, build_objective
+from ssd_lit.config import EvaluationConfig
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.objectives import IGNORED, Batch, build_objective
 from ssd_lit.data.scoring import scoring_batches
-from ssd_lit.layout import PhaseRecord
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 from ssd_lit.training.running_mean import RunningMean
 
@@ -28,10 +27,8 @@ WATCHED = 8
 
 
 @torch.no_grad()
-def evaluate_run(
-    run_dir: Path, config: RunConfig, settings: EvaluationConfig, chain: Sequence[PhaseRecord], tokens_dir: Path
-) -> dict[str, Any]:
-    """Measure the last checkpoint of the chain on validation blocks, in fp32; returns evaluation.json.
+def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
+    """Measure the final model of a run on validation blocks, in fp32; returns evaluation.json.
 
     Losses are nats a target. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
     mode. `curve` is the loss over k with the run's own router, `oracle_curve` with one that knows every expert's
@@ -39,10 +36,10 @@ def evaluate_run(
     `held_out` has the losses on each text of that name. A model that was never MoEfied has no sparse
     mode, and one whose experts are copies no dense mode: their figures are null and their curves empty.
     """
-    specials = Specials.of(load_index(tokens_dir))
-    model = final_model(run_dir, config, chain, specials)
+    config, tokens_dir = run.config, run.tokens
+    model = final_model(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    objective = build_objective(model.objective_name, specials)
+    objective = build_objective(model.objective_name, run.specials)
 
     def batches_of(split: str) -> list[Batch]:
         # All of it at once: every curve reads it again.
@@ -53,10 +50,8 @@ def evaluate_run(
     count = sum(len(batch["inputs"]) for batch in batches)
 
     k = config.moe.top_k
-    has_dense = config.method != "upcycle"
-    has_sparse = any(record.mode == "moefy" for record in chain)
-    routed = chain[-1].mode == "router"
-    router = (config.moe.trained_router if routed else config.moe.router) if has_sparse else None
+    has_dense, has_sparse = run.has_dense_mode, run.has_experts
+    routed = config.moe.trained_router is not None
     ks = sorted({k, *(one for one in settings.top_k_curve if one <= config.moe.experts)}) if has_sparse else []
     curve = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="top-k curve", disable=None)}
     with _oracle(model):
@@ -74,7 +69,7 @@ def evaluate_run(
         "loss_sparse": curve.get(k),
         "experts": config.moe.experts if has_sparse else None,
         "top_k": k if has_sparse else None,
-        "router": router,
+        "router": run.router if has_sparse else None,
         "curve": [{"top_k": one, "loss": loss} for one, loss in curve.items()],
         "oracle_curve": [{"top_k": one, "loss": loss} for one, loss in oracle.items()],
         "threshold_curve": [_by_threshold(model, batches, share) for share in settings.thresholds if routed],

@@ -7,7 +7,7 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertForMaskedLM, BertModel
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssd_lit.checkpoint_folder import checkpoint_shape, model_settings
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.moe.ffn import ExpertFFN
 
 

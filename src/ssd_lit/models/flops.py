@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.objectives import Batch, Specials, build_objective
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs

@@ -7,7 +7,7 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 

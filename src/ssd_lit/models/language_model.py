@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.objectives import IGNORED, Batch, Specials
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import IGNORED, Batch
 from ssd_lit.models.attention import attend_whole_blocks
 from ssd_lit.models.families import family
 from ssd_lit.models.swap import swap_ffns

@@ -7,7 +7,7 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5Model
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 

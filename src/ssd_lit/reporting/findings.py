@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ssd_lit.config import RunConfig
-from ssd_lit.layout import PhaseRecord
+from ssd_lit.records import PhaseRecord
 from ssd_lit.reporting.arms import (
     Arm,
     Finding,

@@ -10,8 +10,8 @@ import numpy as np
 
 from ssd_lit.config import RunConfig
 from ssd_lit.files import read_sealed
-from ssd_lit.layout import PhaseRecord, Totals, read_chain
 from ssd_lit.points import read_points
+from ssd_lit.records import PhaseRecord, Totals, read_chain
 
 Points = list[tuple[int, float]]
 

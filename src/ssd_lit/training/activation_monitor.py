@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ssd_lit.data.objectives import Batch
@@ -11,13 +11,15 @@ from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseCallback
 from ssd_lit.training.routing_watch import RoutingWatch
+from ssd_lit.training.schedule import Phase
 
 SEQUENCES, TOKENS = 4, 1024
 """At most so many sequences of a batch are looked at, and of long ones no more than make so many tokens."""
 
 
-class ActivationMonitor(Callback):
+class ActivationMonitor(PhaseCallback):
     """Logs, for every layer, the active-neuron ratio and in sparse mode the experts' load and its entropy.
 
     Taken on the first sequences of the step's batch with the weights after the step, over all processes. About a
@@ -27,9 +29,13 @@ class ActivationMonitor(Callback):
     queued behind the step's. Dead experts and collapsed routing are warned of.
     """
 
-    def __init__(self, title: str, log_every: int):
+    def __init__(self, run: str, log_every: int):
+        self._run = run
         self._log_every = log_every
-        self._watch = RoutingWatch(title)
+        self._watch = RoutingWatch(run)
+
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        self._watch = RoutingWatch(f"{self._run} {phase.name}")
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
@@ -56,7 +62,7 @@ class ActivationMonitor(Callback):
         if ffns[0].mode == "sparse" and trainer.is_global_zero:
             self._watch.update(shares[:, 1:], ffns[0].top_k)
 
-    def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+    def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         self._watch.close(module.model.ffns[0].top_k)
 
 

@@ -1,7 +1,7 @@
 """A run whose number of steps is what another run's FLOPs pay for."""
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.models.flops import forward_costs
 
 

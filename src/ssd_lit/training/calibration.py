@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.objectives import Specials, build_objective
+from ssd_lit.data.index import Specials
+from ssd_lit.data.objectives import build_objective
 from ssd_lit.data.order import spread_blocks
 from ssd_lit.data.scoring import scoring_batches
 from ssd_lit.models.language_model import LanguageModel

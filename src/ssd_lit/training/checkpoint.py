@@ -1,7 +1,6 @@
 """Reading checkpoints and building what goes into them, with and without Lightning."""
 
 import zipfile
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.objectives import Specials
+from ssd_lit.data.index import Specials
 from ssd_lit.files import whole_file
-from ssd_lit.layout import PhaseRecord, phase_dir
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.run import Run
 
 PREFIX = "model."  # The model is `Pretraining.model`, so its weights carry this prefix in a checkpoint.
 
@@ -58,17 +57,14 @@ class _Undrawn(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def final_model(run_dir: Path, config: RunConfig, chain: Sequence[PhaseRecord], specials: Specials) -> LanguageModel:
-    """The model at the end of a run, with the router that was trained for it if one was; on the CPU, dense mode."""
-    last = chain[-1]
-    model = build_model(
-        config,
-        specials,
-        router=config.moe.trained_router if last.mode == "router" else None,
-        read_weights=False,
-        draw_weights=False,
-    )
-    load_weights(model, read_checkpoint(phase_dir(run_dir, last.index, last.mode) / "last.ckpt"))
+def final_model(run: Run) -> LanguageModel:
+    """The model at the end of a run, with the router that was trained for it if one was; on the CPU, dense mode.
+
+    Raises ValueError if the run is not trained to its end.
+    """
+    stage = run.final().stage
+    model = build_model(run.config, run.specials, router=run.router, read_weights=False, draw_weights=False)
+    load_weights(model, read_checkpoint(run.checkpoint(stage)))
     return model
 
 
@@ -94,16 +90,16 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     Tensors that are `mapped` are read when they are looked at, and the file must stay until they are gone.
     """
     if not path.exists():
-        raise ValueError(f"{path}: not found; run the phase that writes it (delete its phase.json if that is there)")
+        raise ValueError(f"{path}: not found; `ssd-lit train` makes it anew")
     try:
         check_checkpoint(path)
     except ValueError as error:
-        raise ValueError(f"{error}; delete its folder and run again") from None
+        raise ValueError(f"{error}; delete it and run again") from None
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
         told = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable checkpoint ({told}); delete its folder and run again") from error
+        raise ValueError(f"{path}: not a readable checkpoint ({told}); delete it and run again") from error
     return content
 
 

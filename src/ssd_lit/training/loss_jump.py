@@ -4,10 +4,11 @@ import logging
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase
 
 log = logging.getLogger(__name__)
@@ -20,18 +21,29 @@ ALARM = 0.1
 KEPT = "loss_jump"  # The losses travel under this key of a checkpoint.
 
 
-class LossJump(Callback):
+class LossJump(PhaseCallback):
     """Logs the mean loss of the first steps after a switch, less that of the last steps before it.
 
     Nothing waits for the device but at the one step where it is told, and where a checkpoint is written.
     """
 
-    def __init__(self, run: str, phase: Phase):
-        self._run = run
-        self._phase = phase
+    def __init__(self, switch: PhaseSwitch):
+        self._switch = switch
+        self._phase: int | None = None
+        """Index of the phase that the losses are of."""
+        self._mode = ""
         self._losses = torch.full((STEPS,), torch.nan)
         """Those of the phase's latest steps; step n at n modulo STEPS."""
         self._before: float | None = None
+
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        if self._phase == phase.index:
+            return
+        self._before = None
+        if self._mode not in ("", phase.mode):
+            self._before = self._reduced(trainer).nanmean().item()
+        self._losses = torch.full_like(self._losses, torch.nan)
+        self._phase, self._mode = phase.index, phase.mode
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any
@@ -39,38 +51,31 @@ class LossJump(Callback):
         loss: Tensor = outputs["loss"]
         self._losses = self._losses.to(loss.device)
         self._losses[trainer.global_step % STEPS] = loss
-        done = trainer.global_step - self._phase.first_step
-        if self._before is None or not (done == STEPS or (trainer.should_stop and done < STEPS)):
+        phase, ends = self._switch.phase, self._switch.ended_by is not None
+        done = trainer.global_step - phase.first_step
+        if self._before is None or not (done == STEPS or (ends and done < STEPS)):
             return
         jump = self._reduced(trainer).nanmean().item() - self._before
         module.record({"switch/loss_jump": jump})
         if jump > ALARM * self._before and trainer.is_global_zero:
             log.warning(
                 "%s %s: the loss jumped from %.3f to %.3f at the switch",
-                self._run, self._phase.name, self._before, self._before + jump,
+                self._switch.run.config.name, phase.name, self._before, self._before + jump,
             )  # fmt: skip
 
     def on_save_checkpoint(  # type: ignore[override]
         self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[KEPT] = {
-            "phase": self._phase.index,
-            "mode": self._phase.mode,
-            "before": self._before,
-            "losses": self._reduced(trainer).tolist(),
-        }
+        losses = self._reduced(trainer).tolist()
+        checkpoint[KEPT] = {"phase": self._phase, "mode": self._mode, "before": self._before, "losses": losses}
 
     def on_load_checkpoint(  # type: ignore[override]
         self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
     ) -> None:
         kept = checkpoint.get(KEPT)
-        if kept is None:
-            return
-        losses = torch.tensor(kept["losses"])
-        if kept["phase"] == self._phase.index:
-            self._losses, self._before = losses, kept["before"]
-        elif kept["mode"] != self._phase.mode:
-            self._before = losses.nanmean().item()
+        if kept is not None:
+            self._phase, self._mode, self._before = kept["phase"], kept["mode"], kept["before"]
+            self._losses = torch.tensor(kept["losses"])
 
     def _reduced(self, trainer: Trainer) -> Tensor:
         found: Tensor = trainer.strategy.reduce(self._losses.clone(), reduce_op="mean")

@@ -13,7 +13,7 @@ from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.running_mean import RunningMean
-from ssd_lit.training.top_k import top_k_at
+from ssd_lit.training.schedule import top_k_at
 from ssd_lit.training.update_guard import UpdateGuard
 
 COMPILE_MODE = "reduce-overhead"

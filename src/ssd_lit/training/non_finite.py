@@ -2,18 +2,16 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from ssd_lit.config import RunConfig
 from ssd_lit.training.checkpoint import read_checkpoint
 from ssd_lit.training.module import Pretraining
-from ssd_lit.training.schedule import Phase
-from ssd_lit.training.update_guard import LeftOut
+from ssd_lit.training.phase_switch import PhaseSwitch
+from ssd_lit.training.update_guard import LeftOut, UpdateGuard
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ WATCHED = "NonFinite"  # What was left out so far travels under this key of a ch
 
 
 class NonFinite(Callback):
-    """Ends a phase whose numbers are not finite with one line, and tells of updates that were left out.
+    """Ends a run whose numbers are not finite with one line, and tells of updates that were left out.
 
     Looks at the steps at which the host waits for the device anyway: where something is logged, validated or saved.
     Stands behind what only queues work, and before all that waits or saves.
@@ -29,21 +27,21 @@ class NonFinite(Callback):
 
     state_key = WATCHED
 
-    def __init__(self, phase: Phase, config: RunConfig, rolling: Path):
-        self._phase = phase
-        self._config = config
-        self._rolling = rolling
-        training = config.training
+    def __init__(self, switch: PhaseSwitch):
+        self._switch = switch
+        self._guard: UpdateGuard | None = None
+        training = switch.run.config.training
         self._every = [training.log_every, training.checkpoint_every, training.validate_every]
         self._every += [training.snapshot_every] if training.snapshot_every else []
         self._found = LeftOut()
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+        self._guard = module.guard
         module.guard.restore(self._found)
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        if not (trainer.should_stop or any(step % every == 0 for every in self._every)):
+        if self._switch.ended_by is None and all(step % every for every in self._every):
             return
         before, self._found = self._found, module.guard.look()
         if self._found.row >= module.guard.limit:
@@ -52,7 +50,7 @@ class NonFinite(Callback):
         if not torch.nn.utils.get_total_norm(module.model.parameters(), norm_type=torch.inf).isfinite():
             name = next(name for name, value in module.model.named_parameters() if not value.isfinite().all())
             raise ValueError(f"{self._title()}: weights are not finite by step {step}, first {name}; {self._remedy()}")
-        if self._config.training.non_finite == "skip":
+        if self._switch.run.config.training.non_finite == "skip":
             module.record({"train/updates_left_out": float(self._found.total)})
             if self._found.total > before.total and trainer.is_global_zero:
                 log.warning(
@@ -61,13 +59,14 @@ class NonFinite(Callback):
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self._found).copy()
+        found = self._found if self._guard is None else self._guard.look()
+        return vars(found).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._found = LeftOut(**state)
 
     def _title(self) -> str:
-        return f"{self._config.name} {self._phase.name}"
+        return f"{self._switch.run.config.name} {self._switch.phase.name}"
 
     def _told(self, where: str) -> str:
         found = self._found
@@ -75,10 +74,11 @@ class NonFinite(Callback):
         return f"{self._title()}: step {found.step + 1} is not finite{row}, first {where}; {self._remedy()}"
 
     def _remedy(self) -> str:
-        last = "no checkpoint of this phase yet"
-        if self._rolling.exists():
-            last = f"last good checkpoint: {self._rolling} (step {read_checkpoint(self._rolling)['global_step']})"
-        skip = " or set training.non_finite: skip" if self._config.training.non_finite == "stop" else ""
+        self._switch.checkpoints.writer.wait()
+        last, rolling = "no checkpoint yet", self._switch.checkpoints.rolling
+        if rolling.exists():
+            last = f"last good checkpoint: {rolling} (step {read_checkpoint(rolling)['global_step']})"
+        skip = " or set training.non_finite: skip" if self._switch.run.config.training.non_finite == "stop" else ""
         return f"{last}; started again as it is, it would come here again: lower optim.lr{skip}"
 
 

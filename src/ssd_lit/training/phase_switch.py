@@ -1,80 +1,192 @@
-"""The end of a phase: decided after every step, written down with its reason."""
+"""The change of phase, between two steps of one fit: decided, put on record, carried out on the live model."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
-from ssd_lit.config import RunConfig
+from ssd_lit.models.flops import Costs
 from ssd_lit.moe.similarity import PatternTracker
+from ssd_lit.records import PhaseRecord, Totals, stage_of
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import SWITCH_STATE
+from ssd_lit.training.checkpointing import Checkpoints
 from ssd_lit.training.module import Pretraining
-from ssd_lit.training.schedule import Phase
+from ssd_lit.training.moefication import Checks, find_experts, group_neurons
+from ssd_lit.training.schedule import Phase, next_phase, phase_flops
+
+
+class PhaseCallback(Callback):
+    """A callback that is told of phases too, by `PhaseSwitch`."""
+
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        """The steps that follow are of this phase; its mode is set."""
+
+    def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        """The phase's last step was done, and validated."""
 
 
 class PhaseSwitch(Callback):
-    """Watches the activation pattern in dense mode and stops the trainer when the phase's rule says so.
+    """Takes a model through the phases of its run, in every process alike.
 
-    Its state travels in the checkpoint: within a phase all of it, into the next phase the clusterings only.
+    After each step it decides whether the phase ends there, and says so in `ended_by` to the callbacks behind it. When
+    they and a validation are done, it writes phase.json and goes on: a MoEfication is carried out on the live model, a
+    dense or sparse phase begins with the next step. The trainer stops behind the last phase of the stage `until`.
+
+    Its state, with the clusterings, travels in the checkpoint; what earlier phases were is read from their records.
     """
 
     state_key = SWITCH_STATE
 
-    def __init__(self, phase: Phase, config: RunConfig):
-        self.phase = phase
-        self.tracker = PatternTracker(config.moe.experts, seed=config.seed)
-        self.similarity: list[list[float]] = []
-        """[global step, similarity] of every check in this phase."""
+    def __init__(
+        self,
+        run: Run,
+        history: Sequence[PhaseRecord],
+        start: Totals,
+        until: str,
+        costs: Costs,
+        checkpoints: Checkpoints,
+        provenance: dict[str, object],
+    ):
+        self.run = run
+        self.history = list(history)
+        self.tracker = PatternTracker(run.config.moe.experts, seed=run.config.seed)
         self.ended_by: str | None = None
-        self.seconds = 0.0
-        """Wall-clock time of the phase's training, validation left out."""
-        self._check_every = config.switching.check_every
+        """Why the phase ends with the step that was just done; None while it goes on."""
+        self._start = start
+        """What another run had spent, where this one goes on from its model."""
+        self._until = until
+        self._costs = costs
+        self.checkpoints = checkpoints
+        self._provenance = provenance
+        self._inputs = run.made_from()
+        self._similarity: Checks = []
+        self._seconds = 0.0
         self._since: float | None = None
+        following = next_phase(run.config, history)
+        assert following is not None, "a run at its end has nothing to train"
+        self.phase: Phase = following
+
+    @property
+    def before(self) -> Totals:
+        """What was spent until the phase began."""
+        return self.history[-1].total if self.history else self._start
+
+    def elapsed(self) -> float:
+        """Seconds of the phase's training so far, without validation; those before an interruption included."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
-        self._since = time.perf_counter()
+        if self.phase.mode in ("dense", "sparse"):
+            self._begin(trainer, module)
+        else:
+            self._go_on(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
         similarity = None
-        if self.phase.mode == "dense" and step % self._check_every == 0:
+        if self.phase.mode == "dense" and step % self.run.config.switching.check_every == 0:
             if trainer.is_global_zero:
                 similarity = self.tracker.update([ffn.key_rows for ffn in module.model.ffns])
             # One process decides, and the checkpoint holds its clusterings: none may go on where another stops.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:
-                self.similarity.append([step, similarity])
+                self._similarity.append([step, similarity])
                 module.record({"activation/similarity": similarity})
         self.ended_by = self.phase.ended_by(step - self.phase.first_step, similarity)
-        # Lightning validates once more before it stops.
+        # Lightning validates once more before it stops; whether it does stop is decided behind that.
         trainer.should_stop = self.ended_by is not None
 
     def on_validation_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
-        self._pause()
+        self._seconds, self._since = self.elapsed(), None
 
     def on_validation_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+        if self.ended_by is None:
+            self._since = time.perf_counter()
+            return
+        for callback in _listeners(trainer):
+            callback.on_phase_end(trainer, module, self.phase)
+        self._close(trainer, self._spent(trainer.global_step), self.ended_by, self._similarity)
+        self._go_on(trainer, module)
+
+    def _spent(self, step: int) -> Totals:
+        """What the phase has taken up to a step."""
+        config, steps = self.run.config, step - self.phase.first_step
+        return Totals(
+            steps=steps,
+            sparse_steps=steps if self.phase.mode == "sparse" else 0,
+            tokens=steps * config.training.batch_size * config.data.sequence_length,
+            flops=phase_flops(config, self.phase, self._costs, step),
+            seconds=self._seconds,
+        )
+
+    def _close(self, trainer: Trainer, spent: Totals, ended_by: str, similarity: Checks) -> None:
+        """Put the phase that is done on record, and the state where a stage ends with it."""
+        config = self.run.config
+        record = self.phase.record(config, self.history, self.before, spent, ended_by, similarity)
+        record = replace(record, inputs=self._inputs, provenance=self._provenance)
+        if trainer.is_global_zero:
+            record.write(self.run.folder)
+        self.history.append(record)
+        self.ended_by, self._similarity, self._seconds = None, [], 0.0
+        stage = stage_of(config.method, record.index, record.mode)
+        following = next_phase(config, self.history)
+        stage_ends = following is None or stage_of(config.method, following.index, following.mode) != stage
+        if config.training.keep_phases:
+            self.checkpoints.keep_phase(trainer, record)
+        if stage_ends:
+            self.checkpoints.keep_stage(trainer, stage, record)
+        if following is not None:
+            self.phase = following
+        trainer.should_stop = following is None or following.mode == "router" or (stage_ends and stage == self._until)
+
+    def _go_on(self, trainer: Trainer, module: Pretraining) -> None:
+        """Carry out what lies before the next training phase, and begin that."""
+        while not trainer.should_stop and self.phase.mode == "moefy":
+            self._moefy(trainer, module)
+        if not trainer.should_stop:
+            self._begin(trainer, module)
+
+    def _moefy(self, trainer: Trainer, module: Pretraining) -> None:
+        began = time.perf_counter()
+        labels, similarity = self._find_experts(trainer, module)
+        group_neurons(self.run.config, module.model, self.tracker, labels, trainer.optimizers[0])
+        self._close(trainer, Totals(seconds=time.perf_counter() - began), "moefied", similarity)
+
+    def _find_experts(self, trainer: Trainer, module: Pretraining) -> tuple[list[Tensor], Checks]:
+        """The expert of every neuron; one process looks for them, and all get the same."""
+        found: tuple[list[Tensor], Checks] | None = None
+        if trainer.is_global_zero:
+            run = self.run
+            found = find_experts(run.config, module.model, self.tracker, self.history, run.tokens, run.specials)
+        found = trainer.strategy.broadcast(found)
+        assert found is not None
+        return found
+
+    def _begin(self, trainer: Trainer, module: Pretraining) -> None:
+        """Let the steps that follow be of the phase."""
+        module.model.set_mode("sparse" if self.phase.mode == "sparse" else "dense")
+        for callback in _listeners(trainer):
+            callback.on_phase_start(trainer, module, self.phase)
         self._since = time.perf_counter()
-
-    def _pause(self) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-        self._since = None
-
-    def elapsed(self) -> float:
-        """Training seconds of this phase so far, those before an interruption included."""
-        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "inputs": self._inputs,
+            "phase": len(self.history),
             "tracker": self.tracker.state_dict(),
-            "phase": self.phase.index,
-            "similarity": self.similarity,
-            "ended_by": self.ended_by,
+            "similarity": self._similarity,
             "seconds": self.elapsed(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tracker.load_state_dict(state["tracker"])
-        if state["phase"] == self.phase.index:
-            self.similarity = state["similarity"]
-            self.seconds = state["seconds"]
+        self._similarity = state["similarity"]
+        self._seconds = state["seconds"]
+
+
+def _listeners(trainer: Trainer) -> list[PhaseCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, PhaseCallback)]  # type: ignore[attr-defined]

@@ -4,39 +4,41 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from tqdm import tqdm
 
 from ssd_lit.training.meter import Meter
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase
 
 LINE_SECONDS = 15.0
 
 
-class Progress(Callback):
+class Progress(PhaseCallback):
     """Shows phase, step, loss, tokens a second and time left: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, run: str, phase: Phase, meter: Meter):
-        self._title = f"{run} {phase.name}"
-        self._phase = phase
+    def __init__(self, switch: PhaseSwitch, meter: Meter):
+        self._switch = switch
         self._meter = meter
         self._bar: tqdm[Any] | None = None
         self._last_line = 0.0
 
-    def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         if not trainer.is_global_zero:
             return
-        self._last_line = time.monotonic()
-        # Written as lines where nobody would see a bar move, as in a log file.
-        self._bar = tqdm(
-            desc=self._title,
-            total=self._phase.max_steps,
-            initial=trainer.global_step - self._phase.first_step,
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stderr if sys.stderr.isatty() else _Nowhere(),
-        )
+        config = self._switch.run.config
+        if self._bar is None:
+            self._last_line = time.monotonic()
+            # Written as lines where nobody would see a bar move, as in a log file.
+            self._bar = tqdm(
+                total=config.training.steps,
+                initial=trainer.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr if sys.stderr.isatty() else _Nowhere(),
+            )
+        self._bar.set_description_str(f"{config.name} {phase.name}")
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         if self._bar is None:

@@ -1,6 +1,7 @@
 """Training the routers of a finished model: it touches no other weight."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +11,57 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.blocks import load_index
 from ssd_lit.data.module import TokenData
-from ssd_lit.data.objectives import Batch, Specials, build_objective
-from ssd_lit.layout import PhaseRecord, Totals, phase_dir
+from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
+from ssd_lit.paths import checkpoint_path
+from ssd_lit.records import PhaseRecord, Totals
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of, write_checkpoint
+from ssd_lit.training.checkpointing import close_stage
 from ssd_lit.training.logger import Recorder, RecorderLogger
-from ssd_lit.training.records import finished
 from ssd_lit.training.router_loss import contributions, router_loss
-from ssd_lit.training.schedule import Phase
+from ssd_lit.training.schedule import next_phase
 from ssd_lit.training.trainer import quiet
 
 
-def train_routers(
-    run_dir: Path,
-    config: RunConfig,
-    phase: Phase,
-    history: list[PhaseRecord],
-    tokens_dir: Path,
-    recorder: Recorder,
-) -> PhaseRecord:
-    """Train a router for every layer of the MoEfied model and write the phase's last.ckpt: weights only.
+def train_routers(run: Run, recorder: Recorder, provenance: dict[str, object]) -> PhaseRecord:
+    """Train a router for every layer of the MoEfied model, and put phase and stage on record; returns the former.
 
-    All other weights are those of the checkpoint before. Returns what phase.json is to say; the FLOPs are those of the
+    All other weights are those of the stage before; the checkpoint holds weights only. The FLOPs are those of the
     model's forward passes and of the routers' own, the steps are not steps of the run.
     """
-    began = time.perf_counter()
-    specials = Specials.of(load_index(tokens_dir))
-    before = phase_dir(run_dir, history[-1].index, history[-1].mode) / "last.ckpt"
-    model = build_model(config, specials, router=config.moe.trained_router, read_weights=False)
-    load_beside_routers(model, read_checkpoint(before))
+    began, config = time.perf_counter(), run.config
+    before, *_ = (stage for stage in reversed(run.training_stages) if stage != "route")
+    history = run.phases()[: run.stage(before).phase + 1]
+    phase = next_phase(config, history)
+    assert phase is not None, "a run at its end has no router to train"
+    model = build_model(config, run.specials, router=config.moe.trained_router, read_weights=False)
+    load_beside_routers(model, read_checkpoint(run.checkpoint(before)))
     for ffn in model.ffns:
         ffn.router.begin(ffn.key_rows)
-    objective = build_objective(model.objective_name, specials)
-    data = TokenData.of_run(config, tokens_dir, objective.draws)
+    objective = build_objective(model.objective_name, run.specials)
+    data = TokenData.of_run(config, run.tokens, objective.draws)
     fitting = RouterFitting(config, model, objective, history[-1].last_step)
     with quiet():
-        _trainer(config, recorder, phase_dir(run_dir, phase.index, phase.mode)).fit(fitting, data)
+        _trainer(config, recorder, run.folder / "work").fit(fitting, data)
     # The loss is a mean over tokens of finite outputs of a frozen model: only the routers can leave the numbers.
     if not all(p.isfinite().all() for p in fitting.model.parameters()):
         raise ValueError(f"{config.name} {phase.name}: the routers' weights are not finite; lower moe.router_lr")
-    path = phase_dir(run_dir, phase.index, phase.mode) / "last.ckpt"
-    write_checkpoint(path, {"state_dict": weights_of(model.cpu())})
+    write_checkpoint(checkpoint_path(run.folder, "route"), {"state_dict": weights_of(model.cpu())})
 
-    costs = forward_costs(config.model, config.moe, specials, config.data.sequence_length)
+    costs = forward_costs(config.model, config.moe, run.specials, config.data.sequence_length)
     blocks = config.moe.router_steps * config.training.batch_size
     tokens = blocks * config.data.sequence_length
     routers = sum(2.0 * p.numel() for ffn in model.ffns for p in ffn.router.parameters() if p.ndim == 2)
     spent = Totals(flops=blocks * costs.dense() / 3 + 3 * tokens * routers, seconds=time.perf_counter() - began)
-    return finished(config, phase, history, history[-1].total, spent, "router trained", [])
+    record = phase.record(config, history, history[-1].total, spent, "router trained", [])
+    record = replace(record, inputs=run.made_from(), provenance=provenance)
+    record.write(run.folder)
+    close_stage(run.folder, "route", record)
+    return record
 
 
 class RouterFitting(LightningModule):

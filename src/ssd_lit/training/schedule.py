@@ -10,11 +10,14 @@ ssd and posthoc may end with a phase `router`, which trains the router alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ssd_lit.config import RunConfig
-from ssd_lit.layout import PhaseRecord, Totals, phase_name
+from ssd_lit.models.flops import Costs
+from ssd_lit.moe.selection import scheduled_k
+from ssd_lit.paths import phase_name
+from ssd_lit.records import PhaseRecord, Totals
 
 PhaseMode = Literal["dense", "sparse", "moefy", "router"]
 
@@ -39,11 +42,35 @@ class Phase:
 
     def ended_by(self, steps: int, similarity: float | None) -> str | None:
         """Why the phase ends after `steps` of its own, or None; `similarity` of a check made just now, if any."""
-        if steps >= self.max_steps:
-            return self.at_max
         if self.tau is not None and similarity is not None and similarity >= self.tau and steps >= self.min_steps:
             return "stable"
-        return None
+        return self.at_max if steps >= self.max_steps else None
+
+    def record(
+        self,
+        config: RunConfig,
+        history: Sequence[PhaseRecord],
+        before: Totals,
+        spent: Totals,
+        ended_by: str,
+        similarity: list[list[float]],
+    ) -> PhaseRecord:
+        """The record of this phase, done after `history`; `before` is what was spent until it began."""
+        record = PhaseRecord(
+            index=self.index,
+            mode=self.mode,
+            first_step=self.first_step,
+            last_step=self.first_step + spent.steps,
+            steps=spent.steps,
+            tokens=spent.tokens,
+            flops=spent.flops,
+            seconds=spent.seconds,
+            ended_by=ended_by,
+            similarity=similarity,
+            total=before.plus(spent),
+        )
+        following = next_phase(config, [*history, record])
+        return replace(record, next=following.mode if following else None)
 
 
 def next_phase(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
@@ -132,3 +159,23 @@ def _moefy(history: Sequence[PhaseRecord]) -> Phase:
 
 def _start(history: Sequence[PhaseRecord]) -> tuple[int, int]:
     return (history[-1].last_step if history else 0), len(history)
+
+
+def top_k_at(config: RunConfig, step: int) -> int:
+    """k of the run's schedule at a global step (0-based) in a sparse phase."""
+    schedule = config.moe.k_schedule
+    end = schedule.end or config.moe.top_k
+    return scheduled_k(
+        step, config.training.steps, kind=schedule.kind, start=schedule.start, end=end, stairs=schedule.stairs
+    )
+
+
+def phase_flops(config: RunConfig, phase: Phase, costs: Costs, step: int, since: int | None = None) -> float:
+    """Training FLOPs of a phase up to the global step `step`, from its first step or from `since` on."""
+    steps = range(phase.first_step if since is None else since, step)
+    if phase.mode == "dense":
+        blocks = len(steps) * costs.dense()
+    else:
+        copies = config.method == "upcycle"
+        blocks = sum(costs.sparse(config.moe, top_k_at(config, one), copies=copies) for one in steps)
+    return config.training.batch_size * blocks

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from ssd_lit.layout import snapshot_path
+from ssd_lit.paths import snapshot_path
 from ssd_lit.training.checkpoint import weights_of, write_checkpoint
 from ssd_lit.training.module import Pretraining
 

@@ -1,10 +1,9 @@
-"""The Lightning trainer of a phase, on one device or several."""
+"""The Lightning trainer of a run, on one device or several."""
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,45 +12,39 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from ssd_lit.config import RunConfig
-from ssd_lit.layout import Totals, rolling_checkpoint
 from ssd_lit.models.flops import Costs
+from ssd_lit.run import Run
 from ssd_lit.training.activation_monitor import ActivationMonitor
+from ssd_lit.training.checkpointing import RollingCheckpoint
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.loss_jump import LossJump
 from ssd_lit.training.meter import Meter
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
-from ssd_lit.training.rolling_checkpoint import CheckpointFiles, RollingCheckpoint
-from ssd_lit.training.schedule import Phase
 from ssd_lit.training.snapshots import Snapshots
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
-def build_trainer(
-    config: RunConfig, phase: Phase, start: Totals, costs: Costs, recorder: Recorder | None, run_dir: Path
-) -> Trainer:
-    """The trainer of one phase, which its phase switch ends; it keeps its state in the phase's rolling checkpoint.
+def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorder | None) -> Trainer:
+    """The trainer of a run, which its phase switch ends.
 
     Fitting starts a process for each further device. Raises ValueError if the machine has too few GPUs.
     """
-    training = config.training
+    config, training = run.config, run.config.training
     if torch.cuda.is_available() and training.devices > torch.cuda.device_count():
         raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    rolling = rolling_checkpoint(run_dir, phase.index, phase.mode)
-    switch = PhaseSwitch(phase, config)
-    meter = Meter(phase, config, start, costs, switch)
-    snapshots = [Snapshots(run_dir, training.snapshot_every)] if training.snapshot_every else []
+    meter = Meter(switch, costs)
+    snapshots = [Snapshots(run.folder, training.snapshot_every)] if training.snapshot_every else []
     return Trainer(
-        # The phase switch ends the phase, and nothing else.
+        # The phase switch ends the training, and nothing else.
         max_epochs=-1,
         devices=training.devices,
-        # No buffer changes within a phase, and a validation may be longer in one process than in another.
+        # No buffer changes in a step, and a validation may be longer in one process than in another.
         strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
         # A cluster gives a stage one task: Lightning would take that for the number of processes.
-        plugins=[LightningEnvironment(), CheckpointFiles()],
+        plugins=[LightningEnvironment(), switch.checkpoints.writer],
         precision=PRECISION[training.precision],
         gradient_clip_val=config.optim.grad_clip,
         val_check_interval=training.validate_every,
@@ -60,20 +53,21 @@ def build_trainer(
         use_distributed_sampler=False,
         logger=RecorderLogger(recorder),
         callbacks=[
-            # In this order at the end of a step: decide, measure what is sound, show, and save what is then known.
+            # In this order at the end of a step: decide, measure what is sound, show, and save what is then known. A
+            # phase that ends is validated behind the step; the switch then comes first again, and saving last.
             switch,
-            ActivationMonitor(f"{config.name} {phase.name}", training.log_every),
-            NonFinite(phase, config, rolling),
-            LossJump(config.name, phase),
+            ActivationMonitor(config.name, training.log_every),
+            NonFinite(switch),
+            LossJump(switch),
             meter,
-            Progress(config.name, phase, meter),
+            Progress(switch, meter),
             *snapshots,
-            RollingCheckpoint(rolling, training.checkpoint_every, training.validate_every),
+            RollingCheckpoint(switch.checkpoints, training),
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=rolling.parent,
+        default_root_dir=run.folder / "work",
     )
 
 

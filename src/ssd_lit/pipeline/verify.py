@@ -6,22 +6,15 @@ from functools import partial
 from pathlib import Path
 
 from ssd_lit.config import RunConfig, load_data, load_resolved, load_run
-from ssd_lit.data.blocks import load_index
 from ssd_lit.data.documents import read_split
+from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import check_tokenizer
 from ssd_lit.files import check_digests, check_seal, read_sealed, sha256
-from ssd_lit.layout import (
-    PhaseRecord,
-    data_dir,
-    measured_inputs,
-    phase_dir,
-    phase_inputs,
-    read_chain,
-    run_dir,
-    snapshots,
-)
+from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
 from ssd_lit.points import read_points
+from ssd_lit.records import MEASUREMENTS, PhaseRecord
 from ssd_lit.reporting.summary import check_summary
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import check_checkpoint
 
 Check = tuple[str, Callable[[], str]]
@@ -47,15 +40,16 @@ def verify(folder: Path, say: Callable[[str], None]) -> tuple[int, int]:
 def _checks(folder: Path) -> Iterator[Check]:
     whole = (folder / "experiment.yaml").is_file()
     exp_dir = folder if whole else folder.parents[1]
-    runs = load_resolved(exp_dir / "experiment.yaml").runs()
-    if not whole:
-        runs = [run for run in runs if run_dir(exp_dir.parent, run) == folder]
+    if not (exp_dir / "experiment.yaml").is_file():
+        raise ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
+    experiment = load_resolved(exp_dir / "experiment.yaml")
+    results = results_of(exp_dir, experiment.data)
+    runs = [run for run in experiment.runs() if whole or run.name == folder.name]
     if not runs:
         raise ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
-    data = data_dir(exp_dir.parent, runs[0].data)
-    yield from _data_checks(data)
-    for run in runs:
-        yield from _run_checks(run_dir(exp_dir.parent, run), run, data / "tokens")
+    yield from _data_checks(data_dir(results, experiment.data))
+    for config in runs:
+        yield from _run_checks(Run(run_dir(results, config), results, config))
 
 
 def _data_checks(data: Path) -> Iterator[Check]:
@@ -66,36 +60,35 @@ def _data_checks(data: Path) -> Iterator[Check]:
     yield "data tokens", lambda: _tokens(data / "tokens")
 
 
-def _run_checks(folder: Path, run: RunConfig, tokens: Path) -> Iterator[Check]:
-    name = run.name
-    yield f"{name} config.yaml", lambda: _config(folder, run)
+def _run_checks(run: Run) -> Iterator[Check]:
+    name, folder = run.config.name, run.folder
+    yield f"{name} config.yaml", lambda: _config(run)
     try:
-        chain = read_chain(folder, run.method)
+        chain = run.chain()
     except ValueError as error:
         yield f"{name} phases", partial(_fail, str(error))
         return
     for record in chain:
-        yield f"{name} {record.name}", partial(_phase, folder, run, chain, record, tokens)
+        yield f"{name} {record.name}", partial(_phase, run, record)
+    for stage in run.training_stages:
+        yield f"{name} {stage}", partial(_stage, run, stage)
     if snapshots(folder):
         yield f"{name} snapshots", lambda: _snapshots(folder)
     yield f"{name} metrics.jsonl", lambda: f"{len(read_points(folder / 'metrics.jsonl'))} curves"
-    yield f"{name} evaluation.json", lambda: _measured(folder, folder / "evaluation.json", chain, tokens)
-    if (folder / "analysis.yaml").is_file():
-        yield f"{name} analysis", lambda: _analysis(folder, chain, tokens)
-    if (folder / "downstream.yaml").is_file():
-        found = folder / "downstream" / "downstream.json"
-        yield f"{name} downstream", lambda: _measured(folder, found, chain, tokens)
-    yield f"{name} summary.csv", lambda: _summary(folder.parents[1], run)
+    for measurement, (settings, result) in MEASUREMENTS.items():
+        if (folder / settings).is_file():
+            yield f"{name} {Path(result).name}", partial(_measured, run, measurement)
+    yield f"{name} summary.csv", lambda: _summary(folder.parents[1], run.config)
 
 
 def _fail(why: str) -> str:
     raise ValueError(why)
 
 
-def _config(folder: Path, run: RunConfig) -> str:
-    if load_run(folder / "config.yaml") != run:
-        raise ValueError(f"{folder / 'config.yaml'}: not what the experiment asks for")
-    return f"{run.method}, seed {run.seed}"
+def _config(run: Run) -> str:
+    if load_run(run.folder / "config.yaml") != run.config:
+        raise ValueError(f"{run.folder / 'config.yaml'}: not what the experiment asks for")
+    return f"{run.config.method}, seed {run.config.seed}"
 
 
 def _sources(documents: Path) -> str:
@@ -133,11 +126,20 @@ def _tokens(folder: Path) -> str:
     return str(index["digest"][:16])
 
 
-def _phase(folder: Path, run: RunConfig, chain: list[PhaseRecord], record: PhaseRecord, tokens: Path) -> str:
-    made_from = phase_inputs(folder, run, chain[: record.index], load_index(tokens)["digest"])
-    _compare(phase_dir(folder, record.index, record.mode) / "phase.json", record.inputs, made_from)
-    check_digests(phase_dir(folder, record.index, record.mode), {"last.ckpt": record.weights})
-    return f"steps {record.first_step} to {record.last_step}, weights {record.weights[:16]}"
+def _phase(run: Run, record: PhaseRecord) -> str:
+    here = phase_dir(run.folder, record.index, record.mode)
+    _compare(here / "phase.json", record.inputs, run.made_from())
+    kept = here / "weights.ckpt"
+    if kept.exists():
+        check_checkpoint(kept)
+    return f"steps {record.first_step} to {record.last_step}, ended by {record.ended_by}"
+
+
+def _stage(run: Run, stage: str) -> str:
+    record, weights = run.stage(stage), run.checkpoint(stage)
+    _compare(run.folder / "stages" / f"{stage}.json", record.inputs, run.made_from())
+    check_digests(weights.parent, {weights.name: record.weights})
+    return f"step {record.step}, weights {record.weights[:16]}"
 
 
 def _snapshots(folder: Path) -> str:
@@ -146,20 +148,14 @@ def _snapshots(folder: Path) -> str:
     return f"{len(snapshots(folder))} are whole"
 
 
-def _measured(folder: Path, path: Path, chain: list[PhaseRecord], tokens: Path) -> str:
+def _measured(run: Run, measurement: str) -> str:
     """One of the JSON files of a run: made from these weights and tokens, with the settings beside the run."""
-    found, settings = read_sealed(path), folder / f"{path.stem}.yaml"
+    settings, result = (run.folder / name for name in MEASUREMENTS[measurement])
+    found = read_sealed(result)
     check_seal(settings)
-    made_from = measured_inputs(folder, chain, settings.name, load_index(tokens)["digest"])
-    _compare(path, found.get("inputs", {}), made_from)
-    return f"of weights {chain[-1].weights[:16]}"
-
-
-def _analysis(folder: Path, chain: list[PhaseRecord], tokens: Path) -> str:
-    path = folder / "analysis" / "analysis.json"
-    told = _measured(folder, path, chain, tokens)
-    check_digests(path.parent, read_sealed(path)["digests"])
-    return told
+    _compare(result, found.get("inputs", {}), run.measured_from(measurement))
+    check_digests(result.parent, found.get("digests", {}))
+    return f"of weights {run.final().weights[:16]}"
 
 
 def _summary(exp_dir: Path, run: RunConfig) -> str:

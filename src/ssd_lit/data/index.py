@@ -1,0 +1,30 @@
+"""The index of encoded documents, and the vocabulary that it tells of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssd_lit.files import read_sealed
+
+
+def load_index(tokens_dir: Path) -> dict[str, Any]:
+    """The index that `encode_documents` wrote last. Raises ValueError if it is missing or damaged."""
+    return read_sealed(tokens_dir / "index.json")
+
+
+@dataclass(frozen=True)
+class Specials:
+    """The size of a vocabulary and the ids that no text encodes to."""
+
+    vocab_size: int
+    eos_id: int
+    mask_id: int | None = None
+    sentinel_ids: tuple[int, ...] = ()
+    """<extra_id_0> first."""
+
+    @classmethod
+    def of(cls, index: Mapping[str, Any]) -> "Specials":
+        """From the index of encoded documents; one written before there were mask tokens and sentinels has none."""
+        sentinels = tuple(index.get("sentinel_ids", ()))
+        return cls(index["vocab_size"], index["eos_id"], index.get("mask_id"), sentinels)

@@ -1,0 +1,57 @@
+"""The stages that make tokens of text, once for all runs of an experiment."""
+
+from pathlib import Path
+
+from ssd_lit.config import load_data, load_experiment
+from ssd_lit.holding import alone
+from ssd_lit.paths import data_dir, write_configs
+
+
+def configs(experiment: Path, results: Path) -> str:
+    """Check an experiment and write the resolved config of its data and runs."""
+    from ssd_lit.data.downstream import check_downstream
+    from ssd_lit.data.sources import check_sources
+
+    checked = load_experiment(experiment)
+    if not (data_dir(results, checked.data) / "tokens" / "index.json").exists():
+        check_sources(checked.data)
+    if checked.downstream is not None:
+        check_downstream(checked.downstream)
+    runs = write_configs(checked, results)
+    return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
+
+
+def prepare(folder: Path) -> str:
+    """Read, clean, deduplicate and split the text into documents/."""
+    from ssd_lit.data.documents import prepare_documents
+
+    with alone(folder, "prepare"):
+        card = prepare_documents(load_data(folder / "config.yaml"), folder / "documents", print)
+    return ", ".join(f"{name} {split['documents']:,} documents" for name, split in card["splits"].items())
+
+
+def tokenizer(folder: Path) -> str:
+    """Train the tokenizer on the training documents into tokenizer/."""
+    from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
+
+    config = load_data(folder / "config.yaml").tokenizer
+    with alone(folder, "tokenizer"):
+        train_tokenizer(config, folder / "documents", folder / "tokenizer")
+    return f"{load_tokenizer(folder / 'tokenizer').get_vocab_size():,} entries"
+
+
+def encode(folder: Path) -> str:
+    """Encode all documents into memory-mapped blocks of tokens in tokens/."""
+    from ssd_lit.data.encode import encode_documents
+
+    config = load_data(folder / "config.yaml")
+    with alone(folder, "encode"):
+        index = encode_documents(
+            folder / "documents",
+            folder / "tokenizer",
+            folder / "tokens",
+            config.sequence_length,
+            print,
+            held_out=config.held_out,
+        )
+    return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())

@@ -1,0 +1,43 @@
+"""Between Hugging Face checkpoint folders and ours: models come in and get experts, and go out whole."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ssd_lit.config import ConfigError, Construction, MoEConfig, TrainedRouter
+from ssd_lit.run import Run
+
+
+def export(folder: Path, out: Path) -> str:
+    """Write the final model of a run as a checkpoint folder, with the tokenizer of its data."""
+    from ssd_lit.training.export import export_run
+
+    run = Run.open(folder)
+    if export_run(run, out):
+        return f"{out}: {run.config.moe.experts} experts a layer, {run.config.moe.top_k} a token in sparse mode"
+    return f"{out}: dense only; `ssd-lit moefy --model {out}` gives it experts"
+
+
+def moefy(
+    *,
+    model: Path,
+    experts: int,
+    top_k: int,
+    out: Path,
+    construction: Construction = "kmeans",
+    router: Literal["center", "random"] | TrainedRouter = "center",
+    threads: int | None = None,
+    **calibration: Any,
+) -> str:
+    """Write the model of a checkpoint folder into a new one, its neurons grouped into experts."""
+    if top_k > experts:
+        raise ConfigError(f"--top-k {top_k} is more than --experts {experts}; allowed: 1 to {experts}")
+    import torch
+
+    from ssd_lit.training.moefy_folder import moefy_folder
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    chosen: Any = {"trained_router" if router in get_args(TrainedRouter) else "router": router}
+    moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
+    moefy_folder(model, out, moe, **calibration, progress=print)
+    return f"{out}: {experts} experts a layer, {top_k} a token in sparse mode"

@@ -1,0 +1,78 @@
+"""What is measured on the final model of a run: evaluation, analyses, other tasks."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssd_lit.config import load_analysis, load_downstream, load_evaluation
+from ssd_lit.files import sha256, write_sealed
+from ssd_lit.records import MEASUREMENTS
+from ssd_lit.run import Run
+from ssd_lit.tracking import RunTracker
+
+
+class Found(NamedTuple):
+    """What a measurement came to."""
+
+    content: dict[str, Any]
+    """Of its JSON file."""
+    figures: Mapping[str, float]
+    """What is worth a line each in MLflow, by name."""
+    summary: str
+
+
+def measure(run: Run, measurement: str) -> str:
+    """Measure the final model and write the result last. Raises ValueError if the run is not trained to its end."""
+    from ssd_lit.provenance import stage_provenance
+
+    work = {"evaluate": _evaluate, "analyse": _analyse, "downstream": _downstream}[measurement]
+    last_step, inputs = run.chain()[-1].last_step, run.measured_from(measurement)
+    with RunTracker.of(run, measurement) as tracker:
+        found = work(run)
+        tracker.outcome(found.figures, run_step=last_step)
+        origin = {"inputs": inputs, "provenance": stage_provenance(run.config, run.tokens_digest)}
+        write_sealed(run.folder / MEASUREMENTS[measurement][1], {**found.content, **origin})
+    if measurement == "downstream":
+        shutil.rmtree(_pieces(run), ignore_errors=True)
+    return found.summary
+
+
+def _evaluate(run: Run) -> Found:
+    from ssd_lit.evaluation.run import evaluate_run, outcome
+
+    content = evaluate_run(run, load_evaluation(run.folder / "evaluation.yaml"))
+    figures = outcome(content)
+    perplexities = {mode: figures.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
+    told = [f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None]
+    return Found(content, figures, ", ".join(told))
+
+
+def _analyse(run: Run) -> Found:
+    from ssd_lit.evaluation.analysis import analyse_run
+
+    content = analyse_run(run, load_analysis(run.folder / "analysis.yaml"))
+    layers = content["experts"]["layers"] if content["experts"] else []
+    figures = {
+        f"analysis/{name}": sum(layer[name] for layer in layers) / len(layers)
+        for name in ("load_entropy", "dead_experts", "routing_recall")
+        if layers
+    }
+    digests = {name: sha256(run.folder / "analysis" / name) for name in content["written"]}
+    left_out = "; ".join(sorted(set(content["left_out"].values())))
+    summary = ", ".join(content["written"]) or f"nothing to write: {left_out}"
+    return Found({**content, "digests": digests}, figures, summary)
+
+
+def _downstream(run: Run) -> Found:
+    """Ended on its way, it goes on with the fine-tuning that was not done."""
+    from ssd_lit.evaluation.downstream import means, try_downstream
+
+    content = try_downstream(run, load_downstream(run.folder / "downstream.yaml"), _pieces(run))
+    figures = means(content)
+    told = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in figures.items()]
+    return Found(content, figures, ", ".join(told) or "; ".join(content["left_out"].values()))
+
+
+def _pieces(run: Run) -> Path:
+    return run.folder / "downstream" / "pieces"

@@ -1,0 +1,104 @@
+"""What an experiment shows: tables, figures, report, and what MLflow has of it."""
+
+import os
+from pathlib import Path
+
+from ssd_lit.config import ConfigError, load_resolved
+from ssd_lit.holding import alone
+from ssd_lit.paths import data_dir, results_of
+from ssd_lit.run import Run
+
+
+def summarise(exp_dir: Path) -> str:
+    from ssd_lit.reporting.arms_table import write_arms
+    from ssd_lit.reporting.downstream import write_downstream
+    from ssd_lit.reporting.summary import write_summary
+
+    experiment = load_resolved(exp_dir / "experiment.yaml")
+    with alone(exp_dir, "summarise"):
+        if experiment.downstream is not None:
+            write_downstream(exp_dir, experiment.tried_runs())
+        write_arms(exp_dir, experiment.runs())
+        return str(write_summary(exp_dir, experiment.runs()))
+
+
+def figures(exp_dir: Path) -> str:
+    from ssd_lit.reporting.figures import write_figures
+
+    with alone(exp_dir, "figures"):
+        written = write_figures(exp_dir, load_resolved(exp_dir / "experiment.yaml"))
+    return f"{len(written)} files in {exp_dir / 'figures'}"
+
+
+def report(exp_dir: Path) -> str:
+    from ssd_lit.provenance import provenance
+    from ssd_lit.reporting.report import write_report
+    from ssd_lit.reporting.summary import check_summary
+    from ssd_lit.tracking import REPORT_SECONDS, try_for
+
+    experiment = load_resolved(exp_dir / "experiment.yaml")
+    results = results_of(exp_dir, experiment.data)
+    with alone(exp_dir, "report"):
+        check_summary(exp_dir, experiment.runs())
+        path = write_report(exp_dir, experiment, data_dir(results, experiment.data), provenance())
+        failed = try_for(REPORT_SECONDS, lambda: _send_experiment(exp_dir))
+    if failed:
+        print(f"{failed}; `ssd-lit send {exp_dir}` sends the report and what else waits", flush=True)
+    return str(path)
+
+
+def send(place: Path) -> str:
+    """Tell MLflow what it has not got yet of a run, or of an experiment's runs with the report."""
+    from ssd_lit.tracking import send_runs
+
+    if (place / "experiment.yaml").exists():
+        count = _send_experiment(place)
+    elif (place / "config.yaml").exists():
+        count = send_runs(Run.open(place).results, [place])
+    else:
+        raise ConfigError(f"{place}: neither an experiment (experiment.yaml) nor a run (config.yaml)")
+    return f"points of {count} runs were waiting"
+
+
+def _send_experiment(exp_dir: Path) -> int:
+    """Send what waits in the runs of an experiment, and its report if there is one; returns the number of runs."""
+    from ssd_lit.tracking import send_report, send_runs
+
+    experiment = load_resolved(exp_dir / "experiment.yaml")
+    results = results_of(exp_dir, experiment.data)
+    count = send_runs(results, [exp_dir / "runs" / run.name for run in experiment.runs()])
+    if (exp_dir / "report.html").exists():
+        figures = sorted((exp_dir / "figures").iterdir())
+        files = {None: [exp_dir / "report.html", exp_dir / "summary.csv"], "figures": figures}
+        send_report(results, experiment.experiment, files)
+    return count
+
+
+def verify(folder: Path) -> str:
+    """Say of everything in a run or experiment whether it matches; ConfigError if something does not."""
+    from ssd_lit.pipeline.verify import verify as verify_folder
+
+    looked_at, mismatches = verify_folder(folder, print)
+    if mismatches:
+        raise ConfigError(f"{mismatches} of {looked_at} things do not match")
+    return f"all {looked_at} things match"
+
+
+def store(results: Path) -> str:
+    from ssd_lit.tracking import ensure_store, masked, tracking_uri
+
+    ensure_store(results)
+    return masked(tracking_uri(results))
+
+
+def ui(results: Path, port: int) -> str:
+    import socket
+
+    from ssd_lit.tracking import serve
+
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise ConfigError(f"port {port} is taken; give another with --port")
+    command = serve(results, port)
+    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    os.execvp(command[0], command)

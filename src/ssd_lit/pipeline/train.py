@@ -1,0 +1,253 @@
+"""`ssd-lit train`: a run, from where it stands to the end of one of its stages, in one process."""
+
+import gc
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ssd_lit import stopping
+from ssd_lit.config import ConfigError
+from ssd_lit.files import read_sealed, sha256, whole_file, write_sealed
+from ssd_lit.gpus import take_gpus
+from ssd_lit.holding import alone
+from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
+from ssd_lit.pipeline.measure import measure
+from ssd_lit.points import read_points
+from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of
+from ssd_lit.run import Run
+from ssd_lit.tracking import RunTracker
+
+
+def train(folder: Path, *, until: str | None = None, start: str | None = None, threads: int | None = None) -> str:
+    """Take a run on to its end, or to the end of the stage `until`.
+
+    What is done and stands on record stays as it is. `start`, a stage or a phase such as 05-sparse, is done anew with
+    all that follows it. Raises ConfigError for a name that the run does not have, ValueError for what it needs of
+    another run and is not done, `Stopped` where a signal asked for it; the state is then saved.
+    """
+    from ssd_lit.training.trainer import is_first_process
+
+    run = Run.open(folder)
+    last = until or run.stages[-1]
+    if last not in run.stages:
+        raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
+    wanted = run.stages[: run.stages.index(last) + 1]
+    run = _with_matched_steps(run)
+    take_machine(run, threads, run.config.training.devices)
+    if not is_first_process():
+        return _train_beside(run, wanted)
+    with alone(run.folder, f"train to {last}"):
+        resume_step = _forget_what_is_stale(run) if start is None else _begin_anew(run, start)
+        _restore_stage_records(run)
+        missing = [stage for stage in wanted if not run.is_done(stage)]
+        training = [stage for stage in missing if stage in run.training_stages]
+        if training:
+            _train(run, training, resume_step)
+        elif _is_trained(run):
+            shutil.rmtree(run.folder / "work", ignore_errors=True)
+        told = []
+        for stage in (stage for stage in missing if stage in MEASUREMENTS):
+            shutil.rmtree(run.folder / "work", ignore_errors=True)
+            take_machine(run, threads)
+            gc.collect()  # trainers and models hold each other; the next ones need the room
+            told.append(measure(run, stage))
+    if not missing:
+        return "all of it was done already"
+    return "; ".join([*([_outcome(run)] if training else []), *told])
+
+
+def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -> str:
+    """Measure the final model of a run, unless that was done. Raises ValueError if the run has none yet."""
+    run = Run.open(folder)
+    settings = run.folder / MEASUREMENTS[measurement][0]
+    if not settings.exists():
+        raise ConfigError(f"{settings}: not found; the experiment does not ask for it")
+    take_machine(run, threads)
+    with alone(run.folder, measurement):
+        _restore_stage_records(run)
+        if run.is_done(measurement):
+            return "it was done already"
+        shutil.rmtree(run.folder / "work", ignore_errors=True)
+        return measure(run, measurement)
+
+
+def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
+    """The threads and algorithms that a run's config gives its stages, and a GPU for each process that works on it."""
+    import torch
+
+    training = run.config.training
+    take_gpus(processes)
+    if training.deterministic:
+        # Read when the GPU is first used; torch asks for it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(training.deterministic)
+    # For finding reads of what was never written; nothing of ours does that.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.set_num_threads(max(1, (threads or training.threads) // processes))
+
+
+def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
+    """Do the training stages that are not done, in order."""
+    from ssd_lit.provenance import stage_provenance
+
+    provenance = stage_provenance(run.config, run.tokens_digest)
+    with RunTracker.of(run, missing[0], resume_step) as tracker:
+        # From here on the recorded points are those of these inputs.
+        write_sealed(run.folder / "work" / "made_from.json", run.made_from())
+        while missing:
+            stage = missing[0]
+            tracker.begin(stage)
+            if stage == "warmup" and run.config.shares_warmup is not None:
+                _adopt_warmup(run, tracker)
+            elif stage == "moefy":
+                from ssd_lit.training.moefy_stage import moefy_checkpoint
+                from ssd_lit.training.start import starting_point
+
+                moefy_checkpoint(run, starting_point(run), provenance)
+            elif stage == "route":
+                from ssd_lit.training.router_phase import train_routers
+
+                train_routers(run, tracker, provenance)
+            else:
+                from ssd_lit.training.fit import train as fit
+
+                fit(run, [one for one in missing if one != "route"][-1], tracker, provenance)
+            remaining = [one for one in missing if not run.is_done(one)]
+            if remaining == missing:
+                raise ConfigError(f"{stage}: its result does not match what it was made from")
+            missing = remaining
+        for stage in (one for one in run.training_stages if run.is_done(one)):
+            _tell(run, stage, tracker)
+
+
+def _train_beside(run: Run, wanted: tuple[str, ...]) -> str:
+    """The part of a process that works on a further device."""
+    from ssd_lit.training.fit import train as fit
+
+    training = [stage for stage in wanted if stage in run.training_stages and stage != "route"]
+    try:
+        fit(run, training[-1], recorder=None, provenance={})
+    except stopping.Stopped:
+        # The first process answers for all; Lightning would kill it, were the status of another not 0.
+        return "stopped with the first process"
+    return "trained beside the first process, which keeps the records"
+
+
+def _with_matched_steps(run: Run) -> Run:
+    """The run with the steps that another run's FLOPs pay for, where it is to match them."""
+    if run.config.matches is None:
+        return run
+    from ssd_lit.training.budget import with_steps_for
+
+    spent = run.other(run.config.matches).chain()[-1].total
+    return replace(run, config=with_steps_for(run.config, spent.flops, run.specials))
+
+
+def _forget_what_is_stale(run: Run) -> int | None:
+    """Remove all that was made from something else than there is now.
+
+    Returns 0, the step up to which its points count, if the run begins anew; None if it goes on.
+    """
+    inputs, begun = run.made_from(), run.folder / "work" / "made_from.json"
+    phases = run.phases()
+    if any(record.inputs != inputs for record in phases) or (begun.exists() and read_sealed(begun) != inputs):
+        _remove(run, phases, 0)
+        return 0
+    return None if phases or begun.exists() else 0
+
+
+def _begin_anew(run: Run, start: str) -> int:
+    """Remove what was made at and behind a stage or a phase; returns the step at which it began.
+
+    Raises ConfigError if there is no such phase, or if no checkpoint from before it was kept.
+    """
+    phases, config = run.phases(), run.config
+    places = {stage_of(config.method, record.index, record.mode): record.index for record in reversed(phases)}
+    places |= {record.name: record.index for record in phases}
+    if start not in places:
+        raise ConfigError(
+            f"--from {start}: run {config.name} has not come there; allowed: {', '.join(places) or 'none'}"
+        )
+    index = places[start]
+    kept = [-1, *(run.stage(stage).phase for stage in run.training_stages if run.is_done(stage))]
+    kept += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
+    if index - 1 not in kept:
+        raise ConfigError(
+            f"--from {start}: no checkpoint from before it was kept; training.keep_phases keeps them, and without it "
+            f"allowed: {', '.join(place for place, first in places.items() if first - 1 in kept)}"
+        )
+    first_step = phases[index].first_step
+    _remove(run, phases, index)
+    return first_step
+
+
+def _remove(run: Run, phases: list[PhaseRecord], index: int) -> None:
+    """Remove the phases from `index` on, and what was made from them; measurements stay, and count as stale."""
+    for record in phases[index:]:
+        shutil.rmtree(phase_dir(run.folder, record.index, record.mode))
+    for stage in run.training_stages:
+        if not any(stage_of(run.config.method, one.index, one.mode) == stage for one in phases[:index]) or (
+            stage_path(run.folder, stage).exists() and StageRecord.read(stage_path(run.folder, stage)).phase >= index
+        ):
+            stage_path(run.folder, stage).unlink(missing_ok=True)
+            checkpoint_path(run.folder, stage).unlink(missing_ok=True)
+    shutil.rmtree(run.folder / "work", ignore_errors=True)
+    for step, snapshot in snapshots(run.folder):
+        if step > (phases[index].first_step if index < len(phases) else 0):
+            snapshot.unlink()
+
+
+def _restore_stage_records(run: Run) -> None:
+    """Write anew the records of stages that are done: a workflow removes them when it plans the stage once more."""
+    from ssd_lit.training.checkpoint import SWITCH_STATE, read_checkpoint
+
+    phases = run.phases()
+    for stage in run.training_stages:
+        mine = [record for record in phases if stage_of(run.config.method, record.index, record.mode) == stage]
+        path = checkpoint_path(run.folder, stage)
+        if not mine or stage_path(run.folder, stage).exists() or not path.exists():
+            continue
+        last = mine[-1]
+        state = read_checkpoint(path, mapped=True)["callbacks"][SWITCH_STATE]
+        if (state["inputs"], state["phase"]) == (run.made_from(), last.index + 1):
+            record = StageRecord(stage, last.index, last.last_step, sha256(path), path.stat().st_size, last.inputs)
+            record.write(stage_path(run.folder, stage))
+            print(f"{stage}: its result stands in the run's records, and stays", flush=True)
+
+
+def _adopt_warmup(run: Run, tracker: RunTracker) -> None:
+    """Take over the warm-up of another run, with curves and snapshots; the checkpoint stays where it is.
+
+    The run counts its steps, FLOPs and seconds as its own: they are what it would have spent.
+    """
+    assert run.config.shares_warmup is not None
+    owner = run.other(run.config.shares_warmup)
+    stage, record = owner.stage("warmup"), owner.phases()[0]
+    for name, curve in read_points(owner.folder / "metrics.jsonl").items():
+        for step, value in curve:
+            if step <= record.last_step:
+                tracker.log(step, {name: value})
+    for step, snapshot in snapshots(owner.folder):
+        if step <= record.last_step:
+            with whole_file(snapshot_path(run.folder, step)) as part:
+                shutil.copyfile(snapshot, part)
+    inputs = run.made_from()
+    replace(record, inputs=inputs).write(run.folder)
+    replace(stage, inputs=inputs).write(stage_path(run.folder, "warmup"))
+
+
+def _is_trained(run: Run) -> bool:
+    return all(run.is_done(stage) for stage in run.training_stages)
+
+
+def _tell(run: Run, stage: str, tracker: RunTracker) -> None:
+    """Tell MLflow what a training stage came to."""
+    mine = [one for one in run.phases() if stage_of(run.config.method, one.index, one.mode) == stage]
+    totals = {name: sum(getattr(one, name) for one in mine) for name in ("steps", "tokens", "flops", "seconds")}
+    tracker.finish(stage, totals, {"phases": str(len(mine)), "ended_by": mine[-1].ended_by})
+
+
+def _outcome(run: Run) -> str:
+    last = run.phases()[-1]
+    return f"{last.total.steps:,} steps in {last.index + 1} phases, the last ended by {last.ended_by}"

@@ -1,0 +1,148 @@
+"""What a run leaves on record: its phases, its totals and the stages that are done."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ssd_lit.config import RunConfig
+from ssd_lit.files import read_sealed, write_sealed
+from ssd_lit.paths import phase_dir, phase_name
+
+FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
+"""Mode of the first phase of each method."""
+
+_STAGES = {
+    "dense": ("dense",),
+    "ssd": ("warmup", "moefy", "sparse_phases"),
+    "sparse": ("moefy", "sparse_phases"),
+    "upcycle": ("moefy", "sparse_phases"),
+    "posthoc": ("moefy",),
+}
+
+MEASUREMENTS = {
+    "evaluate": ("evaluation.yaml", "evaluation.json"),
+    "analyse": ("analysis.yaml", "analysis/analysis.json"),
+    "downstream": ("downstream.yaml", "downstream/downstream.json"),
+}
+"""The stages behind the training, in order: the settings file of each, without which it is left out, and its result."""
+
+
+ALL_STAGES = ("warmup", "moefy", "sparse_phases", "dense", "route", *MEASUREMENTS)
+"""Every stage that a run may have, in order."""
+
+
+def training_stages(config: RunConfig) -> tuple[str, ...]:
+    """The stages that make a run's final model, in order."""
+    return (*_STAGES[config.method], *(["route"] if config.moe.trained_router else []))
+
+
+def stage_of(method: str, index: int, mode: str) -> str:
+    """The training stage that a phase belongs to."""
+    stages = _STAGES[method]
+    return "route" if mode == "router" else stages[min(index, len(stages) - 1)]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a run has spent, that of the run it started from included."""
+
+    steps: int = 0
+    sparse_steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, spent: "Totals") -> "Totals":
+        return Totals(**{name: value + getattr(spent, name) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """phase.json: what a phase did, why it ended and what comes next."""
+
+    index: int
+    mode: str
+    first_step: int
+    """Steps of the run itself before the phase; those of a run it started from are in `total` only."""
+    last_step: int
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
+    ended_by: str
+    similarity: list[list[float]] = field(default_factory=list)
+    """[global step, activation pattern similarity] of every check."""
+    next: str | None = None
+    """Mode of the phase that follows, None after the last."""
+    total: Totals = Totals()
+    inputs: dict[str, str | None] = field(default_factory=dict)
+    """What the run is made from: see `Run.made_from`."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Code, packages, machine, seed: see `ssd_lit.provenance`."""
+
+    @property
+    def name(self) -> str:
+        return phase_name(self.index, self.mode)
+
+    def write(self, run_dir: Path) -> None:
+        write_sealed(phase_dir(run_dir, self.index, self.mode) / "phase.json", asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises ValueError if the file is missing, damaged or of another shape."""
+        content = read_sealed(path)
+        try:
+            return cls(**{**content, "total": Totals(**content["total"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a phase record ({error}); delete it and run again") from None
+
+
+def read_phases(run_dir: Path, method: str) -> list[PhaseRecord]:
+    """The phases of a run that are on record, in order, each named by its predecessor, up to the first gap."""
+    records: list[PhaseRecord] = []
+    mode: str | None = FIRST_MODE[method]
+    while mode is not None:
+        path = phase_dir(run_dir, len(records), mode) / "phase.json"
+        if not path.exists():
+            break
+        records.append(PhaseRecord.read(path))
+        mode = records[-1].next
+    return records
+
+
+def read_chain(run_dir: Path, method: str) -> list[PhaseRecord]:
+    """All phases of a run in order. Raises ValueError when one of them is not done."""
+    records = read_phases(run_dir, method)
+    missing = records[-1].next if records else FIRST_MODE[method]
+    if missing is not None:
+        path = phase_dir(run_dir, len(records), missing) / "phase.json"
+        raise ValueError(f"{path}: not found; `ssd-lit train {run_dir}` trains the run to its end")
+    return records
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """stages/STAGE.json: a training stage that is done."""
+
+    stage: str
+    phase: int
+    """Index of its last phase."""
+    step: int
+    weights: str
+    """SHA-256 of its checkpoint."""
+    size: int
+    """Bytes of it."""
+    inputs: dict[str, str | None]
+    """What the run is made from: see `Run.made_from`."""
+
+    def write(self, path: Path) -> None:
+        write_sealed(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises ValueError if the file is missing, damaged or of another shape."""
+        content = read_sealed(path)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{path}: not a stage record ({error}); delete it and run again") from None
