@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from ssd_lit.layout import FIRST_MODE, PhaseRecord, phase_dir, phase_name, run_dir
+from ssd_lit.paths import run_dir
+from ssd_lit.records import PhaseRecord
+from ssd_lit.run import Run
 
 from ssd_lit.cli import main
 from ssd_lit.config import RunConfig, load_experiment
@@ -100,22 +102,20 @@ class Bench:
     def dir(self, arm: str) -> Path:
         return run_dir(self.results, self.runs[arm])
 
-    def phases(self, arm: str, stop_after: int | None = None) -> list[PhaseRecord]:
-        """Run the phases of an arm that are not done, in order."""
-        mode: str | None = FIRST_MODE[self.runs[arm].method]
-        done: list[PhaseRecord] = []
-        while mode is not None and len(done) != stop_after:
-            folder = phase_dir(self.dir(arm), len(done), mode)
-            if not (folder / "phase.json").exists():
-                stage = {"moefy": "moefy", "router": "route"}.get(mode, "train")
-                self.stage(stage, self.dir(arm), phase_name(len(done), mode))
-            done.append(PhaseRecord.read(folder / "phase.json"))
-            mode = done[-1].next
-        return done
+    def open(self, arm: str) -> Run:
+        return Run.open(self.dir(arm))
 
-    def last_checkpoint(self, arm: str) -> Path:
-        last = self.phases(arm)[-1]
-        return phase_dir(self.dir(arm), last.index, last.mode) / "last.ckpt"
+    def phases(self, arm: str, until: str | None = None) -> list[PhaseRecord]:
+        """Train an arm to the end of a stage, of its last training stage by default; the phases on record then."""
+        run = self.open(arm)
+        self.stage("train", run.folder, "--until", until or run.training_stages[-1])
+        return run.phases()
+
+    def checkpoint(self, arm: str, stage: str | None = None) -> Path:
+        """The checkpoint of a training stage, of the last by default; trains what is missing."""
+        self.phases(arm, stage)
+        run = self.open(arm)
+        return run.checkpoint(stage or run.training_stages[-1])
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A run, opened once: its folder, its config, its records so far, and the data that it reads."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,8 @@ class Run:
     folder: Path
     results: Path
     config: RunConfig
+    others: "Mapping[str, Run]" = field(default_factory=dict, repr=False, compare=False)
+    """Other runs of the experiment that are open already, by name."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -37,7 +40,7 @@ class Run:
 
     def other(self, name: str) -> "Run":
         """Another run of the experiment, by its folder name."""
-        return Run.open(self.folder.parent / name)
+        return self.others.get(name) or Run.open(self.folder.parent / name)
 
     # The data.
 
@@ -148,7 +151,8 @@ class Run:
         record, weights = self.stage(stage), self.checkpoint(stage)
         if not weights.exists() or weights.stat().st_size != record.size:
             return False
-        return record.inputs == self.made_from() and len(self.phases()) > record.phase
+        last = next((self.folder / "phases").glob(f"{record.phase:02d}-*/phase.json"), None)
+        return record.inputs == self.made_from() and last is not None
 
     def _is_measured(self, measurement: str) -> bool:
         result = self.folder / MEASUREMENTS[measurement][1]

@@ -2,8 +2,6 @@
 
 
 rule prepare:
-    input:
-        DATA / "config.yaml",
     output:
         directory(DATA / "documents"),
     log:
@@ -12,7 +10,7 @@ rule prepare:
         DATA / "benchmarks/prepare.tsv"
     threads: workflow.cores or 1
     shell:
-        "ssd-lit prepare {DATA} --threads {threads} 2>&1 | keep {log}"
+        "ssd-lit prepare {DATA:q} --threads {threads} 2>&1 | keep {log:q}"
 
 
 rule tokenizer:
@@ -26,7 +24,7 @@ rule tokenizer:
         DATA / "benchmarks/tokenizer.tsv"
     threads: workflow.cores or 1
     shell:
-        "ssd-lit tokenizer {DATA} --threads {threads} 2>&1 | keep {log}"
+        "ssd-lit tokenizer {DATA:q} --threads {threads} 2>&1 | keep {log:q}"
 
 
 rule encode:
@@ -42,4 +40,4 @@ rule encode:
         DATA / "benchmarks/encode.tsv"
     threads: workflow.cores or 1
     shell:
-        "ssd-lit encode {DATA} --threads {threads} 2>&1 | keep {log}"
+        "ssd-lit encode {DATA:q} --threads {threads} 2>&1 | keep {log:q}"

@@ -3,9 +3,9 @@
 
 rule summarise:
     input:
-        HERE / "experiment.yaml",
-        expand(HERE / "runs/{run}/evaluation.json", run=RUNS),
-        DOWNSTREAM,
+        PLAN.of_all_runs("evaluate"),
+        PLAN.of_all_runs("downstream"),
+        stale=lambda _: PLAN.stale_tables(),
     output:
         report(SUMMARY, caption="../report/summary.rst", category="Tables"),
         ARMS_TABLE,
@@ -15,15 +15,15 @@ rule summarise:
     benchmark:
         HERE / "benchmarks/summarise.tsv"
     shell:
-        "ssd-lit summarise {HERE} 2>&1 | keep {log}"
+        "ssd-lit summarise {HERE:q} 2>&1 | keep {log:q}"
 
 
 rule figures:
     input:
-        HERE / "experiment.yaml",
-        expand(HERE / "runs/{run}/evaluation.json", run=RUNS),
-        ANALYSES,
-        DOWNSTREAM,
+        PLAN.of_all_runs("evaluate"),
+        PLAN.of_all_runs("analyse"),
+        PLAN.of_all_runs("downstream"),
+        stale=lambda _: PLAN.stale_tables(),
     output:
         [
             report(HERE / f"figures/{name}.svg", caption=f"../report/{caption_name(name)}.rst", category="Figures")
@@ -35,7 +35,7 @@ rule figures:
     benchmark:
         HERE / "benchmarks/figures.tsv"
     shell:
-        "ssd-lit figures {HERE} 2>&1 | keep {log}"
+        "ssd-lit figures {HERE:q} 2>&1 | keep {log:q}"
 
 
 rule write_report:
@@ -49,4 +49,4 @@ rule write_report:
     benchmark:
         HERE / "benchmarks/report.tsv"
     shell:
-        "ssd-lit report {HERE} 2>&1 | keep {log}"
+        "ssd-lit report {HERE:q} 2>&1 | keep {log:q}"

@@ -1,6 +1,5 @@
-# The phases of a run. How many there are and when each ends, the run decides: phase.json names the next one.
-# It is the last file that a phase writes, and stands first among the outputs: Snakemake asks for the first one to learn
-# whether a checkpoint is done.
+# The training of a run, stage by stage. What a stage leaves last is a small record; weights and phases lie beside it,
+# where Snakemake does not remove them. A stage whose result stands writes its record again and ends.
 
 
 rule store:
@@ -11,67 +10,102 @@ rule store:
     benchmark:
         RESULTS / "logs/store.tsv"
     shell:
-        "ssd-lit store {RESULTS} 2>&1 | keep {log}"
+        "ssd-lit store {RESULTS:q} 2>&1 | keep {log:q}"
 
 
-checkpoint train:
+# The first dense phase, once for all runs that share it.
+rule warmup:
     input:
-        config=HERE / "runs/{run}/config.yaml",
         tokens=rules.encode.output.index,
         store=ancient(rules.store.output),
-        before=phase_before,
+        stale=lambda wildcards: PLAN.stale(wildcards.run, "warmup"),
     output:
-        record=HERE / "runs/{run}/phases/{index}-{mode}/phase.json",
-        weights=HERE / "runs/{run}/phases/{index}-{mode}/last.ckpt",
+        HERE / "runs/{run}/stages/warmup.json",
     log:
-        HERE / "runs/{run}/logs/{index}-{mode}.log",
+        HERE / "runs/{run}/logs/warmup.log",
     benchmark:
-        HERE / "runs/{run}/benchmarks/{index}-{mode}.tsv"
+        HERE / "runs/{run}/benchmarks/warmup.tsv"
     threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        stage="warmup",
+        anew=anew("warmup"),
     shell:
-        "ssd-lit train {params.run} {wildcards.index}-{wildcards.mode} 2>&1 | keep -a {log}"
+        "ssd-lit train {params.run:q} --until {params.stage} {params.anew} 2>&1 | keep {log:q}"
 
 
-checkpoint moefy:
+# The first MoEfication: of a warm-up, of fresh weights, of another run's final model.
+use rule warmup as moefy with:
     input:
-        config=HERE / "runs/{run}/config.yaml",
         tokens=rules.encode.output.index,
         store=ancient(rules.store.output),
-        before=phase_before,
+        before=lambda wildcards: PLAN.before(wildcards.run, "moefy"),
+        stale=lambda wildcards: PLAN.stale(wildcards.run, "moefy"),
     output:
-        record=HERE / "runs/{run}/phases/{index}-moefy/phase.json",
-        weights=HERE / "runs/{run}/phases/{index}-moefy/last.ckpt",
+        HERE / "runs/{run}/stages/moefy.json",
     log:
-        HERE / "runs/{run}/logs/{index}-moefy.log",
+        HERE / "runs/{run}/logs/moefy.log",
     benchmark:
-        HERE / "runs/{run}/benchmarks/{index}-moefy.tsv"
-    threads: lambda wildcards: THREADS[wildcards.run]
-    priority: lambda wildcards: PRIORITY[wildcards.run]
+        HERE / "runs/{run}/benchmarks/moefy.tsv"
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
-    shell:
-        "ssd-lit moefy {params.run} {wildcards.index}-moefy 2>&1 | keep -a {log}"
+        stage="moefy",
+        anew=anew("moefy"),
 
 
-checkpoint route:
+# All phases behind it, to the final model.
+use rule warmup as sparse_phases with:
     input:
-        config=HERE / "runs/{run}/config.yaml",
         tokens=rules.encode.output.index,
         store=ancient(rules.store.output),
-        before=phase_before,
+        before=lambda wildcards: PLAN.before(wildcards.run, "sparse_phases"),
+        stale=lambda wildcards: PLAN.stale(wildcards.run, "sparse_phases"),
     output:
-        record=HERE / "runs/{run}/phases/{index}-router/phase.json",
-        weights=HERE / "runs/{run}/phases/{index}-router/last.ckpt",
+        HERE / "runs/{run}/stages/sparse_phases.json",
     log:
-        HERE / "runs/{run}/logs/{index}-router.log",
+        HERE / "runs/{run}/logs/sparse_phases.log",
     benchmark:
-        HERE / "runs/{run}/benchmarks/{index}-router.tsv"
-    threads: lambda wildcards: THREADS[wildcards.run]
-    priority: lambda wildcards: PRIORITY[wildcards.run]
+        HERE / "runs/{run}/benchmarks/sparse_phases.tsv"
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
-    shell:
-        "ssd-lit route {params.run} {wildcards.index}-router 2>&1 | keep -a {log}"
+        stage="sparse_phases",
+        anew=anew("sparse_phases"),
+
+
+# The whole training of a dense run.
+use rule warmup as dense with:
+    input:
+        tokens=rules.encode.output.index,
+        store=ancient(rules.store.output),
+        before=lambda wildcards: PLAN.before(wildcards.run, "dense"),
+        stale=lambda wildcards: PLAN.stale(wildcards.run, "dense"),
+    output:
+        HERE / "runs/{run}/stages/dense.json",
+    log:
+        HERE / "runs/{run}/logs/dense.log",
+    benchmark:
+        HERE / "runs/{run}/benchmarks/dense.tsv"
+    params:
+        run=lambda wildcards: HERE / "runs" / wildcards.run,
+        stage="dense",
+        anew=anew("dense"),
+
+
+# Routers trained behind the final model.
+use rule warmup as route with:
+    input:
+        tokens=rules.encode.output.index,
+        store=ancient(rules.store.output),
+        before=lambda wildcards: PLAN.before(wildcards.run, "route"),
+        stale=lambda wildcards: PLAN.stale(wildcards.run, "route"),
+    output:
+        HERE / "runs/{run}/stages/route.json",
+    log:
+        HERE / "runs/{run}/logs/route.log",
+    benchmark:
+        HERE / "runs/{run}/benchmarks/route.tsv"
+    params:
+        run=lambda wildcards: HERE / "runs" / wildcards.run,
+        stage="route",
+        anew=anew("route"),

@@ -1,0 +1,123 @@
+"""What the workflow asks about an experiment while it plans: which files a stage needs, and which results still stand.
+
+Planning writes nothing under results/. Dates decide what follows from what; whether a result is what its inputs make is
+decided by records and digests.
+"""
+
+import shutil
+import tempfile
+from atexit import register
+from functools import cache, cached_property
+from pathlib import Path
+
+from ssd_lit.config import Experiment
+from ssd_lit.data.downstream import check_downstream
+from ssd_lit.data.sources import check_sources
+from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
+from ssd_lit.records import MEASUREMENTS, training_stages
+from ssd_lit.run import Run
+
+
+class Plan:
+    """An experiment, its runs and their results as they lie there now."""
+
+    def __init__(self, experiment: Experiment, results: Path):
+        """Raises ConfigError if data that is still to be read cannot be."""
+        self.experiment = experiment
+        self.results = results
+        self.here = results / experiment.experiment
+        self.data = data_dir(results, experiment.data)
+        if not (self.data / "tokens" / "index.json").exists():
+            check_sources(experiment.data)
+        if experiment.downstream is not None:
+            check_downstream(experiment.downstream)
+        self.configs = {run.name: run for run in experiment.runs()}
+        self._runs: dict[str, Run] = {}
+        for name, config in self.configs.items():
+            self._runs[name] = Run(run_dir(results, config), results, config, self._runs)
+        self._tried = {run.name for run in experiment.tried_runs()}
+
+    # Which files there are.
+
+    def stage(self, run: str, stage: str) -> Path:
+        """What a stage of a run leaves last."""
+        if stage in MEASUREMENTS:
+            return self.here / "runs" / run / MEASUREMENTS[stage][1]
+        return stage_path(self.here / "runs" / run, stage)
+
+    def final(self, run: str) -> Path:
+        """The record of the stage that makes the final model of a run."""
+        return self.stage(run, training_stages(self.configs[run])[-1])
+
+    def measurements(self, run: str) -> list[Path]:
+        """What is measured on the final model of a run."""
+        asked = {"evaluate": True, "analyse": self.experiment.analysis is not None, "downstream": run in self._tried}
+        return [self.stage(run, name) for name, wanted in asked.items() if wanted]
+
+    def of_all_runs(self, measurement: str) -> list[Path]:
+        """The results of a measurement, of every run on which it is asked for."""
+        found = {run: self.stage(run, measurement) for run in self.configs}
+        return [path for run, path in found.items() if path in self.measurements(run)]
+
+    # What a stage needs.
+
+    def before(self, run: str, stage: str) -> list[Path]:
+        """The records that a training stage of a run goes on from."""
+        config, stages = self.configs[run], training_stages(self.configs[run])
+        place = stages.index(stage)
+        if place:
+            before = stages[place - 1]
+            owner = config.shares_warmup if before == "warmup" else None
+            return [self.stage(owner or run, before)]
+        return [self.final(other) for other in (config.starts_from, config.matches) if other]
+
+    def before_run(self, run: str) -> list[Path]:
+        """What a whole run goes on from: a warm-up that it shares, another run that it builds on."""
+        config = self.configs[run]
+        owner = config.shares_warmup or (run if run in self.shared_warmups else None)
+        others = [self.stage(other, "evaluate") for other in (config.starts_from, config.matches) if other]
+        return [*([self.stage(owner, "warmup")] if owner else []), *others]
+
+    @cached_property
+    def shared_warmups(self) -> set[str]:
+        """The runs whose warm-up is that of others too."""
+        return {config.shares_warmup for config in self.configs.values() if config.shares_warmup}
+
+    # What still stands.
+
+    def stale(self, run: str, *stages: str) -> list[Path]:
+        """A file newer than any result, if the stage's result is there but not what its inputs make; else none."""
+        return [_newer_than_all()] if any(self._is_stale(run, stage) for stage in stages) else []
+
+    def stale_tables(self) -> list[Path]:
+        """A file newer than any result, if the tables are of an experiment with other settings; else none."""
+        path = self.here / "experiment.yaml"
+        return [_newer_than_all()] if path.exists() and not self._as_written(path) else []
+
+    def _is_stale(self, run: str, stage: str) -> bool:
+        if not self.stage(run, stage).exists():
+            return False
+        settings = ("config.yaml", *MEASUREMENTS[stage][:1]) if stage in MEASUREMENTS else ("config.yaml",)
+        if not all(self._as_written(self._runs[run].folder / name) for name in settings):
+            return True
+        try:
+            return not self._runs[run].is_done(stage)
+        except ValueError:
+            return True
+
+    def _as_written(self, path: Path) -> bool:
+        """Whether a settings file is there, and says what the experiment says now."""
+        return path.exists() and path.read_text(encoding="utf-8") == self._files[path]
+
+    @cached_property
+    def _files(self) -> dict[Path, str | None]:
+        return config_files(self.experiment, self.results)
+
+
+@cache
+def _newer_than_all() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="ssd_lit-"))
+    register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "its-result-is-not-what-it-is-made-from-now"
+    path.touch()
+    return path
