@@ -62,17 +62,17 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     for name in ("prepare", "tokenizer", "encode"):
         stage(name, data)
     stage("store", results)
-    stage("moefy", run, "00-moefy")
-    stage("train", run, "01-sparse")
+    stage("train", run, "--until", "moefy")
+    stage("train", run, "--until", "sparse_phases")
     stage("evaluate", run)
     stage("summarise", results / "tiny")
-    assert set(failed) >= {"configs", "prepare", "tokenizer", "encode", "store", "moefy", "train", "summarise"}
+    assert set(failed) >= {"configs", "prepare", "tokenizer", "encode", "store", "train", "summarise"}
     assert main(["verify", str(results / "tiny")]) == 0
 
     (tmp_path / "whole").mkdir()
     whole = Bench(tmp_path / "whole", arms=ARMS, training=TRAINING)
-    a = read_checkpoint(whole.last_checkpoint("sparse"))["state_dict"]
-    b = read_checkpoint(run / "phases/01-sparse/last.ckpt")["state_dict"]
+    a = read_checkpoint(whole.checkpoint("sparse"))["state_dict"]
+    b = read_checkpoint(run / "checkpoints/sparse_phases.ckpt")["state_dict"]
     assert all(torch.equal(a[name], b[name]) for name in a)
     losses = [read_points(folder / "metrics.jsonl")["train/loss"] for folder in (run, whole.dir("sparse"))]
     assert losses[0] == losses[1]

@@ -9,6 +9,7 @@ import torch
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, load_experiment
+from ssd_lit.files import write_sealed
 from ssd_lit.tracking import masked, serve
 from ssd_lit.training.checkpoint import read_checkpoint
 from tests.conftest import Bench, tiny_experiment
@@ -44,16 +45,18 @@ def test_no_stage_executes_the_checkpoint_that_it_reads(tmp_path: Path, capsys: 
     bench = Bench(tmp_path, arms={"ssd": {"method": "ssd"}})
     (bench.results / "tiny").rename(tmp_path / "elsewhere")
     (bench.results / "tiny").symlink_to(tmp_path / "elsewhere")
-    bench.phases("ssd", stop_after=1)
+    bench.phases("ssd")
     run, trace = bench.dir("ssd"), tmp_path / "trace"
-    evil = {"state_dict": {}, "callbacks": Touching(trace)}
-    torch.save(evil, run / "phases/00-dense/last.ckpt")
-    assert main(["moefy", str(run), "01-moefy"]) == 1
+    evil, stage = {"state_dict": {}, "callbacks": Touching(trace)}, run / "stages/sparse_phases.json"
+    torch.save(evil, run / "checkpoints/sparse_phases.ckpt")
+    assert main(["evaluate", str(run)]) == 1
     assert main(["export", str(run), "--out", str(tmp_path / "out")]) == 1
-    (run / "phases/00-dense/phase.json").unlink()
-    torch.save(evil, run / "work/01-moefy/rolling.ckpt")
-    (run / "work/01-moefy").rename(run / "work/00-dense")
-    bench.phases("ssd", stop_after=1)
+    stage.unlink()
+    assert main(["train", str(run), "--until", "sparse_phases"]) == 1
+    (run / "checkpoints/sparse_phases.ckpt").unlink()
+    write_sealed(run / "work/made_from.json", bench.open("ssd").made_from())
+    torch.save(evil, run / "work/rolling.ckpt")
+    bench.phases("ssd")
     assert "rolling.ckpt" in capsys.readouterr().out
     assert not trace.exists()
 
@@ -95,10 +98,11 @@ def test_a_cell_of_a_grid_is_one_folder_whatever_its_values_say(tmp_path: Path) 
         assert re.fullmatch(r"[a-z0-9_.]+-seed0", run.name)
 
 
-@pytest.mark.parametrize("phase", ["../../x", "00-dense/../..", "0\0-dense", "²-dense", "00"])
-def test_a_phase_is_called_by_its_name_only(tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize("option", ["--until", "--from"])
+@pytest.mark.parametrize("name", ["../../x", "00-dense/../..", "0\0-dense", "²-dense", "00"])
+def test_a_stage_or_phase_is_called_by_its_name_only(tmp_path: Path, option: str, name: str) -> None:
     bench = Bench(tmp_path, arms={"dense": {"method": "dense"}})
-    assert main(["train", str(bench.dir("dense")), phase]) == 1
+    assert main(["train", str(bench.dir("dense")), option, name]) == 1
     assert not (bench.dir("dense") / "phases").exists()
 
 

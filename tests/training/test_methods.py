@@ -6,27 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-from ssd_lit.layout import read_chain
 
+from ssd_lit.cli import main
 from ssd_lit.data.index import Specials, load_index
 from ssd_lit.files import read_json
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.points import read_points
+from ssd_lit.records import read_chain
 from ssd_lit.training.checkpoint import ROUTER
 from tests.conftest import Bench
 
 FFN = "model.backbone.transformer.h.0.mlp"
 
 
-def checkpoint(bench: Bench, arm: str, place: int = -1) -> dict[str, Any]:
-    """The checkpoint of a phase that is done, the last one by default."""
-    phases = sorted((bench.dir(arm) / "phases").iterdir())
-    content: dict[str, Any] = torch.load(phases[place] / "last.ckpt", weights_only=True)
+def checkpoint(bench: Bench, arm: str, stage: str | None = None) -> dict[str, Any]:
+    """The checkpoint of a training stage that is done, the last one by default."""
+    run = bench.open(arm)
+    content: dict[str, Any] = torch.load(run.checkpoint(stage or run.training_stages[-1]), weights_only=True)
     return content
 
 
-def weights(bench: Bench, arm: str, place: int = -1) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = checkpoint(bench, arm, place)["state_dict"]
+def weights(bench: Bench, arm: str, stage: str | None = None) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = checkpoint(bench, arm, stage)["state_dict"]
     return found
 
 
@@ -50,12 +51,10 @@ def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) ->
     bench = Bench(tmp_path / "a", arms={"ssd": grid})
     owner, user = bench.runs
     assert bench.runs[user].shares_warmup == bench.runs[owner].name
-    first = bench.phases(owner, stop_after=1)[0]
-    shared = bench.phases(user, stop_after=1)[0]
+    assert main(["train", str(bench.dir(user)), "--threads", "1"]) == 1
+    first = bench.phases(owner, "warmup")[0]
+    shared = bench.phases(user, "warmup")[0]
     assert replace(shared, inputs={}, provenance={}) == replace(first, inputs={}, provenance={})
-    files = [bench.dir(arm) / "phases/00-dense/last.ckpt" for arm in (owner, user)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert not files[0].samefile(files[1])
     bench.phases(user)
 
     alone = Bench(tmp_path / "b", arms={user: {"method": "ssd", "moe": {"construction": "random"}}})
@@ -66,7 +65,7 @@ def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) ->
     curves = [read_points(b.dir(user) / "metrics.jsonl") for b in (alone, bench)]
     assert curves[0].keys() == curves[1].keys()
     assert curves[0]["train/loss"] == curves[1]["train/loss"]
-    assert not torch.equal(weights(bench, owner, 0)[f"{FFN}.w_in"], got[f"{FFN}.w_in"])
+    assert not torch.equal(weights(bench, owner, "warmup")[f"{FFN}.w_in"], got[f"{FFN}.w_in"])
 
 
 def test_another_run_keeps_the_experts_that_ssd_trained_together(tmp_path: Path) -> None:
@@ -108,7 +107,7 @@ def test_smoe_dropout_freezes_its_router_lets_k_grow_and_pays_for_what_it_runs(t
     moe = {"experts": 4, "top_k": 2, "router": "random", "k_schedule": {"kind": "linear", "start": 1, "end": 4}}
     bench = Bench(tmp_path, arms={"smoe": {"method": "sparse", "moe": moe}})
     bench.phases("smoe")
-    before, after = weights(bench, "smoe", 0), weights(bench, "smoe")
+    before, after = weights(bench, "smoe", "moefy"), weights(bench, "smoe")
     routers = [name for name in before if ROUTER in name]
     assert len(routers) == 2
     assert all(torch.equal(before[name], after[name]) for name in routers)
@@ -125,7 +124,7 @@ def test_smoe_dropout_freezes_its_router_lets_k_grow_and_pays_for_what_it_runs(t
 def test_a_learned_gate_is_trained_with_the_model(tmp_path: Path) -> None:
     bench = Bench(tmp_path, arms={"gate": {"method": "sparse", "moe": {"router": "learned"}}})
     bench.phases("gate")
-    before, after = weights(bench, "gate", 0), weights(bench, "gate")
+    before, after = weights(bench, "gate", "moefy"), weights(bench, "gate")
     assert not torch.equal(before[f"{FFN}.router.gate"], after[f"{FFN}.router.gate"])
     losses = [value for _, value in read_points(bench.dir("gate") / "metrics.jsonl")["validation/loss"]]
     assert losses[-1] < losses[0] - 0.3
@@ -139,8 +138,8 @@ def test_upcycling_begins_where_the_dense_model_ended_and_counts_its_copies(tmp_
     }
     bench = Bench(tmp_path, arms=arms)
     dense = evaluated(bench, "dense")
-    bench.phases("up", stop_after=1)
-    copied = weights(bench, "up", 0)[f"{FFN}.w_in"]
+    bench.phases("up", "moefy")
+    copied = weights(bench, "up", "moefy")[f"{FFN}.w_in"]
     source = weights(bench, "dense")[f"{FFN}.w_in"]
     assert torch.equal(copied, torch.cat([source] * 4))
     points = bench.phases("up")
@@ -164,7 +163,7 @@ def test_a_dense_model_cut_into_experts_trains_on(tmp_path: Path) -> None:
     bench.phases("dense")
     record = bench.phases("cut")[-1]
     assert (record.total.steps, record.total.sparse_steps) == (80, 40)
-    source, cut = weights(bench, "dense")[f"{FFN}.b_in"], weights(bench, "cut", 0)[f"{FFN}.b_in"]
+    source, cut = weights(bench, "dense")[f"{FFN}.b_in"], weights(bench, "cut", "moefy")[f"{FFN}.b_in"]
     assert torch.equal(source.sort().values, cut.sort().values)
 
 
@@ -174,7 +173,7 @@ def test_router_training_touches_no_other_weight_and_learns(tmp_path: Path, kind
     bench = Bench(tmp_path, moe=moe, arms={"ssd": {"method": "ssd"}})
     chain = bench.phases("ssd")
     assert [record.mode for record in chain[-2:]] == ["moefy", "router"]
-    before, after = weights(bench, "ssd", -2), weights(bench, "ssd")
+    before, after = weights(bench, "ssd", "sparse_phases"), weights(bench, "ssd")
     kept = [name for name in after if ROUTER not in name]
     assert kept == [name for name in before if ROUTER not in name]
     assert all(torch.equal(before[name], after[name]) for name in kept)
@@ -189,8 +188,9 @@ def test_moments_left_behind_are_the_only_difference_that_permute_optimizer_make
     bench = Bench(tmp_path, arms={"ssd": {"method": "ssd", "grid": {"moe.permute_optimizer": [True, False]}}})
     moved, left = bench.runs
     for arm in bench.runs:
-        bench.phases(arm, stop_after=2)
-    a, b, before = checkpoint(bench, moved, 1), checkpoint(bench, left, 1), checkpoint(bench, left, 0)
+        bench.phases(arm, "moefy")
+    a, b = (checkpoint(bench, arm, "moefy") for arm in (moved, left))
+    before = checkpoint(bench, left, "warmup")
     assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
     first, second, third = (one["optimizer_states"][0]["state"] for one in (a, b, before))
     assert all(torch.equal(second[i]["exp_avg"], third[i]["exp_avg"]) for i in third)

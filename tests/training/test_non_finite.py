@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -60,10 +61,10 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return arrange
 
 
-def train(bench: Bench, capsys: pytest.CaptureFixture[str], arm: str = "dense", phase: str = "00-dense") -> str:
-    """Train a phase that fails; returns the line that tells why."""
+def train(bench: Bench, capsys: pytest.CaptureFixture[str], arm: str = "dense") -> str:
+    """Train a run that fails; returns the line that tells why."""
     capsys.readouterr()
-    assert main(["train", str(bench.dir(arm)), phase, "--threads", "1"]) == 1
+    assert main(["train", str(bench.dir(arm)), "--threads", "1"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if ": failed: " in line]
     assert len(lines) == 1
     return lines[0].split(": failed: ")[1]
@@ -99,15 +100,15 @@ def test_a_run_stops_with_step_place_and_last_good_checkpoint(
     bench = Bench(tmp_path, training={**TRAINING, **settings}, arms=DENSE)
     break_steps({BAD}, what)
     told = train(bench, capsys)
-    rolling = bench.dir("dense") / "work/00-dense/rolling.ckpt"
+    rolling = bench.dir("dense") / "work/rolling.ckpt"
     assert told.startswith(f"dense-seed0 00-dense: step {BAD} is not finite, {place}")
-    assert f"last good checkpoint: {rolling} (step 12)" in told
+    (step,) = re.findall(rf"last good checkpoint: {re.escape(str(rolling))} \(step (\d+)\)", told)
     assert "lower optim.lr or set training.non_finite: skip" in told
     saved = torch.load(rolling, weights_only=True)
-    assert saved["global_step"] == 12
+    assert 4 <= saved["global_step"] == int(step) < BAD
     assert all(one.isfinite().all() for one in all_tensors([saved["state_dict"], saved["optimizer_states"]]))
     # Started again as it is, it comes there again.
-    assert train(bench, capsys) == told
+    assert train(bench, capsys).partition("; last good")[0] == told.partition("; last good")[0]
 
 
 def test_a_run_that_diverges_tells_where_before_any_checkpoint(
@@ -116,7 +117,7 @@ def test_a_run_that_diverges_tells_where_before_any_checkpoint(
     bench = Bench(tmp_path, training=TRAINING, optim={"lr": 1e30, "warmup_steps": 0}, arms=DENSE)
     told = train(bench, capsys)
     assert "step 2 is not finite, first in the output of backbone.transformer" in told
-    assert "no checkpoint of this phase yet" in told
+    assert "no checkpoint yet" in told
     assert not list(bench.dir("dense").rglob("*.ckpt"))
 
 
@@ -129,7 +130,7 @@ def test_skip_leaves_out_that_update_and_counts_it(tmp_path: Path, break_steps: 
     left_out = dict(points["train/updates_left_out"])
     assert [left_out[step] for step in (12, 15, 27, 30, 40)] == [0, 2, 2, 3, 3]
     assert all(math.isfinite(loss) for _, loss in points["train/loss"])
-    state = torch.load(bench.last_checkpoint("dense"), weights_only=True)["optimizer_states"][0]["state"]
+    state = torch.load(bench.checkpoint("dense"), weights_only=True)["optimizer_states"][0]["state"]
     assert {float(one["step"]) for one in state.values()} == {37.0}
     assert "dense-seed0 00-dense: 2 updates left out by step 15" in caplog.text
     assert "3 updates left out by step 30" in caplog.text
@@ -147,7 +148,7 @@ def test_a_jump_of_the_loss_at_a_switch_is_logged_and_a_large_one_told(
     tmp_path: Path, break_steps: Any, caplog: Any
 ) -> None:
     bench = Bench(tmp_path, training={**TRAINING, "log_every": 1}, arms={"ssd": {"method": "ssd"}})
-    sparse = bench.phases("ssd", stop_after=2)[-1].last_step
+    sparse = bench.phases("ssd", "moefy")[-1].last_step
     # From the switch on an FFN adds the opposite of what it learnt to add, a hundredfold.
     break_steps(set(range(sparse + 1, 99)), lambda x: -100 * x)
     bench.phases("ssd")

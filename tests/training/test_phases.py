@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ssd_lit.layout import PhaseRecord
 
 from ssd_lit.cli import main
 from ssd_lit.files import read_json
 from ssd_lit.points import read_points
+from ssd_lit.records import PhaseRecord
 from ssd_lit.stopping import STATUS
 from tests.conftest import Bench, tiny_experiment
 
@@ -24,11 +24,17 @@ TIMES = {"train/tokens_per_second", "train/seconds"}
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's model and optimiser, by name."""
     content = torch.load(checkpoint, weights_only=True)
     flat = dict(content["state_dict"])
     for i, state in content["optimizer_states"][0]["state"].items():
         flat |= {f"{i}/{name}": value for name, value in state.items()}
     return flat
+
+
+def same(a: Path, b: Path) -> bool:
+    expected, got = weights(a), weights(b)
+    return expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -48,7 +54,7 @@ def kill_when(command: list[str], reached: Path, least_step: int, number: int = 
         if reached.exists() and any(f'"step": {s},' in reached.read_text() for s in range(least_step, least_step + 9)):
             break
         time.sleep(0.002)
-    assert process.poll() is None, "the phase ended before it could be killed"
+    assert process.poll() is None, "the run ended before it could be killed"
     if number == signal.SIGKILL:
         os.killpg(process.pid, number)
     else:
@@ -58,136 +64,249 @@ def kill_when(command: list[str], reached: Path, least_step: int, number: int = 
     return process.returncode, told
 
 
-def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_not(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    longer = {"steps": 240, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
-              "checkpoint_every": 4}  # fmt: skip
-    # Long enough to be killed, however soon the pattern is stable.
-    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 60,
-                 "sparse_steps": 96, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 60}  # fmt: skip
-    whole = Bench(tmp_path / "a", training=longer, switching=switching)
-    broken = Bench(tmp_path / "b", training=longer, switching=switching)
-    whole.phases("ssd")
+LONGER = {"steps": 240, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+          "checkpoint_every": 4}  # fmt: skip
+# Long enough to be killed, however soon the pattern is stable.
+LONG_PHASES = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 60,
+               "sparse_steps": 48, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 60}  # fmt: skip
+SSD = {"ssd": {"method": "ssd"}}
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """An ssd run of long phases, from its first step to its final model in one process."""
+    bench = Bench(tmp_path_factory.mktemp("whole"), training=LONGER, switching=LONG_PHASES, arms=SSD)
+    bench.phases("ssd")
+    return bench
+
+
+def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_not(whole: Bench, tmp_path: Path) -> None:
+    broken = Bench(tmp_path, training=LONGER, switching=LONG_PHASES, arms=SSD)
     run = broken.dir("ssd")
-    for index, name, asked in ((0, "00-dense", signal.SIGTERM), (2, "02-sparse", signal.SIGUSR1)):
-        first = broken.phases("ssd", stop_after=index)[-1].total.steps if index else 0
-        command, rolling = [PROGRAM, "train", str(run), name, "--threads", "1"], run / "work" / name / "rolling.ckpt"
-        kill_when(command, run / "metrics.jsonl", first + 12)
-        assert rolling.exists()
+    command, rolling = [PROGRAM, "train", str(run), "--threads", "1"], run / "work/rolling.ckpt"
+    # In the warm-up, the first sparse phase, the second, and the last dense one.
+    for step, asked in ((12, signal.SIGTERM), (72, signal.SIGUSR1), (120, signal.SIGTERM), (190, signal.SIGTERM)):
+        kill_when(command, run / "metrics.jsonl", step)
+        assert rolling.exists() or (run / "work/previous.ckpt").exists()
         # Asked to stop, it saves the step that it stands at, whichever it is.
-        status, told = kill_when(command, run / "metrics.jsonl", first + 24, asked)
+        status, told = kill_when(command, run / "metrics.jsonl", step + 12, asked)
         assert status == STATUS
-        (step,) = re.findall(rf"stopped by {asked.name} after step (\d+), which is saved", told)
-        assert torch.load(rolling, weights_only=True)["global_step"] == int(step) >= first + 24
-        assert not (run / "phases" / name / "phase.json").exists()
-
-    expected, got = weights(whole.last_checkpoint("ssd")), weights(broken.last_checkpoint("ssd"))
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+        (stopped,) = re.findall(rf"stopped by {asked.name} after step (\d+), which is saved", told)
+        assert torch.load(rolling, weights_only=True)["global_step"] == int(stopped) >= step + 12
+    assert same(whole.checkpoint("ssd"), broken.checkpoint("ssd"))
     assert curves(whole.dir("ssd")) == curves(run)
-    assert not any((run / "work").glob("*/rolling.ckpt"))
+
+
+IN_THE_MIDDLE = """
+import os, signal, sys
+import ssd_lit.moe.order as order, ssd_lit.training.checkpointing as checkpointing
+from ssd_lit.cli import main
+
+calls = 0
+
+def killed_at(number, function, half):
+    def work(*arguments, **named):
+        global calls
+        calls += 1
+        if calls == number:
+            half(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return work
+
+def half_permuted(ffn, order, optimizer):
+    # Weights have moved, moments have not.
+    with __import__("torch").no_grad():
+        ffn.w_in.copy_(ffn.w_in[order])
+
+def half_written(content, path):
+    path.write_bytes(b"PK half of a checkpoint")
+
+if sys.argv[1] == "permuting":
+    order.reorder_neurons = killed_at(int(sys.argv[2]), order.reorder_neurons, half_permuted)
+else:
+    checkpointing.save = killed_at(int(sys.argv[2]), checkpointing.save, half_written)
+main(sys.argv[3:])
+"""
+
+
+# Of two layers: the first MoEfication of the second one, then the second MoEfication.
+@pytest.mark.parametrize(("where", "call"), [("permuting", 2), ("permuting", 3), ("writing", 3), ("writing", 12)])
+def test_a_run_killed_while_it_switches_or_saves_ends_bit_for_bit_as_one_that_was_not(
+    whole: Bench, tmp_path: Path, where: str, call: int
+) -> None:
+    broken = Bench(tmp_path, training=LONGER, switching=LONG_PHASES, arms=SSD)
+    run = broken.dir("ssd")
+    arguments = [where, str(call), "train", str(run), "--until", "sparse_phases", "--threads", "1"]
+    done = subprocess.run([sys.executable, "-c", IN_THE_MIDDLE, *arguments], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert same(whole.checkpoint("ssd"), broken.checkpoint("ssd"))
+    assert curves(whole.dir("ssd")) == curves(run)
+    assert not list(run.rglob(".*.part"))
+
+
+def test_a_run_in_pieces_is_the_run_in_one_process(whole: Bench, tmp_path: Path) -> None:
+    """Stage by stage, each in a process of its own as the workflow has it, and from every phase that was kept."""
+    pieces = Bench(tmp_path, training={**LONGER, "keep_phases": True}, switching=LONG_PHASES, arms=SSD)
+    run = pieces.dir("ssd")
+    for stage in ("warmup", "moefy", "sparse_phases"):
+        subprocess.run([PROGRAM, "train", str(run), "--until", stage, "--threads", "1"], check=True)
+    for stage in ("warmup", "moefy", "sparse_phases"):
+        assert same(whole.checkpoint("ssd", stage), pieces.checkpoint("ssd", stage)), stage
+    assert curves(whole.dir("ssd")) == curves(run)
+    chain = pieces.phases("ssd")
+    assert [record.mode for record in chain] == [
+        "dense",
+        "moefy",
+        "sparse",
+        "dense",
+        "moefy",
+        "sparse",
+        "dense",
+        "moefy",
+    ]
+    for record in reversed(chain[1:]):
+        pieces.stage("train", run, "--from", record.name, "--until", "sparse_phases")
+        assert same(whole.checkpoint("ssd"), pieces.checkpoint("ssd")), record.name
+        assert curves(whole.dir("ssd")) == curves(run)
+
+
+def test_from_a_phase_that_was_not_kept_is_refused(whole: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    before = whole.checkpoint("ssd").read_bytes()
+    for start, told in (("05-sparse", "training.keep_phases keeps them"), ("09-dense", "has not come there")):
+        assert main(["train", str(whole.dir("ssd")), "--from", start]) == 1
+        assert told in capsys.readouterr().err
+    assert whole.checkpoint("ssd").read_bytes() == before
+
+
+def test_a_stage_whose_result_stands_is_not_done_again_whoever_removed_its_record(
+    whole: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that waited in a queue since before its run went on; Snakemake removes the record before it begins."""
+    results = tmp_path / "results"
+    shutil.copytree(whole.results, results)
+    run = results / "tiny/runs/ssd-seed0"
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".json", ".ckpt", ".jsonl")}
+    for stage in ("warmup", "moefy", "sparse_phases"):
+        (run / f"stages/{stage}.json").unlink()
+        capsys.readouterr()
+        assert main(["train", str(run), "--until", stage]) == 0
+        assert f"{stage}: its result stands" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_a_copy_of_a_run_goes_on_without_its_text(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    bench = Bench(tmp_path / "here", arms=SSD)
+    bench.phases("ssd", "warmup")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(bench.results, tmp_path / "elsewhere/moved")
+    bench.phases("ssd")
+    expected = bench.checkpoint("ssd")
+    (tmp_path / "here/text.txt").unlink()
+    assert main(["train", str(tmp_path / "elsewhere/moved/tiny/runs/ssd-seed0"), "--threads", "1"]) == 0
+    assert same(expected, tmp_path / "elsewhere/moved/tiny/runs/ssd-seed0/checkpoints/sparse_phases.ckpt")
 
 
 def test_a_run_killed_before_its_first_checkpoint_stays_one_run(tmp_path: Path) -> None:
     training = {"steps": 200, "batch_size": 4, "log_every": 3, "validate_every": 300, "validation_blocks": 6,
                 "checkpoint_every": 300}  # fmt: skip
     bench = Bench(tmp_path, training=training, arms={"sparse": {"method": "sparse"}})
-    bench.phases("sparse", stop_after=1)
+    bench.phases("sparse", "moefy")
     run = bench.dir("sparse")
-    kill_when([PROGRAM, "train", str(run), "01-sparse", "--threads", "1"], run / "metrics.jsonl", 21)
-    assert not (run / "work/01-sparse/rolling.ckpt").exists()
+    kill_when([PROGRAM, "train", str(run), "--threads", "1"], run / "metrics.jsonl", 21)
+    assert not (run / "work/rolling.ckpt").exists()
     before = read_json(run / "mlflow.json")
     bench.phases("sparse")
     after = read_json(run / "mlflow.json")
     assert after["key"] == before["key"]
     assert before["run_id"] in (None, after["run_id"])
-    assert "00-moefy" in after["stages"]
+    assert "moefy" in after["stages"]
     steps = [step for step, _ in read_points(run / "metrics.jsonl")["train/loss"]]
     assert steps == [*range(3, 200, 3), 200]
 
 
-def test_a_phase_that_is_done_need_not_train_again_until_the_next_stage_begins(bench: Bench) -> None:
-    """Killed before Snakemake knows that a phase is done, the workflow removes its outputs and asks for it again."""
-    run = bench.dir("dense")
-    bench.phases("dense")
-    book = read_json(run / "mlflow.json")
-    before, points = weights(bench.last_checkpoint("dense")), (run / "metrics.jsonl").read_bytes()
-    shutil.rmtree(run / "phases/00-dense")
-    bench.phases("dense")
-    after = weights(bench.last_checkpoint("dense"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (run / "metrics.jsonl").read_bytes() == points
-    assert read_json(run / "mlflow.json") == book
-    bench.stage("evaluate", run)
-    assert not (run / "work").exists()
-
-
-def test_a_config_changed_after_an_interruption_starts_the_phase_anew(tmp_path: Path) -> None:
+def test_a_config_changed_after_an_interruption_starts_the_run_anew(tmp_path: Path) -> None:
     training = {"steps": 200, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
                 "checkpoint_every": 4}  # fmt: skip
     arms = {"dense": {"method": "dense"}}
     (tmp_path / "changed").mkdir()
-    (tmp_path / "whole").mkdir()
+    (tmp_path / "alone").mkdir()
     bench = Bench(tmp_path / "changed", training=training, arms=arms)
     run = bench.dir("dense")
-    kill_when([PROGRAM, "train", str(run), "00-dense", "--threads", "1"], run / "metrics.jsonl", 21)
-    assert (run / "work/00-dense/rolling.ckpt").exists()
+    kill_when([PROGRAM, "train", str(run), "--threads", "1"], run / "metrics.jsonl", 21)
+    assert list((run / "work").glob("*.ckpt"))
     other = {"training": {**training, "steps": 40}, "optim": {"lr": 5e-3, "warmup_steps": 3}, "arms": arms}
     changed = tiny_experiment(tmp_path / "changed", **other)
     bench.stage("configs", changed, "--results", bench.results)
     bench.phases("dense")
-    whole = Bench(tmp_path / "whole", **other)
-    expected, got = weights(whole.last_checkpoint("dense")), weights(bench.last_checkpoint("dense"))
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert curves(whole.dir("dense")) == curves(run)
+    alone = Bench(tmp_path / "alone", **other)
+    assert same(alone.checkpoint("dense"), bench.checkpoint("dense"))
+    assert curves(alone.dir("dense")) == curves(run)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_of_all_its_processes_ends_the_data_workers_too(
+    tmp_path: Path, workers: int, number: signal.Signals
+) -> None:
+    """As a scheduler stops a job: every process of it hears the signal."""
+    training = {**LONGER, "steps": 4000, "workers": workers, "validate_every": 3}
+    bench = Bench(tmp_path, training=training, arms={"dense": {"method": "dense"}})
+    run = bench.dir("dense")
+    process = subprocess.Popen([PROGRAM, "train", str(run), "--threads", "1"], start_new_session=True)
+    while not (run / "metrics.jsonl").exists() or '"step": 9,' not in (run / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=30) == STATUS
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     """Sums of gradients and of losses round differently, and no more; a cluster that gives one task does not matter.
 
-    Asked to stop, both save and end together.
+    They decide alike when a phase ends, and group neurons alike. Asked to stop, both save and end together.
     """
     cluster = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
                "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}  # fmt: skip
     model = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0}
-    arms = {name: {"method": name} for name in ("dense", "sparse")}
+    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 8,
+                 "sparse_steps": 6, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
     found = {}
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        training = {"steps": 24, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 7,
+        training = {"steps": 32, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 7,
                     "checkpoint_every": 4, "devices": devices}  # fmt: skip
-        bench = Bench(folder, training=training, model=model, arms=arms)
-        for arm, phase in (("dense", "00-dense"), ("sparse", "01-sparse")):
-            bench.phases(arm, stop_after=int(phase[:2]))
-            run = bench.dir(arm)
-            if (devices, arm) == (2, "dense"):
-                command = [PROGRAM, "train", str(run), phase, "--threads", "2"]
-                status, told = kill_when(command, run / "metrics.jsonl", 3, signal.SIGTERM)
-                assert status == STATUS
-                assert "stopped by SIGTERM after step" in told
-            done = subprocess.run(
-                [PROGRAM, "train", str(run), phase, "--threads", "2"], env={**os.environ, **cluster},
-                check=True, timeout=300, stderr=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            assert done.stderr.count("begins") == devices
-            record = PhaseRecord.read(run / "phases" / phase / "phase.json")
-            found[devices, arm] = record, curves(run)
-    for arm in arms:
-        (record, expected), (other, got) = found[1, arm], found[2, arm]
-        assert (record.steps, record.tokens, record.flops) == (other.steps, other.tokens, other.flops)
-        assert expected.keys() == got.keys()
-        for name in ("train/loss", "train/lr", "train/flops", "validation/loss", "activation/active_ratio/layer_01"):
-            assert [step for step, _ in expected[name]] == [step for step, _ in got[name]]
-            torch.testing.assert_close(
-                torch.tensor([v for _, v in got[name]]), torch.tensor([v for _, v in expected[name]]),
-                rtol=1e-4, atol=1e-4,
-            )  # fmt: skip
-    similarity = [found[devices, "dense"][0].similarity for devices in (1, 2)]
-    assert similarity[0]
-    assert similarity[0] == similarity[1]
+        bench = Bench(folder, training=training, model=model, switching=switching, arms=SSD)
+        run = bench.dir("ssd")
+        command = [PROGRAM, "train", str(run), "--threads", "2"]
+        if devices == 2:
+            status, told = kill_when(command, run / "metrics.jsonl", 3, signal.SIGTERM)
+            assert status == STATUS
+            assert "stopped by SIGTERM after step" in told
+        done = subprocess.run(
+            command, env={**os.environ, **cluster}, check=True, timeout=300, stderr=subprocess.PIPE, text=True
+        )
+        assert done.stderr.count("begins") == devices
+        assert (run / "evaluation.json").exists()
+        found[devices] = bench.phases("ssd"), curves(run), weights(bench.checkpoint("ssd"))
+    (chain, expected, one), (other, got, two) = found[1], found[2]
+    assert [r.mode for r in chain] == [r.mode for r in other]
+    for record, again in zip(chain, other, strict=True):
+        assert (record.steps, record.tokens, record.flops) == (again.steps, again.tokens, again.flops)
+        assert record.similarity == again.similarity
+    assert expected.keys() == got.keys()
+    for name in ("train/loss", "train/lr", "train/flops", "validation/loss", "activation/active_ratio/layer_01"):
+        assert [step for step, _ in expected[name]] == [step for step, _ in got[name]]
+        torch.testing.assert_close(
+            torch.tensor([v for _, v in got[name]]), torch.tensor([v for _, v in expected[name]]),
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+    ids = [name for name in one if name.endswith("neuron_ids")]
+    assert all(torch.equal(one[name], two[name]) for name in ids)
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +343,7 @@ def test_ssd_runs_its_schedule_and_counts_what_it_spends(kept: Bench) -> None:
 
 
 def test_moefication_of_a_checkpoint_moves_neurons_and_keeps_the_function(kept: Bench) -> None:
-    phases = kept.dir("ssd") / "phases"
-    chain = kept.phases("ssd", stop_after=2)
-    before, after = (torch.load(phases / r.name / "last.ckpt", weights_only=True)["state_dict"] for r in chain)
+    before, after = (weights(kept.checkpoint("ssd", stage)) for stage in ("warmup", "moefy"))
     name = "model.backbone.transformer.h.0.mlp"
     x = torch.randn(9, 16, dtype=torch.double)
     y = [
@@ -241,7 +358,7 @@ def test_posthoc_reuses_the_dense_model_and_what_it_cost(kept: Bench) -> None:
     dense = kept.phases("dense")
     (record,) = kept.phases("posthoc")
     assert (record.steps, record.total.steps, record.total.flops) == (0, 40, dense[-1].total.flops)
-    a, b = (torch.load(kept.last_checkpoint(arm), weights_only=True)["state_dict"] for arm in ("dense", "posthoc"))
+    a, b = (torch.load(kept.checkpoint(arm), weights_only=True)["state_dict"] for arm in ("dense", "posthoc"))
     name = "model.backbone.transformer.h.1.mlp.b_in"
     assert torch.equal(a[name].sort().values, b[name].sort().values)
     assert torch.equal(a["model.backbone.transformer.wte.weight"], b["model.backbone.transformer.wte.weight"])
@@ -254,16 +371,16 @@ def test_training_lowers_the_loss_in_both_modes(kept: Bench) -> None:
         assert losses[-1] < losses[0] - 0.3
 
 
-def test_a_phase_that_is_done_stays_and_one_out_of_turn_is_refused(bench: Bench, capsys) -> None:  # type: ignore[no-untyped-def]
-    from ssd_lit.cli import main
-
-    bench.phases("ssd", stop_after=1)
-    checkpoint = bench.dir("ssd") / "phases/00-dense/last.ckpt"
+def test_what_is_done_stays_and_a_stage_that_a_run_does_not_have_is_refused(
+    kept: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = kept.checkpoint("ssd", "warmup")
     before = checkpoint.stat().st_mtime_ns
-    bench.stage("train", bench.dir("ssd"), "00-dense")
+    kept.stage("train", kept.dir("ssd"), "--until", "warmup")
     assert checkpoint.stat().st_mtime_ns == before
-    assert main(["train", str(bench.dir("ssd")), "01-dense"]) == 1
-    assert "goes on with 01-moefy" in capsys.readouterr().err
+    assert "done already" in capsys.readouterr().err
+    assert main(["train", str(kept.dir("ssd")), "--until", "dense"]) == 1
+    assert "allowed: warmup, moefy, sparse_phases, evaluate" in capsys.readouterr().err
 
 
 def test_bf16_and_dropout_train(tmp_path: Path) -> None:
@@ -282,8 +399,8 @@ def test_neither_workers_nor_cores_decide_what_is_trained_but_threads_do(tmp_pat
         arms = {"dense": {"method": "dense"}}
         bench = Bench(tmp_path / name, training={**training, **changes}, arms=arms)
         # As a person or the workflow calls it: without a number of threads.
-        assert main(["train", str(bench.dir("dense")), "00-dense"]) == 0
-        found[name] = weights(bench.last_checkpoint("dense"))
+        assert main(["train", str(bench.dir("dense")), "--until", "dense"]) == 0
+        found[name] = weights(bench.checkpoint("dense"))
         used[name] = PhaseRecord.read(bench.dir("dense") / "phases/00-dense/phase.json").provenance["threads"]
     assert used == {"plain": 1, "workers": 1, "threads": 2}
     assert all(torch.equal(found["plain"][name], found["workers"][name]) for name in found["plain"])
@@ -299,6 +416,6 @@ def test_a_deterministic_training_gives_the_same_bits_on_several_threads(tmp_pat
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         bench = Bench(tmp_path / name, training=training, arms={"dense": {"method": "dense"}})
-        assert main(["train", str(bench.dir("dense")), "00-dense"]) == 0
-        found.append(weights(bench.last_checkpoint("dense")))
+        assert main(["train", str(bench.dir("dense")), "--until", "dense"]) == 0
+        found.append(weights(bench.checkpoint("dense")))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
