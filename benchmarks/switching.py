@@ -1,0 +1,284 @@
+"""A whole SSD run through `ssd-lit train`: what changes of phase, checkpoints and the start of the process cost.
+
+    python benchmarks/switching.py [--shape small] [--devices 1] [--runs cold warm] [--tenth]
+
+Every run is a process of its own: the command line with all callbacks, on random tokens, timed by one more callback
+that waits for the GPU where a phase or a checkpoint is near, and nowhere else. `cold` begins with an empty cache of
+compiled code, `warm` with what the run before it left. The schedule has phases of fixed length; with --tenth it is that
+of configs/h100/gpt124m.yaml with a tenth of its steps and all of its changes. Reported are
+
+- the change of phase: from the end of a phase's last step to the beginning of the next step, without the validation
+  between them, which stands beside it; those before a mode has run once are left out;
+- the first step: from the start of the process to its end;
+- the run: from the beginning of its first step to the final model on the disk, against the sum of its steps (median of
+  a mode times their number), without validations; with compilation of both modes, and without;
+- checkpoints: how much later the step after one begins, and their share of the run.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from gpt2 import DEVICE, SHAPES, Shape
+from lightning.pytorch import Callback, Trainer
+from machine import RESULTS, machine, synchronize
+
+from ssd_lit.config import DataConfig, RunConfig, dump
+from ssd_lit.files import sha256, write_json, write_sealed, write_text
+from ssd_lit.paths import data_dir
+
+RESULT = RESULTS / "switching.json"
+BLOCKS, VALIDATION_BLOCKS = 4096, 256
+LIMITS = {"small": {1: 0.4, 4: 0.8}, "1.3b": {1: 1.2}}
+"""Seconds of a change of phase, by shape and devices."""
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.child is not None:
+        return child(arguments.child)
+    shape = SHAPES[arguments.shape]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        cache = Path(name) / "cache"
+        for run in arguments.runs:
+            if run == "cold":
+                shutil.rmtree(cache, ignore_errors=True)
+            folder = write_run(Path(name) / run, shape, arguments.devices, arguments.tenth, short=run == "warm")
+            found[run] = whole_run(folder, cache)
+            show(f"{arguments.shape}, {arguments.devices} devices, {run}", found[run])
+    key = f"{arguments.shape}-{arguments.devices}"
+    result = arguments.out or RESULT
+    known = json.loads(result.read_text()) if result.exists() else {}
+    write_json(result, {**known, key: {"machine": machine("lightning"), "tenth": arguments.tenth, **found}})
+    limit = LIMITS.get(arguments.shape, {}).get(arguments.devices)
+    return int(limit is not None and max(found[run]["switch_median_seconds"] for run in found) > limit)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--runs", nargs="+", choices=["cold", "warm"], default=["cold", "warm"])
+    parser.add_argument("--tenth", action="store_true")
+    parser.add_argument("--out", type=Path, help="the JSON that the figures are added to")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_run(folder: Path, shape: Shape, devices: int, tenth: bool, *, short: bool) -> Path:
+    """The folder of a run with its data, as `ssd-lit configs` and `encode` leave them; tokens are random."""
+    # Of the real schedule 6200, 600 to 1200, 400, 60, 1240; the warm-up has a length in the middle.
+    steps, warmup, sparse, dense, last = (620, 90, 40, 6, 124) if tenth else (150, 30, 20, 10, 30)
+    if short:
+        steps, warmup, sparse, dense, last = 60, 10, 10, 6, 10
+    config = RunConfig.model_validate(
+        {
+            "experiment": "switching", "arm": "ssd", "method": "ssd", "label": "SSD", "seed": 0,
+            "data": {
+                "name": "random", "sources": [{"kind": "files", "paths": ["random.txt"]}],
+                "sequence_length": shape.sequence,
+            },
+            "model": shape.model().model_dump(),
+            "moe": {"experts": 32, "top_k": 8},
+            "optim": {"lr": 6e-4, "warmup_steps": 5, "schedule": "wsd"},
+            "training": {
+                "steps": steps, "batch_size": shape.batch * devices, "devices": devices, "log_every": 10,
+                "compile": DEVICE.type == "cuda", "precision": "bf16" if DEVICE.type == "cuda" else "fp32",
+                "validate_every": 50, "validation_blocks": 2 * shape.batch * devices, "checkpoint_every": 70,
+            },
+            "switching": {
+                "tau": 1.0, "check_every": 20, "sparse_share": 0.5, "warmup_min_steps": warmup,
+                "warmup_max_steps": warmup, "sparse_steps": sparse, "dense_min_steps": dense, "dense_max_steps": dense,
+                "final_dense_steps": last,
+            },
+        }
+    )  # fmt: skip
+    run = folder / "results/switching/runs" / config.name
+    write_text(run / "config.yaml", dump(config))
+    write_tokens(data_dir(folder / "results", config.data), config.data, shape)
+    return run
+
+
+def write_tokens(folder: Path, config: DataConfig, shape: Shape) -> None:
+    rng, splits = np.random.default_rng(0), {}
+    (folder / "tokens").mkdir(parents=True)
+    for split, blocks in (("train", BLOCKS), ("validation", VALIDATION_BLOCKS)):
+        path = folder / "tokens" / f"{split}.bin"
+        rng.integers(shape.vocabulary, size=blocks * shape.sequence + 1, dtype=np.uint16).tofile(path)
+        splits[split] = {"blocks": blocks, "sha256": sha256(path)}
+    index = {"vocab_size": shape.vocabulary, "eos_id": 0, "dtype": "uint16", "sequence_length": shape.sequence}
+    write_sealed(folder / "tokens/index.json", {**index, "splits": splits, "digest": "random"})
+    write_text(folder / "config.yaml", dump(config))
+
+
+def whole_run(run: Path, cache: Path) -> dict[str, Any]:
+    """Train the run in a process of its own; what its clock and its records tell."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
+                   "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # fmt: skip
+    began = time.time()
+    subprocess.run([sys.executable, __file__, "--child", str(run)], check=True, env=environment)
+    ended = time.time()
+    told = json.loads((run / "clock.json").read_text())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return {"process_seconds": ended - began, **figures(told, config)}
+
+
+def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What the moments that a clock wrote down come to."""
+    steps, switches = told["steps"], told["switches"]
+    ordinary: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for step in steps:
+        if step["ordinary"]:
+            ordinary[step["mode"]].append(step["seconds"])
+    median = {mode: statistics.median(seconds) for mode, seconds in ordinary.items()}
+    first = {mode: next(step["seconds"] for step in steps if step["mode"] == mode) for mode in median}
+    compiled = sum(seconds - median[mode] for mode, seconds in first.items())
+    run = told["ended"] - steps[0]["at"] - sum(told["validations"])
+    ideal = sum(median[step["mode"]] for step in steps)
+    known = [one["seconds"] for one in switches[2:]]  # the first two lead into modes that never ran
+    late = [one["late"] for one in told["checkpoints"]]
+    return {
+        "first_step_seconds": steps[0]["at"] + steps[0]["seconds"] - told["process"],
+        "step_median_seconds": median,
+        "first_step_of_mode_seconds": first,
+        "switches": switches,
+        "switch_median_seconds": statistics.median(known),
+        "switch_longest_seconds": max(known),
+        "validation_seconds": told["validations"],
+        "run_seconds": run,
+        "steps_seconds": ideal,
+        "run_over_steps": run / ideal,
+        "run_over_steps_without_compilation": (run - compiled) / ideal,
+        "beyond_steps_seconds": told["ended"] - told["process"] - sum(told["validations"]) - ideal,
+        "checkpoints": told["checkpoints"],
+        "checkpoint_share": sum(late) / run,
+        "checkpoint_longest_seconds": max(late, default=0.0),
+        "tokens_a_step": config["training"]["batch_size"] * config["data"]["sequence_length"],
+    }
+
+
+class Clock(Callback):
+    """Writes down when steps begin, what lies between them, and how much memory there is at each change of phase."""
+
+    def __init__(self, switch: Any, path: Path):
+        self._switch = switch
+        self._path = path
+        self.told: dict[str, Any] = {"process": psutil.Process().create_time(), "steps": [], "switches": [],
+                                     "validations": [], "checkpoints": []}  # fmt: skip
+        self._validating = 0.0
+        self._phase_ended: float | None = None
+        self._saves = 0.0
+
+    def watch_saves(self, trainer: Trainer) -> None:
+        """Have the trainer tell how long it takes to save."""
+        save = trainer.save_checkpoint
+
+        def timed(*arguments: Any, **named: Any) -> None:
+            synchronize()
+            began = time.time()
+            save(*arguments, **named)
+            self.told["checkpoints"].append({"step": trainer.global_step, "late": time.time() - began})
+
+        trainer.save_checkpoint = timed  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.watch_saves(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._phase_ended is not None or self._is_near(trainer):
+            synchronize()
+        now = time.time()
+        if self._phase_ended is not None:
+            memory = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()] if DEVICE.type == "cuda" else []
+            self.told["switches"].append({
+                "step": trainer.global_step, "to": self._switch.phase.mode, "memory": memory,
+                "seconds": now - self._phase_ended - self._validating,
+            })  # fmt: skip
+            self._phase_ended, self._validating = None, 0.0
+        self.told["steps"].append({"at": now, "mode": self._switch.phase.mode})
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """First of all callbacks: what the others do belongs to the change of phase, where one follows."""
+        last = self.told["steps"][-1]
+        ends = trainer.global_step - self._switch.phase.first_step >= self._switch.phase.max_steps
+        near = ends or self._is_near(trainer)
+        if near:
+            synchronize()
+        now = time.time()
+        last["seconds"] = now - last["at"]
+        # Between two waits for the GPU a step is what the host takes to queue it; those are left out of the medians.
+        last["ordinary"] = near and not ends and trainer.global_step % 10 != 1
+        if ends:
+            self._phase_ended = now
+
+    def _is_near(self, trainer: Trainer) -> bool:
+        """Whether the step is one of those that are timed to their end: half of all."""
+        return trainer.global_step % 10 >= 5 or trainer.global_step < 2
+
+    def on_validation_start(self, *_: Any) -> None:
+        synchronize()
+        self._validating -= time.time()
+
+    def on_validation_end(self, *_: Any) -> None:
+        synchronize()
+        self._validating += time.time()
+        self.told["validations"].append(self._validating)
+        if self._phase_ended is None:
+            self._validating = 0.0
+
+    def write(self) -> None:
+        self.told["ended"] = time.time()
+        write_json(self._path, self.told)
+
+
+def child(run: Path) -> int:
+    """`ssd-lit train RUN`, with one more callback."""
+    from ssd_lit import cli
+    from ssd_lit.training import fit
+    from ssd_lit.training.trainer import build_trainer, is_first_process
+
+    clocks: list[Clock] = []
+
+    def with_clock(one: Any, switch: Any, *others: Any) -> Trainer:
+        trainer = build_trainer(one, switch, *others)
+        clocks.append(Clock(switch, run / "clock.json"))
+        trainer.callbacks.insert(0, clocks[0])  # type: ignore[attr-defined]
+        return trainer
+
+    fit.build_trainer = with_clock
+    status = cli.main(["train", str(run), "--until", "sparse_phases"])
+    if is_first_process():
+        clocks[0].write()
+    return status
+
+
+def show(title: str, found: dict[str, Any]) -> None:
+    print(f"\n{title}")
+    for name, form in (
+        ("first_step_seconds", "8.1f"), ("switch_median_seconds", "8.3f"), ("switch_longest_seconds", "8.3f"),
+        ("run_seconds", "8.1f"), ("steps_seconds", "8.1f"), ("run_over_steps", "8.3f"),
+        ("run_over_steps_without_compilation", "8.3f"), ("beyond_steps_seconds", "8.1f"),
+        ("checkpoint_longest_seconds", "8.3f"), ("checkpoint_share", "8.4f"), ("process_seconds", "8.1f"),
+    ):  # fmt: skip
+        print(f"  {name:<40}{format(found[name], form)}")
+    print(f"  steps: {found['step_median_seconds']}, first of each mode: {found['first_step_of_mode_seconds']}")
+    print(f"  changes: {[round(one['seconds'], 3) for one in found['switches']]}")
+    print(f"  memory: {[[round(x / 2**30, 2) for x in one['memory']] for one in found['switches']][::4]}")
+    print(f"  validations: {[round(x, 2) for x in found['validation_seconds']]}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
