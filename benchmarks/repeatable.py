@@ -3,8 +3,9 @@
     python benchmarks/repeatable.py [--shape small] [--rounds 5]
 
 SSD with fixed switches (dense, sparse, dense, in bf16 and compiled) is trained twice on random tokens by the real
-stages, with the algorithms that torch likes best and with deterministic ones; the tensors of every checkpoint are
-compared bit for bit. Then whole training steps of the shape, dense and sparse, with and without, in turns.
+trainer, with the algorithms that torch likes best and with deterministic ones; the tensors of the checkpoints of all
+stages and of all phases, which are kept, are compared bit for bit. Then whole training steps of the shape, dense and
+sparse, with and without, in turns.
 """
 
 import argparse
@@ -22,16 +23,14 @@ from typing import Any
 import torch
 from gpt2 import DEVICE, SHAPES, build, random_batch, stepper
 from machine import RESULTS, machine, seconds_in_turns
-from ssd_lit.layout import PhaseRecord, phase_dir
-from ssd_lit.training.phase import close_phase, train_phase
-from throughput import write_tokens
+from throughput import write_run
 from torch import Tensor
 
-from ssd_lit.config import MoEConfig, RunConfig, dump
-from ssd_lit.files import write_json, write_text
+from ssd_lit.config import MoEConfig, RunConfig
+from ssd_lit.files import write_json
+from ssd_lit.paths import checkpoint_path, phase_dir
+from ssd_lit.training import fit
 from ssd_lit.training.checkpoint import read_checkpoint
-from ssd_lit.training.moefication import moefy_phase
-from ssd_lit.training.schedule import next_phase
 
 RESULT = RESULTS / "repeatable.json"
 MOE = MoEConfig(experts=32, top_k=8)
@@ -50,21 +49,16 @@ def main() -> int:
     arguments = parser.parse_args()
     found: dict[str, Any] = {"machine": machine("transformers", "lightning"), "trained": TRAINED, "bits": {}}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tokens(folder / "tokens", SHAPES[TRAINED])
         for way, deterministic in WAYS.items():
             use(deterministic)
-            runs = [train(folder / f"{way}-{number}", folder / "tokens") for number in range(2)]
-            found["bits"][way] = {phase: list(different(*files)) for phase, *files in zip(PHASES, *runs, strict=True)}
-            for phase, tensors in found["bits"][way].items():
+            first, second = (train(Path(name) / f"{way}-{number}") for number in range(2))
+            found["bits"][way] = {place: list(different(path, second[place])) for place, path in first.items()}
+            for place, tensors in found["bits"][way].items():
                 verdict = f"{len(tensors)} tensors differ, first {tensors[0]}" if tensors else "the same bits"
-                print(f"{way:<15}{phase:<12}{verdict}", flush=True)
+                print(f"{way:<15}{place:<15}{verdict}", flush=True)
     found["steps"] = cost(arguments.shape, arguments.rounds)
     write_json(RESULT, found)
     return int(any(found["bits"]["deterministic"].values()))
-
-
-PHASES = ["00-dense", "01-moefy", "02-sparse", "03-dense", "04-moefy"]
 
 
 def use(deterministic: bool) -> None:
@@ -75,43 +69,35 @@ def use(deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def train(folder: Path, tokens: Path) -> list[Path]:
-    """Train all phases; returns their checkpoints."""
-    shape = SHAPES[TRAINED]
-    text = folder / "text.txt"
-    write_text(text, "Not read: the tokens are there already.\n")
+def train(results: Path) -> dict[str, Path]:
+    """Train all phases; returns the checkpoints of the stages and of the phases, by name."""
+    shape, began = SHAPES[TRAINED], time.perf_counter()
     config = RunConfig.model_validate(
         {
             "experiment": "repeatable", "arm": "ssd", "method": "ssd", "label": "SSD", "seed": 0,
             "data": {
-                "name": "random", "sources": [{"kind": "files", "paths": [str(text)]}],
+                "name": "random", "sources": [{"kind": "files", "paths": ["random.txt"]}],
                 "sequence_length": shape.sequence,
             },
             "model": shape.model().model_dump(),
             "moe": MOE.model_dump(),
             "training": {
                 "steps": STEPS, "batch_size": shape.batch, "compile": True, "validate_every": 45,
-                "precision": "bf16" if DEVICE.type == "cuda" else "fp32",
+                "precision": "bf16" if DEVICE.type == "cuda" else "fp32", "keep_phases": True,
             },
             "switching": {"switch_points": POINTS},
         }
     )  # fmt: skip
-    write_text(folder / "config.yaml", dump(config))
-    history: list[PhaseRecord] = []
-    while (phase := next_phase(config, history)) is not None:
-        began = time.perf_counter()
-        if phase.mode == "moefy":
-            record = moefy_phase(folder, config, phase, history, tokens, None)
-        else:
-            train_phase(folder, config, phase, history, tokens, None)
-            record = close_phase(folder, config, phase, history, tokens)
-        print(f"{phase.name}: {time.perf_counter() - began:.1f} s, {reserved():.1f} GiB reserved", flush=True)
-        history.append(record)
-    return [phase_dir(folder, record.index, record.mode) / "last.ckpt" for record in history]
+    run = write_run(results, config, shape)
+    fit.train(run, run.training_stages[-1], recorder=None, provenance={})
+    print(f"trained: {time.perf_counter() - began:.1f} s, {reserved():.1f} GiB reserved", flush=True)
+    stages = {stage: checkpoint_path(run.folder, stage) for stage in run.training_stages}
+    phases = {one.name: phase_dir(run.folder, one.index, one.mode) / "weights.ckpt" for one in run.chain()}
+    return stages | phases
 
 
 def reserved() -> float:
-    """GPU memory that the process keeps after a phase."""
+    """GPU memory that the process keeps after a run."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()

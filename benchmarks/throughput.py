@@ -28,23 +28,28 @@ import torch
 from gpt2 import DEVICE, SHAPES, Shape, autocast, build, forget_peak, gibibytes, mfu, random_batch, shown, stepper
 from lightning.pytorch import Callback, Trainer
 from machine import RESULTS, machine, seconds_in_turns, synchronize
-from ssd_lit.layout import Totals
 from torch import Tensor
 
-from ssd_lit.config import MoEConfig, RunConfig
+from ssd_lit.config import MoEConfig, RunConfig, dump
 from ssd_lit.data.module import TokenData
 from ssd_lit.data.objectives import Causal
-from ssd_lit.files import sha256, write_json, write_sealed
+from ssd_lit.files import sha256, write_json, write_sealed, write_text
+from ssd_lit.paths import run_dir
 from ssd_lit.points import PointLog
+from ssd_lit.records import Totals
+from ssd_lit.run import Run
 from ssd_lit.training.activation_monitor import ActivationMonitor
+from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint
 from ssd_lit.training.meter import Meter
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
-from ssd_lit.training.schedule import Phase
 from ssd_lit.training.trainer import build_trainer, quiet
 
 RESULT = RESULTS / "throughput.json"
 LOG_EVERY = 10
+WARMUP = 2 * LOG_EVERY
+"""Steps of the real trainer before the first stretch that is timed."""
 BLOCKS = 4096
 LOOKED_AT = 8
 """Steps in which the host's waits for the GPU are counted."""
@@ -59,13 +64,12 @@ def main() -> int:
     torch.set_float32_matmul_precision("high")  # as nanoGPT's train.py sets it, for all
     peaks: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_tokens(folder / "tokens", shape)
+        trained = write_run(Path(name), run_config(shape, all_steps(arguments.rounds, arguments.steps)), shape)
         ways = {OURS: ours(shape)}
         if arguments.nanogpt is not None:
             source = load_nanogpt(arguments.nanogpt)
-            ways = {NANO: nanogpt(source, shape, folder, bias=True), **ways}
-            ways[UNBIASED] = nanogpt(source, shape, folder, bias=False)
+            ways = {NANO: nanogpt(source, shape, trained.tokens, bias=True), **ways}
+            ways[UNBIASED] = nanogpt(source, shape, trained.tokens, bias=False)
         for way, run in ways.items():
             run(1)
             forget_peak()
@@ -81,7 +85,7 @@ def main() -> int:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        windows, fetching, peaks[ON] = fit(shape, folder, arguments.rounds, arguments.steps)
+        windows, fetching, peaks[ON] = fit(trained, shape, arguments.steps)
     seconds |= windows.seconds
     median = {way: statistics.median(values) for way, values in seconds.items()}
     flops = shape.batch * shape.costs(MOE).dense()
@@ -111,12 +115,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_run(results: Path, config: RunConfig, shape: Shape) -> Run:
+    """The folder of a run and its tokens, as `ssd-lit configs` and `ssd-lit encode` leave them."""
+    run = Run(run_dir(results, config), results, config)
+    write_text(run.folder / "config.yaml", dump(config))
+    write_tokens(run.tokens, shape)
+    return run
+
+
 def write_tokens(folder: Path, shape: Shape) -> None:
     """Random tokens, in the files that training reads; they must not depend on the speed of a tokenizer."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     splits = {"train": BLOCKS, "validation": 64}
     index: dict[str, Any] = {
         "vocab_size": shape.vocabulary, "eos_id": 0, "dtype": "uint16", "sequence_length": shape.sequence, "splits": {},
+        "digest": "random",
     }  # fmt: skip
     for split, blocks in splits.items():
         tokens = np.random.default_rng(blocks).integers(0, shape.vocabulary, blocks * shape.sequence + 1, np.uint16)
@@ -151,7 +164,7 @@ def load_nanogpt(folder: Path) -> Any:
     return module
 
 
-def nanogpt(source: Any, shape: Shape, folder: Path, *, bias: bool) -> Callable[[int], None]:
+def nanogpt(source: Any, shape: Shape, tokens: Path, *, bias: bool) -> Callable[[int], None]:
     """Steps of nanoGPT's model, as its train.py takes them."""
     torch.manual_seed(0)
     with DEVICE:
@@ -165,7 +178,7 @@ def nanogpt(source: Any, shape: Shape, folder: Path, *, bias: bool) -> Callable[
     compiled = torch.compile(model)
 
     def draw() -> tuple[Tensor, Tensor]:
-        stream = np.memmap(folder / "tokens/train.bin", dtype=np.uint16, mode="r")
+        stream = np.memmap(tokens / "train.bin", dtype=np.uint16, mode="r")
         starts = torch.randint(len(stream) - shape.sequence, (shape.batch,)).tolist()
         x, y = (
             torch.stack([torch.from_numpy(stream[i + ahead : i + ahead + shape.sequence].astype(np.int64))
@@ -272,35 +285,40 @@ class _Timed:
             yield batch
 
 
-def fit(shape: Shape, folder: Path, rounds: int, steps: int) -> tuple[Windows, float, float | None]:
+def all_steps(rounds: int, steps: int) -> int:
+    """Steps of a fit with so many rounds; the last one ends the last stretch by beginning."""
+    return WARMUP + 2 * rounds * steps + 1
+
+
+def fit(run: Run, shape: Shape, steps: int) -> tuple[Windows, float, float | None]:
     """A fit that was timed, the share of a step in which the host fetches data, and the peak memory."""
-    warmup, total = 2 * LOG_EVERY, 2 * LOG_EVERY + 2 * rounds * steps + 1
-    config = run_config(shape, folder, total)
-    model = build(shape, MOE, "gelu")
-    data = TimedData.of_run(config, folder / "tokens", draws=0)
+    model, costs = build(shape, MOE, "gelu"), shape.costs(MOE)
+    data = TimedData.of_run(run.config, run.tokens, draws=0)
     assert isinstance(data, TimedData)
-    windows = Windows(steps, warmup)
-    points = PointLog(folder / "metrics.jsonl")
-    phase = Phase(0, "dense", 0, max_steps=total)
+    windows = Windows(steps, WARMUP)
+    points = PointLog(run.folder / "metrics.jsonl")
+    switch = PhaseSwitch(run, [], Totals(), "dense", costs, Checkpoints(run), provenance={})
     with quiet():
-        trainer = build_trainer(config, phase, Totals(), shape.costs(MOE), points, folder / "run")
-        # The rolling checkpoint of the phase's end is not measured, and takes a while.
-        trainer.callbacks = [windows, *trainer.callbacks[:-1]]  # type: ignore[attr-defined]
-        trainer.fit(Pretraining(config, model, Causal()), data)
+        trainer = build_trainer(run, switch, costs, points)
+        # The final model is saved behind the last stretch; nothing is to be saved within one.
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            windows,
+            *(one for one in trainer.callbacks if not isinstance(one, RollingCheckpoint)),  # type: ignore[attr-defined]
+        ]
+        trainer.fit(Pretraining(run.config, model, Causal()), data)
     points.close()
     step = statistics.median(windows.seconds[OFF])
     return windows, data.seconds / data.fetched / step, gibibytes()
 
 
-def run_config(shape: Shape, folder: Path, steps: int) -> RunConfig:
+def run_config(shape: Shape, steps: int) -> RunConfig:
     """A dense run of the shape, watched every tenth step, with neither checkpoints nor checks in its way."""
-    (folder / "text.txt").write_text("Not read: the tokens are there already.\n", encoding="utf-8")
     beyond = steps + 1
     return RunConfig.model_validate(
         {
             "experiment": "throughput", "arm": "dense", "method": "dense", "label": "Dense", "seed": 0,
             "data": {
-                "name": "random", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
+                "name": "random", "sources": [{"kind": "files", "paths": ["random.txt"]}],
                 "sequence_length": shape.sequence,
             },
             "model": shape.model("gelu").model_dump(),

@@ -125,11 +125,11 @@ def prepare(folder: Path, steps: int) -> Path:
 
 def train(run: Path, uri: str) -> dict[str, float]:
     """Train the phase from its beginning, as a run that MLflow has never heard of."""
-    for name in ("phases", "work"):
+    for name in ("phases", "stages", "checkpoints", "work"):
         shutil.rmtree(run / name, ignore_errors=True)
     for name in ("metrics.jsonl", "mlflow.json"):
         (run / name).unlink(missing_ok=True)
-    seconds, processor = stage("train", run, "00-dense", "--threads", THREADS, uri=uri)
+    seconds, processor = stage("train", run, "--until", "dense", "--threads", THREADS, uri=uri)
     record = read_json(run / "phases/00-dense/phase.json")
     return {
         "steps_per_second": record["steps"] / record["seconds"],

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from ssd_lit.paths import run_dir
-from ssd_lit.records import PhaseRecord
-from ssd_lit.run import Run
 
 from ssd_lit.cli import main
 from ssd_lit.config import RunConfig, load_experiment
+from ssd_lit.paths import run_dir
+from ssd_lit.records import PhaseRecord
+from ssd_lit.run import Run
 from ssd_lit.tracking import ensure_store
 
 # Before any test imports MLflow: it reports its use to its makers by default.

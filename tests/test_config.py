@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ssd_lit.layout import write_configs
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, dump, load_experiment, load_run
+from ssd_lit.paths import write_configs
 from ssd_lit.yaml_file import read_with_bases
+from tests.conftest import Bench
 
 ROOT = Path(__file__).parents[1]
 # sizes/ holds what experiments are laid over.
@@ -19,10 +20,10 @@ SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.par
 def test_shipped_configs_are_valid_and_survive_writing(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The text of large runs is not part of the project.
+    # What large runs read is not part of the project. Their text is not looked for, their tasks are.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpora").mkdir()
-    for name in ("wiki_books_210mb.txt.xz", "wikitext2_test.txt", "BLiMP.zip", "glue.tar.xz"):
+    for name in ("BLiMP.zip", "glue.tar.xz"):
         (tmp_path / "corpora" / name).touch()
     experiment = load_experiment(path)
     assert experiment.experiment == path.stem + {"small": "_small", "h100": "_h100"}.get(path.parent.name, "")
@@ -97,6 +98,15 @@ def test_empty_text_is_told_before_anything_is_written(tmp_path: Path, capsys: p
     assert main(["configs", str(tmp_path / "e.yaml"), "--results", str(tmp_path / "r")]) == 1
     assert "data.sources: no text in" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_text_need_not_be_there_once_its_tokens_are(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.results.parent
+    (folder / "text.txt").unlink()
+    bench.stage("configs", folder / "tiny.yaml", "--results", bench.results)
+    (bench.data / "tokens/index.json").unlink()
+    assert main(["configs", str(folder / "tiny.yaml"), "--results", str(bench.results)]) == 1
+    assert "data.sources.0.files: no file matches" in capsys.readouterr().err
 
 
 def test_an_unchanged_config_is_not_touched(tmp_path: Path) -> None:

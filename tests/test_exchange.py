@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from ssd_lit.layout import read_chain
 
 import ssd_lit
 from ssd_lit.cli import main
@@ -49,8 +48,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def final(bench: Bench, arm: str) -> LanguageModel:
-    run, specials = bench.runs[arm], Specials.of(load_index(bench.data / "tokens"))
-    return final_model(bench.dir(arm), run, read_chain(bench.dir(arm), run.method), specials).eval()
+    return final_model(bench.open(arm)).eval()
 
 
 def some_batch(bench: Bench, model: LanguageModel) -> Batch:
@@ -216,6 +214,16 @@ def test_mistakes_are_answered_in_a_line(gpt2: Bench, tmp_path: Path, capsys: py
         assert not out.exists()
         return lines[0].partition("failed: ")[2]
 
+    def called_wrongly(*arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments), "--threads", "1"])
+        assert ended.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(lines) == 1
+        assert not out.exists()
+        return lines[0].partition("error: ")[2]
+
     def refused(model: Path, *more: object, experts: int = 8, top_k: int = 2) -> str:
         return told("moefy", "--model", model, "--experts", experts, "--top-k", top_k, "--out", out, *more)
 
@@ -229,12 +237,13 @@ def test_mistakes_are_answered_in_a_line(gpt2: Bench, tmp_path: Path, capsys: py
     assert "--text" in refused(dense, "--router", "mass")
     text = gpt2.results.parent / "text.txt"
     assert "no tokenizer.json in folder" in refused(dense, "--text", text)
-    assert told("moefy") == (
-        "missing: --model, --experts, --top-k, --out; give RUN_DIR PHASE, or --model with all it needs"
-    )
-    assert told("moefy", "--model", dense, "--experts", 8).startswith("missing: --top-k, --out;")
-    assert told("moefy", run).startswith("missing: PHASE;")
-    assert told("moefy", run, "01-moefy", "--experts", 8).startswith("--experts: not with RUN_DIR")
+    required = "the following arguments are required: "
+    assert called_wrongly("moefy") == f"{required}--model, --experts, --top-k, --out"
+    assert called_wrongly("moefy", "--model", dense, "--experts", 8) == f"{required}--top-k, --out"
+    # A run is MoEfied by its training.
+    assert called_wrongly("moefy", run) == f"{required}--model, --experts, --top-k, --out"
+    whole = ("--model", dense, "--experts", 8, "--top-k", 2, "--out", out)
+    assert called_wrongly("moefy", run, *whole) == f"unrecognized arguments: {run}"
     assert "copies of whole FFNs" in told("export", gpt2.dir("up"), "--out", out)
     assert "no such file" in told("export", tmp_path, "--out", out)
     (full := tmp_path / "full").mkdir()
@@ -246,7 +255,9 @@ def test_mistakes_are_answered_in_a_line(gpt2: Bench, tmp_path: Path, capsys: py
 
 def test_a_run_that_is_not_done_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Bench(tmp_path, training=TRAINING, switching=SWITCHING, arms={"ssd": {"method": "ssd"}})
-    bench.phases("ssd", stop_after=2)
+    bench.phases("ssd", until="moefy")
     assert main(["export", str(bench.dir("ssd")), "--out", str(tmp_path / "out")]) == 1
-    assert "02-sparse/phase.json: not found; run the stage that writes it first" in capsys.readouterr().err
+    run_dir = bench.dir("ssd")
+    told = f"stages/sparse_phases.json: not found; `ssd-lit train {run_dir} --until sparse_phases` makes it"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from ssd_lit.holding import alone
-with alone(Path(sys.argv[1]), "02-sparse"):
-    (Path(sys.argv[1]) / "phases" / ".last.ckpt.x.part").touch()
+with alone(Path(sys.argv[1]), "train to evaluate"):
+    (Path(sys.argv[1]) / "checkpoints" / ".warmup.ckpt.x.part").touch()
     print("held", flush=True)
     time.sleep(600)
 """
@@ -25,7 +25,7 @@ with alone(Path(sys.argv[1]), "02-sparse"):
 def test_a_newcomer_says_who_holds_the_run_and_a_dead_holder_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "phases").mkdir()
+    (tmp_path / "checkpoints").mkdir()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
@@ -33,7 +33,7 @@ def test_a_newcomer_says_who_holds_the_run_and_a_dead_holder_blocks_nobody(
     entered = threading.Event()
 
     def enter() -> None:
-        with alone(tmp_path, "02-sparse"):
+        with alone(tmp_path, "train to evaluate"):
             entered.set()
 
     newcomer = threading.Thread(target=enter)
@@ -44,10 +44,10 @@ def test_a_newcomer_says_who_holds_the_run_and_a_dead_holder_blocks_nobody(
     newcomer.join(60)
     assert entered.is_set()
     told = capsys.readouterr().out
-    assert f"{tmp_path}: held by 02-sparse, process {holder.pid} on " in told
+    assert f"{tmp_path}: held by train to evaluate, process {holder.pid} on " in told
     assert "since 20" in told
     # What the dead one was writing is gone, and nothing says that it holds the run.
-    assert [path.name for path in tmp_path.rglob("*") if path.name != ".lock"] == ["phases"]
+    assert [path.name for path in tmp_path.rglob("*") if path.name != ".lock"] == ["checkpoints"]
 
 
 def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every family, construction, router and analysis from its shipped config, at a tiny size, stage by stage."""
+"""Every family, construction, router and analysis from its shipped config, at a tiny size, from text to report."""
 
 import csv
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from ssd_lit.files import read_json
+from ssd_lit.files import read_json, sha256
+from ssd_lit.run import Run
 from tests.conftest import Bench
 from tests.tiny import tiny
 
@@ -19,10 +20,7 @@ def run(shipped: str, folder: Path, **changes: Any) -> tuple[Path, Rows]:
     """Takes the experiment to its report; returns its folder and its summary by arm."""
     bench = Bench(folder, config=tiny(shipped, folder, **changes))
     for arm in bench.runs:
-        bench.phases(arm)
-        bench.stage("evaluate", bench.dir(arm))
-        if (bench.dir(arm) / "analysis.yaml").exists():
-            bench.stage("analyse", bench.dir(arm))
+        bench.stage("train", bench.dir(arm))
     here = bench.results / "tiny"
     for stage in ("summarise", "figures", "report"):
         bench.stage(stage, here)
@@ -62,10 +60,13 @@ def test_every_construction_is_a_cell_of_its_grid(tmp_path: Path) -> None:
         assert float(rows[arm]["val_loss_dense"]) == pytest.approx(float(rows["dense"]["val_loss_dense"]), rel=1e-5)
     # Other groups of neurons, another function with half of them.
     assert len({rows[arm]["val_loss_sparse"] for arm in cells}) == len(cells)
-    # Their first dense phase is one and the same.
-    firsts = [here / "runs" / f"{arm}-seed0/phases/00-dense/last.ckpt" for arm in rows if arm.startswith("ssd.")]
-    assert len(firsts) == 2
-    assert firsts[0].read_bytes() == firsts[1].read_bytes()
+    # Their first dense phase is one and the same: trained once, and counted by both.
+    trained, adopted = (here / "runs" / f"{arm}-seed0" for arm in rows if arm.startswith("ssd."))
+    assert Run.open(adopted).checkpoint("warmup") == trained / "checkpoints/warmup.ckpt"
+    assert not (adopted / "checkpoints/warmup.ckpt").exists()
+    firsts = [read_json(folder / "stages/warmup.json") for folder in (trained, adopted)]
+    assert firsts[0]["weights"] == firsts[1]["weights"] == sha256(trained / "checkpoints/warmup.ckpt")
+    assert [read_json(folder / "phases/00-dense/phase.json")["steps"] for folder in (trained, adopted)] == [12, 12]
     for arm in ("ssd", "posthoc"):
         assert {path.suffix for path in (here / "figures").glob(f"grid_{arm}.*")} == {".csv", ".png", ".svg"}
 

@@ -36,7 +36,7 @@ def run_config() -> RunConfig:
     return load_experiment(ROOT / "configs/quick.yaml").runs()[0]
 
 
-def tracker(run_dir: Path, results: Path, stage: str = "00-dense", resume_step: int | None = None) -> RunTracker:
+def tracker(run_dir: Path, results: Path, stage: str = "warmup", resume_step: int | None = None) -> RunTracker:
     return RunTracker(
         run_dir, run_config(), results, stage=stage, data_digest="d1", commit="abc", resume_step=resume_step
     )
@@ -55,7 +55,7 @@ def active_runs(results: Path, run_dir: Path) -> list[str]:
 
 
 def test_stages_of_a_run_share_one_run_with_params_tags_data_and_children(store: Path, tmp_path: Path) -> None:
-    for stage, steps in (("00-dense", range(1, 4)), ("01-sparse", range(4, 6))):
+    for stage, steps in (("warmup", range(1, 4)), ("sparse_phases", range(4, 6))):
         with tracker(tmp_path, store, stage) as t:
             for step in steps:
                 t.log(step, {"train/loss": 10.0 - step})
@@ -65,12 +65,12 @@ def test_stages_of_a_run_share_one_run_with_params_tags_data_and_children(store:
     client = MlflowClient(tracking_uri(store))
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.tags["phase"] == "01-sparse"
+    assert run.data.tags["stage"] == "sparse_phases"
     assert run.data.tags["git_commit"] == "abc"
     assert run.data.params["model.d_ff"] == "256"
     assert [d.dataset.digest for d in run.inputs.dataset_inputs] == ["d1"]
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
-    assert sorted(c.data.tags["stage"] for c in children) == ["00-dense", "01-sparse"]
+    assert sorted(c.data.tags["stage"] for c in children) == ["sparse_phases", "warmup"]
     assert {c.data.tags["ended_by"] for c in children} == {"stable"}
 
 
@@ -122,15 +122,15 @@ def test_steps_trained_anew_replace_the_old_run(store: Path, tmp_path: Path) -> 
 
 
 def test_a_new_run_takes_over_the_stages_before_the_one_that_is_run_anew(store: Path, tmp_path: Path) -> None:
-    for stage, step in (("00-dense", 1), ("01-moefy", 1), ("02-sparse", 2), ("evaluate", 2)):
+    for stage, step in (("warmup", 1), ("moefy", 1), ("sparse_phases", 2), ("evaluate", 2)):
         with tracker(tmp_path, store, stage) as t:
             t.log(step, {"train/loss": 1.0})
-    with tracker(tmp_path, store, "02-sparse", resume_step=1):
+    with tracker(tmp_path, store, "sparse_phases", resume_step=1):
         pass
     (new,) = active_runs(store, tmp_path)
     client = MlflowClient(tracking_uri(store))
     children = client.search_runs([client.get_run(new).info.experiment_id], f"tags.`mlflow.parentRunId` = '{new}'")
-    assert sorted(c.data.tags["stage"] for c in children) == ["00-dense", "01-moefy", "02-sparse"]
+    assert sorted(c.data.tags["stage"] for c in children) == ["moefy", "sparse_phases", "warmup"]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def server(running_server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> Ite
 STEPS = list(range(1, 500))
 
 
-def train(run_dir: Path, results: Path, stage: str = "00-dense") -> float:
+def train(run_dir: Path, results: Path, stage: str = "warmup") -> float:
     """A stage that logs its points; returns the seconds that it took to end."""
     write_text(run_dir / "config.yaml", dump(run_config()))
     with tracker(run_dir, results, stage) as t:
@@ -237,7 +237,7 @@ def test_a_later_stage_brings_what_earlier_ones_could_not(
     server.stop()
     train(tmp_path, tmp_path.parent)
     server.start()
-    train(tmp_path, tmp_path.parent, "01-sparse")
+    train(tmp_path, tmp_path.parent, "sparse_phases")
     end_of_process(others)
     send_runs(tmp_path.parent, [tmp_path])
     assert_all_arrived_once(tmp_path, tmp_path.parent, stages=2)

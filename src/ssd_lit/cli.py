@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", lambda a: train.train(a.run_dir, until=a.until, start=a.start, threads=a.threads),
         "Take a run from where it stands to its end, measurements included; goes on where it was interrupted.", run_dir,
     )  # fmt: skip
+    training.usage = "%(prog)s RUN_DIR [--until STAGE] [--from STAGE] [--threads N]"
     training.add_argument("--until", metavar="STAGE", help=f"only to the end of this stage ({', '.join(ALL_STAGES)})")
     training.add_argument(
         "--from",
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_moefy(command: argparse.ArgumentParser) -> None:
+    command.usage = "%(prog)s --model DIR --experts E --top-k K --out DIR [options]"
     add = command.add_argument
     add("--model", type=Path, metavar="DIR", required=True, help="a gpt2, bert, t5 or llama checkpoint in safetensors")
     add("--experts", type=_positive, metavar="E", required=True, help="experts of one FFN; must divide its neurons")

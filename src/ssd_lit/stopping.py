@@ -31,7 +31,8 @@ _request = _Request()
 def obey() -> None:
     """From now on the first such signal raises `Stopped` where the process stands; any more change nothing.
 
-    One that comes while a module is imported waits until it is. Raises `Stopped` at once if a signal came while they were deferred.
+    One that comes while a module is imported waits until it is. Raises `Stopped` at once if a signal came while they
+    were deferred.
     """
     _request.deferred = False
     _listen()

@@ -4,11 +4,9 @@ from collections import Counter
 import pandas as pd
 import pytest
 import torch
-from ssd_lit.layout import read_chain
 from torch import Tensor
 
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.index import Specials, load_index
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.experts import MIN_COUNT, LayerWatch, readable, several_ks
 from ssd_lit.files import read_json, write_text
@@ -40,14 +38,10 @@ def table(bench: Bench, arm: str, name: str) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def seen(done: Bench) -> list[list[tuple[int, list[int], list[float]]]]:
     """Of the SSD run, layer by layer: every token's id, the experts it chooses and the mass of all; block by block."""
-    run = done.runs["ssd"]
-    tokens = done.data / "tokens"
-    model = final_model(
-        done.dir("ssd"), run, read_chain(done.dir("ssd"), run.method), Specials.of(load_index(tokens))
-    ).eval()
+    model = final_model(done.open("ssd")).eval()
     model.set_mode("sparse", K)
     layers: list[list[tuple[int, list[int], list[float]]]] = [[] for _ in model.ffns]
-    blocks = TokenBlocks(tokens, "validation")
+    blocks = TokenBlocks(done.data / "tokens", "validation")
     for block in range(BLOCKS):
         ids = blocks[block]["inputs"]
         with torch.no_grad():
@@ -164,6 +158,7 @@ def test_what_is_left_out_is_told_with_the_reason(done: Bench) -> None:
 def test_analysing_again_leaves_no_table_behind_that_is_not_written_anew(done: Bench) -> None:
     folder = done.dir("dense") / "analysis"
     write_text(folder / "load.csv", "left over\n")
+    (folder / "analysis.json").unlink()  # of a measurement that is done nothing would be written
     before = (folder / "similarity.csv").read_bytes()
     done.stage("analyse", done.dir("dense"))
     assert {path.name for path in folder.iterdir()} == {"similarity.csv", "analysis.json"}

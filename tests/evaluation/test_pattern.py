@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
-from ssd_lit.layout import snapshot_path, snapshots
 from torch import Tensor
 
-from ssd_lit.config import AnalysisConfig, RunConfig
+from ssd_lit.config import AnalysisConfig
 from ssd_lit.data.index import Specials, load_index
 from ssd_lit.evaluation.pattern import COLUMNS, compare_snapshots, fitting_experts
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.order import reorder_neurons
+from ssd_lit.paths import snapshot_path, snapshots
+from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of
 from tests.conftest import Bench
 
@@ -58,7 +59,7 @@ def shuffle(model: LanguageModel) -> None:
 
 def compare(bench: Bench, run_dir: Path, **settings: object) -> pd.DataFrame:
     chosen = AnalysisConfig.model_validate({"experts": [EXPERTS], "constructions": ["kmeans"], **settings})
-    return compare_snapshots(run_dir, bench.runs["ssd"], chosen, bench.data / "tokens")
+    return compare_snapshots(Run(run_dir, bench.results, bench.runs["ssd"]), chosen)
 
 
 def of(table: pd.DataFrame, construction: str, a: int, b: int, layer: int | str = "mean") -> float:
@@ -121,9 +122,8 @@ def test_a_snapshot_compared_with_itself_and_with_what_became_of_it(tmp_path: Pa
     training = {"steps": 20, "batch_size": 4, "validate_every": 20, "validation_blocks": 2, "snapshot_every": 5}
     bench = Bench(tmp_path, training=training, arms={"dense": {"method": "dense"}})
     bench.phases("dense")
-    run: RunConfig = bench.runs["dense"]
     settings = AnalysisConfig(experts=[8, 2], constructions=["kmeans", "random"])
-    table = compare_snapshots(bench.dir("dense"), run, settings, bench.data / "tokens")
+    table = compare_snapshots(bench.open("dense"), settings)
     steps = [step for step, _ in snapshots(bench.dir("dense"))]
     assert steps == [5, 10, 15, 20]
     for key, rows in table.groupby(["construction", "experts", "layer"]):
@@ -134,9 +134,9 @@ def test_a_snapshot_compared_with_itself_and_with_what_became_of_it(tmp_path: Pa
     by_pair = means.groupby(["step_a", "step_b"])["similarity"].mean()
     assert by_pair[15, 20] > by_pair[5, 20]
     # The checkpoint of the last step is the last snapshot.
-    model = build_model(run, Specials.of(load_index(bench.data / "tokens")))
+    model = build_model(bench.runs["dense"], Specials.of(load_index(bench.data / "tokens")))
     load_beside_routers(model, read_checkpoint(snapshots(bench.dir("dense"))[-1][1]))
-    final = read_checkpoint(bench.last_checkpoint("dense"))["state_dict"]
+    final = read_checkpoint(bench.checkpoint("dense"))["state_dict"]
     assert all(torch.equal(final[name], value) for name, value in weights_of(model).items())
 
 

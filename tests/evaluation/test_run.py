@@ -3,10 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from ssd_lit.layout import read_chain
 
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.index import Specials, load_index
+from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.files import read_json
 from ssd_lit.training.checkpoint import final_model
@@ -47,11 +46,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def test_losses_are_the_mean_over_the_same_validation_tokens(done: Bench) -> None:
     found = read_json(done.dir("ssd") / "evaluation.json")
-    run = done.runs["ssd"]
-    tokens = done.data / "tokens"
-    model = final_model(done.dir("ssd"), run, read_chain(done.dir("ssd"), "ssd"), Specials.of(load_index(tokens)))
-    model.eval()
-    blocks = TokenBlocks(tokens, "validation")
+    model = final_model(done.open("ssd")).eval()
+    blocks = TokenBlocks(done.data / "tokens", "validation")
     assert found["tokens"] == 8 * 16
     for mode, k in (("dense", 1), ("sparse", 2)):
         model.set_mode(mode, k)  # type: ignore[arg-type]
@@ -101,9 +97,7 @@ def test_a_text_that_is_held_out_is_one_document_and_is_scored_like_validation(d
     assert index["splits"]["other"]["documents"] == 1
     stream = np.fromfile(done.data / "tokens/other.bin", index["dtype"])
     assert load_tokenizer(done.data / "tokenizer").decode(stream[:-1].tolist()) == OTHER.strip()
-    model = final_model(
-        done.dir("ssd"), done.runs["ssd"], read_chain(done.dir("ssd"), "ssd"), Specials.of(index)
-    ).eval()  # fmt: skip
+    model = final_model(done.open("ssd")).eval()
     blocks = TokenBlocks(done.data / "tokens", "other")
     found = read_json(done.dir("ssd") / "evaluation.json")["held_out"]["other"]
     count = min(8, len(blocks))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from ssd_lit.layout import PhaseRecord, Totals, data_dir, phase_dir, run_dir, write_configs
 
 from ssd_lit.config import Experiment, RunConfig
 from ssd_lit.files import write_sealed, write_text
+from ssd_lit.paths import data_dir, run_dir, write_configs
+from ssd_lit.records import PhaseRecord, Totals
 
 STEPS, BATCH, LENGTH, LAYERS, D_FF = 400, 16, 32, 3, 64
 TOKENS = BATCH * LENGTH
@@ -133,7 +134,7 @@ def build(root: Path, config: Experiment, losses: Losses | None = None) -> Tree:
         folder = run_dir(results, run)
         chains[run.name] = _chain(run, chains)
         for record in chains[run.name]:
-            record.write(phase_dir(folder, record.index, record.mode) / "phase.json")
+            record.write(folder)
         trained = sparse if run.method in ("sparse", "upcycle") else dense
         assert trained is not None
         _write_metrics(folder / "metrics.jsonl", run, chains[run.name], trained)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from ssd_lit.layout import run_dir
 
 from ssd_lit.config import AnalysisConfig, load_experiment
 from ssd_lit.files import sha256, write_sealed
+from ssd_lit.paths import run_dir
 from ssd_lit.reporting.expert_figures import expert_load, routing
 from ssd_lit.reporting.figures import FIGURES, write_figures
 from ssd_lit.reporting.names import OF_ANALYSES, caption_name, figure_names

@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from ssd_lit.layout import run_dir
 
 from ssd_lit.config import DownstreamConfig
 from ssd_lit.files import write_sealed
+from ssd_lit.paths import run_dir
 from ssd_lit.reporting.downstream import blimp_table, glue_table, write_downstream
 from ssd_lit.reporting.figures import write_figures
 from ssd_lit.reporting.names import OF_DOWNSTREAM, figure_names

@@ -1,7 +1,8 @@
 import pytest
 from matplotlib import image
-from ssd_lit.layout import read_chain, run_dir
 
+from ssd_lit.paths import run_dir
+from ssd_lit.records import read_chain
 from ssd_lit.reporting import router_figure
 from ssd_lit.reporting.activation_figures import active_neurons
 from ssd_lit.reporting.arms import arms_of

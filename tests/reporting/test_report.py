@@ -6,9 +6,10 @@ from html import escape
 from html.parser import HTMLParser
 
 import pytest
-from ssd_lit.layout import read_chain, run_dir
 
 from ssd_lit.files import write_sealed
+from ssd_lit.paths import run_dir
+from ssd_lit.records import read_chain
 from ssd_lit.reporting.arms_table import write_arms
 from ssd_lit.reporting.figures import write_figures
 from ssd_lit.reporting.findings import findings

@@ -3,9 +3,9 @@ import json
 import math
 
 import pytest
-from ssd_lit.layout import run_dir
 
 from ssd_lit.files import write_sealed
+from ssd_lit.paths import run_dir
 from ssd_lit.reporting.summary import write_summary
 
 COLUMNS = (

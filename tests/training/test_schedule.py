@@ -1,9 +1,9 @@
 import itertools
 
 import pytest
-from ssd_lit.layout import PhaseRecord, Totals
 
 from ssd_lit.config import RunConfig
+from ssd_lit.records import PhaseRecord, Totals
 from ssd_lit.training.schedule import Phase, next_phase
 
 
