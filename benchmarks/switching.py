@@ -1,11 +1,12 @@
 """A whole SSD run through `ssd-lit train`: what changes of phase, checkpoints and the start of the process cost.
 
-    python benchmarks/switching.py [--shape small] [--devices 1] [--runs cold warm] [--tenth]
+    python benchmarks/switching.py --tokens FILE [--shape small] [--devices 1] [--runs cold warm] [--tenth]
 
-Every run is a process of its own: the command line with all callbacks, on random tokens, timed by one more callback
-that waits for the GPU where a phase or a checkpoint is near, and nowhere else. `cold` begins with an empty cache of
-compiled code, `warm` with what the run before it left. The schedule has phases of fixed length; with --tenth it is that
-of configs/h100/gpt124m.yaml with a tenth of its steps and all of its changes. Reported are
+FILE is the train.bin of any prepared data, such as results/data/english-*/tokens: how long clustering takes depends on
+what the neurons have learnt, and of random tokens nothing can be learnt. Every run is a process of its own: the command
+line with all callbacks, timed by one more callback that waits for the GPU in half of the steps. `cold` begins with an
+empty cache of compiled code, `warm` with what the run before it left. The schedule has phases of fixed length; with
+--tenth it is that of configs/h100/gpt124m.yaml with a tenth of its steps and all of its changes. Reported are
 
 - the change of phase: from the end of a phase's last step to the beginning of the next step, without the validation
   between them, which stands beside it; those before a mode has run once are left out;
@@ -40,7 +41,7 @@ from ssd_lit.files import sha256, write_json, write_sealed, write_text
 from ssd_lit.paths import data_dir
 
 RESULT = RESULTS / "switching.json"
-BLOCKS, VALIDATION_BLOCKS = 4096, 256
+VALIDATION_BLOCKS = 256
 LIMITS = {"small": {1: 0.4, 4: 0.8}, "1.3b": {1: 1.2}}
 """Seconds of a change of phase, by shape and devices."""
 
@@ -56,7 +57,7 @@ def main() -> int:
         for run in arguments.runs:
             if run == "cold":
                 shutil.rmtree(cache, ignore_errors=True)
-            folder = write_run(Path(name) / run, shape, arguments.devices, arguments.tenth, short=run == "warm")
+            folder = write_run(Path(name) / run, shape, arguments, short=run == "warm")
             found[run] = whole_run(folder, cache)
             show(f"{arguments.shape}, {arguments.devices} devices, {run}", found[run])
     key = f"{arguments.shape}-{arguments.devices}"
@@ -69,6 +70,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=Path, required="--child" not in sys.argv, help="a train.bin of uint16 tokens")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--runs", nargs="+", choices=["cold", "warm"], default=["cold", "warm"])
@@ -78,8 +80,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_run(folder: Path, shape: Shape, devices: int, tenth: bool, *, short: bool) -> Path:
-    """The folder of a run with its data, as `ssd-lit configs` and `encode` leave them; tokens are random."""
+def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace, *, short: bool) -> Path:
+    """The folder of a run with its data, as `ssd-lit configs` and `encode` leave them."""
+    devices, tenth = arguments.devices, arguments.tenth
     # Of the real schedule 6200, 600 to 1200, 400, 60, 1240; the warm-up has a length in the middle.
     steps, warmup, sparse, dense, last = (620, 90, 40, 6, 124) if tenth else (150, 30, 20, 10, 30)
     if short:
@@ -88,7 +91,7 @@ def write_run(folder: Path, shape: Shape, devices: int, tenth: bool, *, short: b
         {
             "experiment": "switching", "arm": "ssd", "method": "ssd", "label": "SSD", "seed": 0,
             "data": {
-                "name": "random", "sources": [{"kind": "files", "paths": ["random.txt"]}],
+                "name": "text", "sources": [{"kind": "files", "paths": ["text.txt"]}],
                 "sequence_length": shape.sequence,
             },
             "model": shape.model().model_dump(),
@@ -97,10 +100,11 @@ def write_run(folder: Path, shape: Shape, devices: int, tenth: bool, *, short: b
             "training": {
                 "steps": steps, "batch_size": shape.batch * devices, "devices": devices, "log_every": 10,
                 "compile": DEVICE.type == "cuda", "precision": "bf16" if DEVICE.type == "cuda" else "fp32",
-                "validate_every": 50, "validation_blocks": 2 * shape.batch * devices, "checkpoint_every": 70,
+                "validate_every": 50, "validation_blocks": 2 * shape.batch * devices,
+                "checkpoint_every": 200 if tenth else 70,
             },
             "switching": {
-                "tau": 1.0, "check_every": 20, "sparse_share": 0.5, "warmup_min_steps": warmup,
+                "tau": 1.0, "check_every": 200 if tenth else 50, "sparse_share": 0.5, "warmup_min_steps": warmup,
                 "warmup_max_steps": warmup, "sparse_steps": sparse, "dense_min_steps": dense, "dense_max_steps": dense,
                 "final_dense_steps": last,
             },
@@ -108,19 +112,20 @@ def write_run(folder: Path, shape: Shape, devices: int, tenth: bool, *, short: b
     )  # fmt: skip
     run = folder / "results/switching/runs" / config.name
     write_text(run / "config.yaml", dump(config))
-    write_tokens(data_dir(folder / "results", config.data), config.data, shape)
+    write_tokens(data_dir(folder / "results", config.data), config.data, shape, arguments.tokens)
     return run
 
 
-def write_tokens(folder: Path, config: DataConfig, shape: Shape) -> None:
-    rng, splits = np.random.default_rng(0), {}
+def write_tokens(folder: Path, config: DataConfig, shape: Shape, source: Path) -> None:
+    tokens, splits = np.fromfile(source, dtype=np.uint16), {}
     (folder / "tokens").mkdir(parents=True)
-    for split, blocks in (("train", BLOCKS), ("validation", VALIDATION_BLOCKS)):
+    held_out = VALIDATION_BLOCKS * shape.sequence
+    for split, part in (("train", tokens[held_out:]), ("validation", tokens[: held_out + 1])):
         path = folder / "tokens" / f"{split}.bin"
-        rng.integers(shape.vocabulary, size=blocks * shape.sequence + 1, dtype=np.uint16).tofile(path)
-        splits[split] = {"blocks": blocks, "sha256": sha256(path)}
+        part.tofile(path)
+        splits[split] = {"blocks": (len(part) - 1) // shape.sequence, "sha256": sha256(path)}
     index = {"vocab_size": shape.vocabulary, "eos_id": 0, "dtype": "uint16", "sequence_length": shape.sequence}
-    write_sealed(folder / "tokens/index.json", {**index, "splits": splits, "digest": "random"})
+    write_sealed(folder / "tokens/index.json", {**index, "splits": splits, "digest": "some text"})
     write_text(folder / "config.yaml", dump(config))
 
 
@@ -180,7 +185,25 @@ class Clock(Callback):
                                      "validations": [], "checkpoints": []}  # fmt: skip
         self._validating = 0.0
         self._phase_ended: float | None = None
-        self._saves = 0.0
+        self._parts: dict[str, float] = {}
+
+    def watch_parts(self) -> None:
+        """Have clustering and permuting tell how long they take."""
+        from ssd_lit.training import phase_switch
+
+        for name in ("find_experts", "group_neurons"):
+            setattr(phase_switch, name, self._timed(name, getattr(phase_switch, name)))
+
+    def _timed(self, name: str, part: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
+            synchronize()
+            began = time.time()
+            found = part(*arguments)
+            synchronize()
+            self._parts[name] = time.time() - began
+            return found
+
+        return timed
 
     def watch_saves(self, trainer: Trainer) -> None:
         """Have the trainer tell how long it takes to save."""
@@ -196,6 +219,7 @@ class Clock(Callback):
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.watch_saves(trainer)
+        self.watch_parts()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if self._phase_ended is not None or self._is_near(trainer):
@@ -204,10 +228,10 @@ class Clock(Callback):
         if self._phase_ended is not None:
             memory = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()] if DEVICE.type == "cuda" else []
             self.told["switches"].append({
-                "step": trainer.global_step, "to": self._switch.phase.mode, "memory": memory,
+                "step": trainer.global_step, "to": self._switch.phase.mode, "memory": memory, "parts": self._parts,
                 "seconds": now - self._phase_ended - self._validating,
             })  # fmt: skip
-            self._phase_ended, self._validating = None, 0.0
+            self._phase_ended, self._validating, self._parts = None, 0.0, {}
         self.told["steps"].append({"at": now, "mode": self._switch.phase.mode})
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -248,7 +272,7 @@ def child(run: Path) -> int:
     """`ssd-lit train RUN`, with one more callback."""
     from ssd_lit import cli
     from ssd_lit.training import fit
-    from ssd_lit.training.trainer import build_trainer, is_first_process
+    from ssd_lit.training.trainer import build_trainer
 
     clocks: list[Clock] = []
 
@@ -260,7 +284,7 @@ def child(run: Path) -> int:
 
     fit.build_trainer = with_clock
     status = cli.main(["train", str(run), "--until", "sparse_phases"])
-    if is_first_process():
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         clocks[0].write()
     return status
 
@@ -276,6 +300,8 @@ def show(title: str, found: dict[str, Any]) -> None:
         print(f"  {name:<40}{format(found[name], form)}")
     print(f"  steps: {found['step_median_seconds']}, first of each mode: {found['first_step_of_mode_seconds']}")
     print(f"  changes: {[round(one['seconds'], 3) for one in found['switches']]}")
+    print(f"  parts: {[{n: round(x, 3) for n, x in one['parts'].items()} for one in found['switches']]}")
+    print(f"  checkpoints: {[(one['step'], round(one['late'], 2)) for one in found['checkpoints']]}")
     print(f"  memory: {[[round(x / 2**30, 2) for x in one['memory']] for one in found['switches']][::4]}")
     print(f"  validations: {[round(x, 2) for x in found['validation_seconds']]}", flush=True)
 

@@ -260,6 +260,12 @@ class Windows(Callback):
         self._since = time.perf_counter()
 
 
+class Points(PointLog):
+    """Points of a run that is of one stage."""
+
+    def begin(self, stage: str) -> None: ...
+
+
 class TimedData(TokenData):
     """Tells how long the host waits for the training batches."""
 
@@ -296,7 +302,7 @@ def fit(run: Run, shape: Shape, steps: int) -> tuple[Windows, float, float | Non
     data = TimedData.of_run(run.config, run.tokens, draws=0)
     assert isinstance(data, TimedData)
     windows = Windows(steps, WARMUP)
-    points = PointLog(run.folder / "metrics.jsonl")
+    points = Points(run.folder / "metrics.jsonl")
     switch = PhaseSwitch(run, [], Totals(), "dense", costs, Checkpoints(run), provenance={})
     with quiet():
         trainer = build_trainer(run, switch, costs, points)

@@ -58,16 +58,16 @@ FILES = {  # what reads each file: stage, its folder, and what must go first so 
     f"{DATA}/documents/test.parquet": ("encode", DATA, None),
     f"{DATA}/tokenizer/tokenizer.json": ("encode", DATA, None),
     f"{DATA}/tokenizer/tokenizer_config.json": ("encode", DATA, None),
-    f"{DATA}/tokens/index.json": ("evaluate", RUN, None),
-    f"{DATA}/tokens/validation.bin": ("evaluate", RUN, None),
+    f"{DATA}/tokens/index.json": ("evaluate", RUN, "evaluation.json"),
+    f"{DATA}/tokens/validation.bin": ("evaluate", RUN, "evaluation.json"),
     f"{DATA}/tokens/train.bin": ("train", RUN, "phases"),
-    f"{RUN}/config.yaml": ("evaluate", RUN, None),
-    f"{RUN}/evaluation.yaml": ("evaluate", RUN, None),
-    f"{RUN}/phases/00-dense/phase.json": ("evaluate", RUN, None),
-    f"{RUN}/stages/sparse_phases.json": ("evaluate", RUN, None),
-    f"{RUN}/checkpoints/warmup.ckpt": ("train", RUN, "phases/01-moefy"),
-    f"{RUN}/checkpoints/sparse_phases.ckpt": ("evaluate", RUN, None),
-    f"{RUN}/snapshots/step-00000016.pt": ("analyse", RUN, None),
+    f"{RUN}/config.yaml": ("evaluate", RUN, "evaluation.json"),
+    f"{RUN}/evaluation.yaml": ("evaluate", RUN, "evaluation.json"),
+    f"{RUN}/phases/00-dense/phase.json": ("evaluate", RUN, "evaluation.json"),
+    f"{RUN}/stages/sparse_phases.json": ("evaluate", RUN, "evaluation.json"),
+    f"{RUN}/checkpoints/warmup.ckpt": ("train --from moefy", RUN, None),
+    f"{RUN}/checkpoints/sparse_phases.ckpt": ("evaluate", RUN, "evaluation.json"),
+    f"{RUN}/snapshots/step-00000016.pt": ("analyse", RUN, "analysis/analysis.json"),
     f"{RUN}/evaluation.json": ("summarise", EXPERIMENT, None),
     f"{EXPERIMENT}/experiment.yaml": ("summarise", EXPERIMENT, None),
     f"{EXPERIMENT}/summary.csv": ("report", EXPERIMENT, None),
@@ -91,7 +91,8 @@ def test_a_damaged_file_is_named_by_what_reads_it_and_by_verify(
     assert path.name in told.out + told.err
 
     if gone is not None:
-        shutil.rmtree(folder / gone)
+        lost = folder / gone
+        shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     assert main([stage, str(folder), *phase]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert path.name in line

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ssd_lit.config import RunConfig
-from ssd_lit.files import read_sealed, write_sealed
-from ssd_lit.paths import phase_dir, phase_name
+from ssd_lit.files import read_sealed, sha256, write_sealed
+from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -146,3 +146,10 @@ class StageRecord:
             return cls(**content)
         except TypeError as error:
             raise ValueError(f"{path}: not a stage record ({error}); delete it and run again") from None
+
+
+def close_stage(run_dir: Path, stage: str, record: PhaseRecord) -> None:
+    """Put a training stage, which ended with a phase and whose checkpoint is there, on record."""
+    path = checkpoint_path(run_dir, stage)
+    told = StageRecord(stage, record.index, record.last_step, sha256(path), path.stat().st_size, record.inputs)
+    told.write(stage_path(run_dir, stage))

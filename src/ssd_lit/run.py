@@ -146,13 +146,22 @@ class Run:
         return self._is_trained(stage) if stage in self.training_stages else self._is_measured(stage)
 
     def _is_trained(self, stage: str) -> bool:
+        """What later stages were made from counts as done without its checkpoint: nobody needs that any more."""
         if not stage_path(self.folder, stage).exists():
             return False
-        record, weights = self.stage(stage), self.checkpoint(stage)
-        if not weights.exists() or weights.stat().st_size != record.size:
-            return False
+        record = self.stage(stage)
         last = next((self.folder / "phases").glob(f"{record.phase:02d}-*/phase.json"), None)
-        return record.inputs == self.made_from() and last is not None
+        if last is None or record.inputs != self.made_from():
+            return False
+        later = self.training_stages[self.training_stages.index(stage) + 1 :]
+        return self.has_checkpoint(stage) or any(self._is_trained(one) for one in later)
+
+    def has_checkpoint(self, stage: str) -> bool:
+        """Whether the checkpoint of a stage on record is there. Raises ValueError if it is not as large as it was."""
+        path = self.checkpoint(stage)
+        if path.exists() and path.stat().st_size != self.stage(stage).size:
+            raise ValueError(f"{path}: damaged (not as large as it was written); delete it and run again")
+        return path.exists()
 
     def _is_measured(self, measurement: str) -> bool:
         result = self.folder / MEASUREMENTS[measurement][1]

@@ -132,8 +132,10 @@ class RunTracker:
         self._points.log(step, values)
 
     def begin(self, stage: str) -> None:
-        """The work that follows is of another stage."""
-        self._stage = stage
+        """The work that follows is of this stage."""
+        if stage != self._stage:
+            self._outbox.update(tags={**self._outbox.record.tags, "stage": stage})
+            self._stage = stage
 
     def finish(self, stage: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """A stage is done; what it came to is for its child run."""
@@ -235,6 +237,7 @@ class _Delivery:
         """Show the run and the stage's child run as running."""
         for run_id in (self.run_id, self._child(stage).info.run_id):
             self._client.update_run(run_id, status="RUNNING")
+        self._client.set_tag(self.run_id, "stage", stage)
 
     def send_points(self) -> None:
         """Send the points that are new."""

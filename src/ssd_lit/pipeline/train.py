@@ -26,8 +26,6 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
     all that follows it. Raises ConfigError for a name that the run does not have, ValueError for what it needs of
     another run and is not done, `Stopped` where a signal asked for it; the state is then saved.
     """
-    from ssd_lit.training.trainer import is_first_process
-
     run = Run.open(folder)
     last = until or run.stages[-1]
     if last not in run.stages:
@@ -35,7 +33,7 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
     wanted = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
     take_machine(run, threads, run.config.training.devices)
-    if not is_first_process():
+    if not _is_first_process():
         return _train_beside(run, wanted)
     with alone(run.folder, f"train to {last}"):
         resume_step = _forget_what_is_stale(run) if start is None else _begin_anew(run, start)
@@ -85,6 +83,11 @@ def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
     # For finding reads of what was never written; nothing of ours does that.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(max(1, (threads or training.threads) // processes))
+
+
+def _is_first_process() -> bool:
+    """Whether this process keeps the records; false in those that Lightning starts for further devices."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
@@ -170,7 +173,8 @@ def _begin_anew(run: Run, start: str) -> int:
             f"--from {start}: run {config.name} has not come there; allowed: {', '.join(places) or 'none'}"
         )
     index = places[start]
-    kept = [-1, *(run.stage(stage).phase for stage in run.training_stages if run.is_done(stage))]
+    done = [stage for stage in run.training_stages if run.is_done(stage) and run.has_checkpoint(stage)]
+    kept = [-1, *(run.stage(stage).phase for stage in done)]
     kept += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
     if index - 1 not in kept:
         raise ConfigError(

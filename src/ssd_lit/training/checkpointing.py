@@ -1,11 +1,14 @@
 """Checkpoints that are written beside training: a step waits for the copy to the host's memory, not for the disk."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
@@ -13,12 +16,15 @@ from torch import Tensor
 
 from ssd_lit import stopping
 from ssd_lit.config import TrainingConfig
-from ssd_lit.files import sha256, whole_file
-from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint, stage_path
-from ssd_lit.records import PhaseRecord, StageRecord
+from ssd_lit.files import whole_file
+from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint
+from ssd_lit.records import PhaseRecord, close_stage
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import read_checkpoint, save
 from ssd_lit.training.module import Pretraining
+
+COPIES = 2
+"""Checkpoints on their way to the disk at once: a stage that is one MoEfication saves right after another."""
 
 
 class Delivery(NamedTuple):
@@ -39,18 +45,34 @@ class CheckpointWriter(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._writing: Future[None] | None = None
+        self._writing: deque[Future[None]] = deque()
         self._host = _HostMemory()
 
     @property
     def is_busy(self) -> bool:
-        return self._writing is not None and not self._writing.done()
+        return any(not one.done() for one in self._writing)
+
+    def prepare(self, state: Iterable[Tensor], moments: Iterable[Tensor]) -> None:
+        """Get host memory, beside the training, for checkpoints of a model's state and of two moments a parameter."""
+        self._host.reserve([*state, *moments, *moments])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to `path`; `storage_options` is a `Delivery`."""
-        self.wait()
+        """Write to `path`; `storage_options` is a `Delivery`. Waits while two others are still to be written."""
+        while len(self._writing) >= COPIES or (self._writing and self._writing[0].done()):
+            self._writing.popleft().result()
         content = self._host.copy_of(checkpoint)
-        self._writing = self._thread.submit(_write, content, Path(path), storage_options or Delivery())
+        self._writing.append(self._thread.submit(self._write, content, Path(path), storage_options or Delivery()))
+
+    def _write(self, content: dict[str, Any], path: Path, delivery: Delivery) -> None:
+        try:
+            with whole_file(path) as part:
+                save(content, part)
+                if delivery.previous is not None and path.exists():
+                    path.replace(delivery.previous)
+        finally:
+            self._host.take_back(content)
+        if delivery.done is not None:
+            delivery.done()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         self.wait()
@@ -58,54 +80,78 @@ class CheckpointWriter(TorchCheckpointIO):
 
     def wait(self) -> None:
         """Return when all that was given is on the disk. Raises OSError if it is not."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        while self._writing:
+            self._writing.popleft().result()
 
     def teardown(self) -> None:
         self._thread.shutdown()
         self.wait()
 
 
-def _write(content: dict[str, Any], path: Path, delivery: Delivery) -> None:
-    with whole_file(path) as part:
-        save(content, part)
-        if delivery.previous is not None and path.exists():
-            path.replace(delivery.previous)
-    if delivery.done is not None:
-        delivery.done()
-
-
 class _HostMemory:
-    """Host memory for the copy of a checkpoint; that for tensors of a GPU is pinned, and used again."""
+    """Memory of the host for copies of checkpoints: pinned for what comes from a GPU, and used again and again."""
 
     def __init__(self) -> None:
-        self._pinned: dict[str, Tensor] = {}
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        """Pin memory for `COPIES` copies, for one where there is little; it takes a second a gigabyte."""
+        on_gpu = [one for one in tensors if one.is_cuda]
+        size = sum(one.nbytes for one in on_gpu)
+        copies = COPIES if psutil.virtual_memory().available > 4 * size else 1
+        wanted = [(one.shape, one.dtype) for one in on_gpu] * copies
+
+        def pin() -> None:
+            for shape, dtype in wanted:
+                self._give(torch.empty(shape, dtype=dtype, pin_memory=True))
+
+        threading.Thread(target=pin, name="pinning", daemon=True).start()
 
     def copy_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        content: dict[str, Any] = self._copy(checkpoint, "", {})
+        content: dict[str, Any] = self._copy(checkpoint, {})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return content
 
-    def _copy(self, value: Any, place: str, copied: dict[Any, Tensor]) -> Any:
+    def take_back(self, content: dict[str, Any]) -> None:
+        """The copy is not needed any more."""
+        for one in {id(one): one for one in _tensors(content)}.values():
+            if one.is_pinned():
+                self._give(one)
+
+    def _copy(self, value: Any, copied: dict[Any, Tensor]) -> Any:
         """`copied` holds what was copied so far: weights that are tied stay one tensor in the file."""
         if isinstance(value, Tensor):
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else id(value)
             if key not in copied:
-                copied[key] = self._tensor(value.detach(), place) if value.is_cuda else value.detach().clone()
+                copied[key] = self._take(value.detach()) if value.is_cuda else value.detach().clone()
             return copied[key]
         if isinstance(value, dict):
-            return type(value)((key, self._copy(one, f"{place}/{key}", copied)) for key, one in value.items())
+            return type(value)((key, self._copy(one, copied)) for key, one in value.items())
         if isinstance(value, list | tuple):
-            return type(value)(self._copy(one, f"{place}/{i}", copied) for i, one in enumerate(value))
+            return type(value)(self._copy(one, copied) for one in value)
         return value
 
-    def _tensor(self, value: Tensor, place: str) -> Tensor:
-        kept = self._pinned.get(place)
-        if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-            kept = self._pinned[place] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    def _take(self, value: Tensor) -> Tensor:
+        with self._lock:
+            free = self._free.get((value.shape, value.dtype))
+            kept = free.pop() if free else None
+        if kept is None:
+            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return kept.copy_(value, non_blocking=True)
+
+    def _give(self, memory: Tensor) -> None:
+        with self._lock:
+            self._free.setdefault((memory.shape, memory.dtype), []).append(memory)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
 
 
 class Checkpoints:
@@ -132,13 +178,6 @@ class Checkpoints:
         trainer.save_checkpoint(path)
 
 
-def close_stage(run_dir: Path, stage: str, record: PhaseRecord) -> None:
-    """Put a training stage, which ended with a phase and whose checkpoint is there, on record."""
-    path = checkpoint_path(run_dir, stage)
-    told = StageRecord(stage, record.index, record.last_step, sha256(path), path.stat().st_size, record.inputs)
-    told.write(stage_path(run_dir, stage))
-
-
 class RollingCheckpoint(Callback):
     """Saves all state every `checkpoint_every` steps or `checkpoint_minutes`, and when a signal asks to stop.
 
@@ -162,6 +201,8 @@ class RollingCheckpoint(Callback):
         # each other while they may be talking already, and knows SIGUSR1 only as a wish to requeue a Slurm job.
         stopping.defer()
         self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            self._writer.prepare(module.state_dict().values(), [p for p in module.parameters() if p.requires_grad])
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         if not (trainer.should_stop or trainer.global_step % self._training.validate_every == 0):

@@ -8,9 +8,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 class Recorder(Protocol):
-    """Keeps points of a run."""
+    """Keeps points of a run, and the stage that it stands in."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def begin(self, stage: str) -> None: ...
 
 
 class RecorderLogger(Logger):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.paths import checkpoint_path
-from ssd_lit.records import PhaseRecord, Totals
+from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import (
     SWITCH_STATE,
@@ -16,7 +16,6 @@ from ssd_lit.training.checkpoint import (
     weights_of,
     write_checkpoint,
 )
-from ssd_lit.training.checkpointing import close_stage
 from ssd_lit.training.moefication import Checks, clusters_in, find_experts, group_neurons, upcycled
 from ssd_lit.training.optim import build_optimizer
 from ssd_lit.training.schedule import next_phase

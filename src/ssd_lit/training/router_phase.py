@@ -17,10 +17,9 @@ from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.paths import checkpoint_path
-from ssd_lit.records import PhaseRecord, Totals
+from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of, write_checkpoint
-from ssd_lit.training.checkpointing import close_stage
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.router_loss import contributions, router_loss
 from ssd_lit.training.schedule import next_phase

@@ -28,7 +28,7 @@ def starting_point(run: Run) -> Start:
     the one before it taken.
     """
     phases, inputs = run.phases(), run.made_from()
-    done = [stage for stage in run.training_stages if run.is_done(stage)]
+    done = [stage for stage in run.training_stages if run.is_done(stage) and run.has_checkpoint(stage)]
     start = Start([])
     if done:
         record = run.stage(done[-1])

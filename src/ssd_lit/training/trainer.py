@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
 
 from ssd_lit.models.flops import Costs
 from ssd_lit.run import Run
@@ -23,6 +22,7 @@ from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
 from ssd_lit.training.snapshots import Snapshots
+from ssd_lit.training.stage_teller import StageTeller
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -61,6 +61,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
             LossJump(switch),
             meter,
             Progress(switch, meter),
+            *([StageTeller(switch, recorder)] if recorder is not None else []),
             *snapshots,
             RollingCheckpoint(switch.checkpoints, training),
         ],
@@ -69,11 +70,6 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
         enable_model_summary=False,
         default_root_dir=run.folder / "work",
     )
-
-
-def is_first_process() -> bool:
-    """Whether this process keeps the records; false in those that the trainer started for further devices."""
-    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 @contextmanager
