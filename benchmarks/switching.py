@@ -159,6 +159,16 @@ def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "first_step_seconds": steps[0]["at"] + steps[0]["seconds"] - told["process"],
         "step_median_seconds": median,
         "first_step_of_mode_seconds": first,
+        "slow_steps": [
+            [number, step["mode"], round(step["seconds"], 3)]
+            for number, step in enumerate(steps)
+            if step["seconds"] > 1.5 * median[step["mode"]]
+        ],
+        "between_steps_seconds": sum(
+            after["at"] - before["at"] - before["seconds"] for before, after in zip(steps, steps[1:], strict=False)
+        )
+        - sum(told["validations"])
+        - sum(one["seconds"] for one in switches),
         "switches": switches,
         "switch_median_seconds": statistics.median(known),
         "switch_longest_seconds": max(known),
@@ -302,6 +312,7 @@ def show(title: str, found: dict[str, Any]) -> None:
     print(f"  changes: {[round(one['seconds'], 3) for one in found['switches']]}")
     print(f"  parts: {[{n: round(x, 3) for n, x in one['parts'].items()} for one in found['switches']]}")
     print(f"  checkpoints: {[(one['step'], round(one['late'], 2)) for one in found['checkpoints']]}")
+    print(f"  slow steps: {found['slow_steps']}, between steps: {found['between_steps_seconds']:.2f} s")
     print(f"  memory: {[[round(x / 2**30, 2) for x in one['memory']] for one in found['switches']][::4]}")
     print(f"  validations: {[round(x, 2) for x in found['validation_seconds']]}", flush=True)
 
