@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
             if step["seconds"] > 1.5 * median[step["mode"]]
         ],
         "between_steps_seconds": sum(
-            after["at"] - before["at"] - before["seconds"] for before, after in zip(steps, steps[1:], strict=False)
+            after["at"] - before["at"] - before["seconds"] for before, after in pairwise(steps)
         )
         - sum(told["validations"])
         - sum(one["seconds"] for one in switches),
