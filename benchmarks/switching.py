@@ -4,7 +4,7 @@
 
 FILE is the train.bin of any prepared data, such as results/data/english-*/tokens: how long clustering takes depends on
 what the neurons have learnt, and of random tokens nothing can be learnt. Every run is a process of its own: the command
-line with all callbacks, timed by one more callback that waits for the GPU in half of the steps. `cold` begins with an
+line with all callbacks, timed by one more callback that waits for the GPU where a phase ends. `cold` begins with an
 empty cache of compiled code, `warm` with what the run before it left. The schedule has phases of fixed length; with
 --tenth it is that of configs/h100/gpt124m.yaml with a tenth of its steps and all of its changes. Reported are
 
@@ -12,7 +12,8 @@ empty cache of compiled code, `warm` with what the run before it left. The sched
   between them, which stands beside it; those before a mode has run once are left out;
 - the first step: from the start of the process to its end;
 - the run: from the beginning of its first step to the final model on the disk, against the sum of its steps (median of
-  a mode times their number), without validations; with compilation of both modes, and without;
+  a mode, over stretches between logged steps, times their number), without validations; with compilation of both modes
+  and without;
 - checkpoints: how much later the step after one begins, and their share of the run.
 """
 
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +145,16 @@ def whole_run(run: Path, cache: Path) -> dict[str, Any]:
 def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """What the moments that a clock wrote down come to."""
     steps, switches = told["steps"], told["switches"]
-    ordinary: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for step in steps:
-        if step["ordinary"]:
-            ordinary[step["mode"]].append(step["seconds"])
-    median = {mode: statistics.median(seconds) for mode, seconds in ordinary.items()}
-    first = {mode: next(step["seconds"] for step in steps if step["mode"] == mode) for mode in median}
-    compiled = sum(seconds - median[mode] for mode, seconds in first.items())
+    every = config["training"]["log_every"]
+    windows: dict[str, list[float]] = {"dense": [], "sparse": []}
+    # At a logged step the host waits for the GPU; between two of them nothing does, if nothing else happens there.
+    for first in range(every, len(steps) - every, every):
+        window = steps[first : first + every + 1]
+        if len({step["phase"] for step in window}) == 1 and not any(step["disturbed"] for step in window[1:]):
+            windows[window[0]["mode"]].append((window[-1]["at"] - window[0]["at"]) / every)
+    median = {mode: statistics.median(seconds) for mode, seconds in windows.items()}
+    first_steps = {mode: [one["seconds"] for one in steps if one["mode"] == mode][:3] for mode in median}
+    compiled = sum(max(0.0, one - median[mode]) for mode, some in first_steps.items() for one in some)
     run = told["ended"] - steps[0]["at"] - sum(told["validations"])
     ideal = sum(median[step["mode"]] for step in steps)
     known = [one["seconds"] for one in switches[2:]]  # the first two lead into modes that never ran
@@ -159,17 +162,8 @@ def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return {
         "first_step_seconds": steps[0]["at"] + steps[0]["seconds"] - told["process"],
         "step_median_seconds": median,
-        "first_step_of_mode_seconds": first,
-        "slow_steps": [
-            [number, step["mode"], round(step["seconds"], 3)]
-            for number, step in enumerate(steps)
-            if step["seconds"] > 1.5 * median[step["mode"]]
-        ],
-        "between_steps_seconds": sum(
-            after["at"] - before["at"] - before["seconds"] for before, after in pairwise(steps)
-        )
-        - sum(told["validations"])
-        - sum(one["seconds"] for one in switches),
+        "first_steps_of_mode_seconds": first_steps,
+        "compilation_seconds": compiled,
         "switches": switches,
         "switch_median_seconds": statistics.median(known),
         "switch_longest_seconds": max(known),
@@ -194,7 +188,8 @@ class Clock(Callback):
         self._path = path
         self.told: dict[str, Any] = {"process": psutil.Process().create_time(), "steps": [], "switches": [],
                                      "validations": [], "checkpoints": []}  # fmt: skip
-        self._validating = 0.0
+        self._check_every = switch.run.config.switching.check_every
+        self._validating, self._validated = 0.0, False
         self._phase_ended: float | None = None
         self._parts: dict[str, float] = {}
 
@@ -233,35 +228,31 @@ class Clock(Callback):
         self.watch_parts()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if self._phase_ended is not None or self._is_near(trainer):
+        if self._phase_ended is not None:
             synchronize()
         now = time.time()
+        saved = bool(self.told["checkpoints"]) and self.told["checkpoints"][-1]["step"] == trainer.global_step
+        checked = self._switch.phase.mode == "dense" and trainer.global_step % self._check_every == 0
+        disturbed = self._phase_ended is not None or self._validated or saved or checked
         if self._phase_ended is not None:
             memory = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()] if DEVICE.type == "cuda" else []
             self.told["switches"].append({
                 "step": trainer.global_step, "to": self._switch.phase.mode, "memory": memory, "parts": self._parts,
                 "seconds": now - self._phase_ended - self._validating,
             })  # fmt: skip
-            self._phase_ended, self._validating, self._parts = None, 0.0, {}
-        self.told["steps"].append({"at": now, "mode": self._switch.phase.mode})
+        self._phase_ended, self._validating, self._validated, self._parts = None, 0.0, False, {}
+        phase = self._switch.phase
+        self.told["steps"].append({"at": now, "mode": phase.mode, "phase": phase.index, "disturbed": disturbed})
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """First of all callbacks: what the others do belongs to the change of phase, where one follows."""
-        last = self.told["steps"][-1]
         ends = trainer.global_step - self._switch.phase.first_step >= self._switch.phase.max_steps
-        near = ends or self._is_near(trainer)
-        if near:
+        if ends:
             synchronize()
         now = time.time()
-        last["seconds"] = now - last["at"]
-        # Between two waits for the GPU a step is what the host takes to queue it; those are left out of the medians.
-        last["ordinary"] = near and not ends and trainer.global_step % 10 != 1
+        self.told["steps"][-1]["seconds"] = now - self.told["steps"][-1]["at"]
         if ends:
             self._phase_ended = now
-
-    def _is_near(self, trainer: Trainer) -> bool:
-        """Whether the step is one of those that are timed to their end: half of all."""
-        return trainer.global_step % 10 >= 5 or trainer.global_step < 2
 
     def on_validation_start(self, *_: Any) -> None:
         synchronize()
@@ -270,9 +261,8 @@ class Clock(Callback):
     def on_validation_end(self, *_: Any) -> None:
         synchronize()
         self._validating += time.time()
+        self._validated = True
         self.told["validations"].append(self._validating)
-        if self._phase_ended is None:
-            self._validating = 0.0
 
     def write(self) -> None:
         self.told["ended"] = time.time()
@@ -309,11 +299,10 @@ def show(title: str, found: dict[str, Any]) -> None:
         ("checkpoint_longest_seconds", "8.3f"), ("checkpoint_share", "8.4f"), ("process_seconds", "8.1f"),
     ):  # fmt: skip
         print(f"  {name:<40}{format(found[name], form)}")
-    print(f"  steps: {found['step_median_seconds']}, first of each mode: {found['first_step_of_mode_seconds']}")
+    print(f"  steps: {found['step_median_seconds']}, first of each mode: {found['first_steps_of_mode_seconds']}")
     print(f"  changes: {[round(one['seconds'], 3) for one in found['switches']]}")
     print(f"  parts: {[{n: round(x, 3) for n, x in one['parts'].items()} for one in found['switches']]}")
     print(f"  checkpoints: {[(one['step'], round(one['late'], 2)) for one in found['checkpoints']]}")
-    print(f"  slow steps: {found['slow_steps']}, between steps: {found['between_steps_seconds']:.2f} s")
     print(f"  memory: {[[round(x / 2**30, 2) for x in one['memory']] for one in found['switches']][::4]}")
     print(f"  validations: {[round(x, 2) for x in found['validation_seconds']]}", flush=True)
 
