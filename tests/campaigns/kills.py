@@ -31,9 +31,8 @@ WRITES = {
     "prepare": ["documents/.work.*", "documents/.card.json.*.part"],
     "tokenizer": ["tokenizer/.tokenizer.json.*.part"],
     "encode": ["tokens/.train.bin.*.part", "tokens/.index.json.*.part"],
-    "train": ["work/*/.rolling.ckpt.*.part", "phases/*/.last.ckpt.*.part", "phases/*/.phase.json.*.part",
+    "train": ["work/.rolling.ckpt.*.part", "checkpoints/.STAGE.ckpt.*.part", "stages/.STAGE.json.*.part",
               ".mlflow.json.*.part"],
-    "moefy": ["phases/*/.last.ckpt.*.part", "phases/*/.phase.json.*.part"],
     "evaluate": [".evaluation.json.*.part"],
     "summarise": [".summary.csv.*.part"],
     "figures": ["figures/.*.part"],
@@ -43,10 +42,9 @@ WRITES = {
 
 JOBS = {
     "prepare": 3, "tokenizer": 2, "encode": 3, "store": 2,
-    "train dense-seed0 00-dense": 2, "train ssd-seed0 00-dense": 3, "train ssd-seed0 02-sparse": 3,
-    "train ssd-seed0 03-dense": 2, "train sparse-seed0 01-sparse": 2,
-    "moefy ssd-seed0 01-moefy": 1, "moefy ssd-seed0 04-moefy": 1, "moefy sparse-seed0 00-moefy": 1,
-    "moefy posthoc-seed0 00-moefy": 1,
+    "train dense-seed0 dense": 3, "train ssd-seed0 warmup": 3, "train ssd-seed0 moefy": 2,
+    "train ssd-seed0 sparse_phases": 4, "train sparse-seed0 moefy": 2, "train sparse-seed0 sparse_phases": 3,
+    "train posthoc-seed0 moefy": 2,
     "evaluate dense-seed0": 1, "evaluate ssd-seed0": 1, "evaluate sparse-seed0": 1, "evaluate posthoc-seed0": 1,
     "summarise": 2, "figures": 3, "report": 2,
 }  # fmt: skip
@@ -159,7 +157,7 @@ class Workflow:
 
 
 def _job_of(process: psutil.Process) -> str | None:
-    """STAGE RUN PHASE of a process that is a stage; None for any other."""
+    """`train RUN STAGE`, `evaluate RUN` or `STAGE` of a process that is a stage; None for any other."""
     try:
         words = process.cmdline()
     except psutil.Error:
@@ -167,8 +165,8 @@ def _job_of(process: psutil.Process) -> str | None:
     if len(words) < 4 or not words[1].endswith("/ssd-lit"):
         return None
     stage, folder, *rest = words[2:]
-    if stage in ("train", "moefy", "evaluate"):
-        return " ".join([stage, Path(folder).name, *(word for word in rest[:1] if not word.startswith("--"))])
+    if stage in ("train", "evaluate"):
+        return " ".join([stage, Path(folder).name, *rest[1:2]])
     return stage
 
 
@@ -180,7 +178,7 @@ def _watched(job: str, kill: Kill, results: Path) -> tuple[Path, str]:
     else:
         folder = results / "quick" / (f"runs/{names[0]}" if names else "")
     pattern = kill.moment.removeprefix("writing ")
-    return folder, pattern.replace("*/", f"{names[1]}/", 1) if len(names) > 1 else pattern
+    return folder, pattern.replace("STAGE", names[1]) if len(names) > 1 else pattern
 
 
 def _reached(job: str, kill: Kill, process: psutil.Process, results: Path) -> bool:

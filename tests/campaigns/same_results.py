@@ -13,7 +13,7 @@ from ssd_lit.points import read_points
 from ssd_lit.tracking import tracking_uri
 
 TIMED = {"seconds", "train_seconds", "train/seconds", "train/tokens_per_second", "train/mfu", "written"}
-DIGESTS = {"sha256", "weights", "before", "matched"}
+DIGESTS = {"sha256", "weights", "size", "start", "matched"}
 """Of files that hold such figures too."""
 
 
@@ -23,7 +23,7 @@ def differences(expected: Path, got: Path, experiment: str) -> Iterator[str]:
         if file.read_bytes() != (got / file.relative_to(expected)).read_bytes():
             yield f"{file.relative_to(expected)}: other bytes"
     for run in sorted((expected / experiment / "runs").iterdir()):
-        yield from (f"{run.name}: {what}" for what in _run_differences(run, got / run.relative_to(expected)))
+        yield from (f"{run.name}: {what}" for what in run_differences(run, got / run.relative_to(expected)))
     for table in _files(expected / experiment, "summary.csv"):
         if _table(table) != _table(got / table.relative_to(expected)):
             yield f"{table.name}: other rows"
@@ -36,25 +36,30 @@ def leftovers(results: Path) -> list[Path]:
     return sorted(path for path in results.rglob("*") if path.name.endswith(".part") or path.name.startswith(".work."))
 
 
-def _run_differences(expected: Path, got: Path) -> Iterator[str]:
-    phases = [path.name for path in sorted((expected / "phases").iterdir())]
-    if phases != [path.name for path in sorted((got / "phases").iterdir())]:
-        yield "other phases"
-        return
-    for phase in phases:
-        a, b = (
-            torch.load(run / "phases" / phase / "last.ckpt", map_location="cpu", weights_only=True)
-            for run in (expected, got)
-        )
-        yield from (f"{phase}/last.ckpt: {where}" for where in _unequal(a, b))
-        a, b = (read_json(run / "phases" / phase / "phase.json") for run in (expected, got))
-        yield from (f"{phase}/phase.json: {where}" for where in _unequal(a, b))
+def run_differences(expected: Path, got: Path) -> Iterator[str]:
+    """What differs between two runs, a line each: checkpoints, records, evaluation, curves."""
+    for kind in ("phases/*/phase.json", "stages/*.json", "checkpoints/*.ckpt"):
+        files = [sorted(path.relative_to(run) for path in run.glob(kind)) for run in (expected, got)]
+        if files[0] != files[1]:
+            yield f"other {kind}"
+            return
+        for name in files[0]:
+            read = (
+                (lambda path: torch.load(path, map_location="cpu", weights_only=True))
+                if name.suffix == ".ckpt"
+                else read_json
+            )
+            yield from (f"{name}: {where}" for where in _unequal(read(expected / name), read(got / name)))
     yield from (f"evaluation.json: {x}" for x in _unequal(*(read_json(r / "evaluation.json") for r in (expected, got))))
     a, b = (read_points(run / "metrics.jsonl") for run in (expected, got))
     yield from (f"metrics.jsonl: {where}" for where in _unequal(a, b))
     for name, curve in b.items():
         if len(curve) != len(dict(curve)):
             yield f"metrics.jsonl: {name} has a step twice"
+
+
+def _content(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True) if path.suffix == ".ckpt" else read_json(path)
 
 
 def _unequal(a: Any, b: Any, where: str = "") -> Iterator[str]:

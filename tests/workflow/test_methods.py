@@ -1,8 +1,4 @@
-"""Every method from its shipped config: what it promises, and what it waits for in the workflow.
-
-The whole of it is done by `ssd-lit run`, which imports its libraries once a run and not once a phase, and gives what
-the workflow gives (test_conductor.py); the workflow then goes on from there.
-"""
+"""Every method from its shipped config: what it promises, and what it waits for in the workflow."""
 
 import csv
 import re
@@ -14,8 +10,9 @@ import pytest
 
 from ssd_lit.files import read_json
 from tests.campaigns.same_results import differences
+from tests.conftest import Bench
 from tests.tiny import tiny
-from tests.workflow.running import run, snakemake
+from tests.workflow.running import snakemake
 
 FIXED = {"switch_points": [12, 28]}
 HALF = {"training": {"steps": 20}}
@@ -27,10 +24,18 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def methods(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the experiment and its results; whoever changes them works on a copy."""
+    """A folder with the experiment and its results, as the command line alone leaves them; changed as a copy only."""
     folder = tmp_path_factory.mktemp("methods")
-    status, told = run(tiny("methods", folder, arms=ARMS), folder / "results")
-    assert status == 0, told
+    bench = Bench(folder, config=tiny("methods", folder, arms=ARMS))
+    waiting = {run.name: run for run in bench.runs.values()}
+    while waiting:
+        for name, run in list(waiting.items()):
+            if not {run.starts_from, run.matches, run.shares_warmup} & waiting.keys():
+                bench.stage("train", bench.dir(run.arm))
+                del waiting[name]
+    for stage in ("summarise", "figures", "report"):
+        bench.stage(stage, bench.results / "tiny")
+    (bench.results / ".mlflow-ready").touch()  # a file of the workflow's own
     return folder
 
 
@@ -77,23 +82,23 @@ def test_every_method_keeps_its_promise(methods: Path) -> None:
     assert all(f"{arm}-seed0" in html for arm in rows)
 
 
-def test_the_workflow_finds_all_of_it_done_and_trains_a_router_that_is_not(methods: Path, tmp_path: Path) -> None:
+def test_the_workflow_of_stages_finds_all_of_it_done_and_trains_a_router_that_is_not(
+    methods: Path, tmp_path: Path
+) -> None:
     experiment, results = methods / "experiment.yaml", tmp_path / "results"
     shutil.copytree(methods / "results", results)
-    (results / ".mlflow-ready").touch()  # a file of the workflow's own
     assert "Nothing to be done" in snakemake(experiment, results, "-n")
     run_dir = results / "tiny/runs/posthoc_mass-seed0"
-    shutil.rmtree(run_dir / "phases/01-router")
-    (run_dir / "evaluation.json").unlink()
+    for lost in ("phases/01-router/phase.json", "stages/route.json", "checkpoints/route.ckpt", "evaluation.json"):
+        (run_dir / lost).unlink()
     told = snakemake(experiment, results, str(run_dir / "evaluation.json"))
-    assert set(re.findall(r"^(?:local)?(?:checkpoint|rule) (\w+):", told, re.MULTILINE)) == {"route", "evaluate"}
+    assert set(re.findall(r"^(?:local)?rule (\w+):", told, re.MULTILINE)) == {"route", "evaluate"}
     assert list(differences(methods / "results", results, "tiny")) == []
 
 
-def test_a_run_waits_for_the_one_that_it_builds_on(methods: Path, tmp_path: Path) -> None:
-    first = {"dense_stopped": "00-dense", "upcycled": "00-moefy"}
-    asked = [str(tmp_path / f"tiny/runs/{arm}-seed0/phases/{phase}/phase.json") for arm, phase in first.items()]
-    planned = snakemake(methods / "experiment.yaml", tmp_path, "-n", *asked)
-    assert set(re.findall(r"wildcards: run=(\w+)-seed0", planned)) == {*first, "ssd", "dense_half"}
-    # What the other's last phase will be, only the other can tell.
-    assert planned.count("<TBD>") == len(first)
+@pytest.mark.parametrize("jobs", ["stages", "runs"])
+def test_a_run_waits_for_the_one_that_it_builds_on(methods: Path, tmp_path: Path, jobs: str) -> None:
+    arms = ("dense_stopped", "upcycled")
+    asked = [str(tmp_path / f"tiny/runs/{arm}-seed0/evaluation.json") for arm in arms]
+    planned = snakemake(methods / "experiment.yaml", tmp_path, "-n", *asked, jobs=jobs)
+    assert set(re.findall(r"wildcards: run=(\w+)-seed0", planned)) == {*arms, "ssd", "dense_half"}

@@ -3,21 +3,26 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 
+from ssd_lit.cli import main
 from ssd_lit.config import load_experiment
 from ssd_lit.files import read_json
 from ssd_lit.reporting.names import figure_names
 from ssd_lit.tracking import tracking_uri
+from tests.campaigns.same_results import run_differences
 from tests.conftest import Bench, tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 
@@ -69,8 +74,8 @@ def test_a_second_call_finds_nothing_to_do_and_one_stage_can_be_asked_for(quick:
     assert "Nothing to be done" in snakemake("quick", quick)
     planned = snakemake("quick", quick, "-n", "--forcerun", "evaluate")
     assert "evaluate" in planned
-    assert "checkpoint train" not in planned
-    weights = next((quick / "quick/runs/dense-seed0/phases").iterdir()) / "last.ckpt"
+    assert "rule dense" not in planned
+    weights = quick / "quick/runs/dense-seed0/checkpoints/dense.ckpt"
     before = weights.stat().st_mtime_ns
     (quick / "quick/summary.csv").unlink()
     snakemake("quick", quick, str(quick / "quick/summary.csv"))
@@ -78,15 +83,62 @@ def test_a_second_call_finds_nothing_to_do_and_one_stage_can_be_asked_for(quick:
     assert weights.stat().st_mtime_ns == before
 
 
-def test_a_phase_killed_between_its_two_files_is_run_again(quick: Path, tmp_path: Path) -> None:
-    run = quick / "quick/runs/ssd-seed0"
-    record, evaluation = max((run / "phases").iterdir()) / "phase.json", run / "evaluation.json"
-    for file in (record, evaluation):
-        shutil.move(file, tmp_path / file.name)
-    planned = snakemake("quick", quick, "-n", str(evaluation))
-    for file in (record, evaluation):
-        shutil.move(tmp_path / file.name, file)
-    assert "checkpoint moefy" in planned
+def test_planning_writes_nothing(tmp_path: Path) -> None:
+    config, results = tiny_experiment(tmp_path), tmp_path / "results"
+    assert "sparse_phases" in snakemake(config, results, "-n")
+    assert not results.exists()
+
+
+def test_what_is_lost_or_of_other_settings_is_planned_and_nothing_else(quick: Path, tmp_path: Path) -> None:
+    ssd, dense = (quick / f"quick/runs/{name}-seed0" for name in ("ssd", "dense"))
+    weights = ssd / "checkpoints/sparse_phases.ckpt"
+    shutil.move(weights, tmp_path / "kept.ckpt")
+    assert planned(quick) == {"sparse_phases ssd", "evaluate ssd"}
+    shutil.move(tmp_path / "kept.ckpt", weights)
+    # Nobody needs what a later stage was made from.
+    shutil.move(ssd / "checkpoints/warmup.ckpt", tmp_path / "kept.ckpt")
+    assert planned(quick) == set()
+    shutil.move(tmp_path / "kept.ckpt", ssd / "checkpoints/warmup.ckpt")
+    other = tmp_path / "other.yaml"
+    changes = {"arms": {"sparse": {"optim": {"lr": 5e-3}}}}
+    other.write_text(yaml.safe_dump({"base": str(ROOT / "configs/quick.yaml"), **changes}), encoding="utf-8")
+    assert planned(quick, other) == {"moefy sparse", "sparse_phases sparse", "evaluate sparse"}
+    assert planned(quick) == set()
+    assert (dense / "evaluation.json").exists()
+
+
+def planned(results: Path, experiment: str | Path = "quick") -> set[str]:
+    """The stages of runs that would be done, as RULE ARM."""
+    told = snakemake(experiment, results, "-n")
+    return {
+        f"{rule} {arm}"
+        for rule, arm in re.findall(r"^rule (\w+):\n(?:    .*\n)*?    wildcards: run=(\w+)-seed0", told, re.M)
+    }
+
+
+def test_a_copy_with_other_dates_trains_nothing_and_a_forced_stage_gives_the_same(quick: Path, tmp_path: Path) -> None:
+    results = tmp_path / "copy"
+    shutil.copytree(quick, results, copy_function=shutil.copyfile)
+    checkpoints = sorted(results.rglob("*.ckpt"))
+    before = {path: path.stat().st_mtime_ns for path in checkpoints}
+    run = results / "quick/runs/ssd-seed0"
+    assert "rule sparse_phases" in snakemake("quick", results, str(run / "evaluation.json"))
+    assert {path: path.stat().st_mtime_ns for path in checkpoints} == before
+    snakemake("quick", results, str(run / "stages/sparse_phases.json"), "--forcerun", "sparse_phases")
+    anew = {path for path in checkpoints if path.stat().st_mtime_ns != before[path]}
+    assert anew == {run / "checkpoints/sparse_phases.ckpt"}
+    a, b = (torch.load(r / "quick/runs/ssd-seed0/checkpoints/sparse_phases.ckpt", weights_only=True)["state_dict"]
+            for r in (quick, results))  # fmt: skip
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_by_the_command_line_alone_is_the_one_of_the_workflow(quick: Path, tmp_path: Path) -> None:
+    results = tmp_path / "by_hand"
+    assert main(["configs", str(ROOT / "configs/quick.yaml"), "--results", str(results)]) == 0
+    shutil.copytree(quick / "data", results / "data", dirs_exist_ok=True)
+    run = results / "quick/runs/ssd-seed0"
+    subprocess.run([sys.executable, "-m", "ssd_lit", "train", str(run)], env=ENVIRONMENT, check=True)
+    assert list(run_differences(quick / "quick/runs/ssd-seed0", run)) == []
 
 
 def test_snakemake_makes_its_own_archive(quick: Path, tmp_path: Path) -> None:
@@ -123,7 +175,7 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
     config = tiny_experiment(tmp_path, training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
     results = tmp_path / "killed"
     run = results / "tiny/runs/ssd-seed0"
-    rolling, holder = run / "work/02-sparse/rolling.ckpt", run / ".holder"
+    rolling, holder = run / "work/rolling.ckpt", run / ".holder"
 
     def kill_when(reached: Callable[[], bool], kill: Callable[[int, int], None]) -> None:
         # First on one core, in the end on two: their number decides nothing.
@@ -137,9 +189,10 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
         kill(process.pid, signal.SIGKILL)
         process.wait()
 
-    kill_when(rolling.exists, os.killpg)
+    moefied = run / "stages/moefy.json"
+    kill_when(lambda: moefied.exists() and rolling.exists(), os.killpg)
     dead = holder.read_text()
-    assert dead.startswith("02-sparse, process ")
+    assert dead.startswith("train to ")
     kill_when(lambda: holder.exists() and holder.read_text() not in ("", dead), os.kill)
     snakemake(config, results)
     assert not [path for path in results.rglob("*") if path.name.endswith(".part") or path == holder]
@@ -147,9 +200,8 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
     (tmp_path / "whole").mkdir()
     shutil.copy(tmp_path / "text.txt", tmp_path / "whole")
     whole = Bench(tmp_path / "whole", training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
-    expected = torch.load(whole.last_checkpoint("ssd"), weights_only=True)["state_dict"]
-    chain = sorted((run / "phases").iterdir())
-    got = torch.load(chain[-1] / "last.ckpt", weights_only=True)["state_dict"]
+    expected = torch.load(whole.checkpoint("ssd"), weights_only=True)["state_dict"]
+    got = torch.load(run / "checkpoints/sparse_phases.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
     client = MlflowClient(tracking_uri(results))
@@ -170,7 +222,9 @@ def test_runs_that_share_their_warm_up_are_done_once_they_are_done(tmp_path: Pat
     config, results = tiny_experiment(tmp_path, arms={"ssd": grid}), tmp_path / "results"
     runs = [results / f"tiny/runs/ssd.construction_{name}-seed0" for name in ("kmeans", "random")]
     measured = [str(run / "evaluation.json") for run in runs]
-    snakemake(config, results, *measured)
-    first, second = (run / "phases/00-dense/last.ckpt" for run in runs)
-    assert first.read_bytes() == second.read_bytes()
-    assert "Nothing to be done" in snakemake(config, results, *measured)
+    told = snakemake(config, results, *measured, jobs="runs")
+    jobs = re.findall(r"^(?:local)?rule (\w+):", told, re.M)
+    assert sorted(jobs) == ["encode", "prepare", "run", "run", "store", "tokenizer", "warmup"]
+    assert [(run / "checkpoints/warmup.ckpt").exists() for run in runs] == [True, False]
+    for one in ("runs", "stages"):
+        assert "Nothing to be done" in snakemake(config, results, *measured, jobs=one)
