@@ -62,7 +62,7 @@ def processor() -> str:
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed: `ssd-lit run` does without Snakemake."""
+    """None where it is not installed: `ssd-lit train` does without Snakemake."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
