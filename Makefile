@@ -1,21 +1,29 @@
 # make reproduce   install, then take the default experiment from text to report
 # make test        install, then linters, types, tests and a tiny experiment for real
+# make check       the same without the tests of whole runs and workflows: for the hand
 # make ui          the MLflow UI on 127.0.0.1
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test ui install
+.PHONY: reproduce test check lint ui install
 
 reproduce: install
 	snakemake
 
-test: install
+# Files of tests share what is dear to build, so each stays with one process.
+PYTEST := pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+test: lint
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not whole_run"
+
+lint: install
 	ruff check .
 	ruff format --check .
 	mypy
-	@# Files of tests share what is dear to build, so each stays with one process.
-	pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 ui: install
 	ssd-lit ui

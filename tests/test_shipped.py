@@ -11,6 +11,8 @@ from ssd_lit.run import Run
 from tests.conftest import Bench
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.whole_run
+
 Rows = dict[str, dict[str, str]]
 
 FIXED = {"switch_points": [12, 28]}

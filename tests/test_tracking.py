@@ -81,6 +81,8 @@ from pathlib import Path
 import ssd_lit.tracking as tracking
 tracking.SEND_SECONDS = 0.05
 from tests.test_tracking import tracker
+
+pytestmark = pytest.mark.whole_run
 with tracker(Path({run!r}), Path({results!r})) as t:
     for step in range(1, 10**6):
         t.log(step, {{"train/loss": float(step)}})

@@ -16,6 +16,8 @@ from ssd_lit.records import read_chain
 from ssd_lit.training.checkpoint import ROUTER
 from tests.conftest import Bench
 
+pytestmark = pytest.mark.whole_run
+
 FFN = "model.backbone.transformer.h.0.mlp"
 
 

@@ -102,6 +102,8 @@ import os, signal, sys
 import ssd_lit.moe.order as order, ssd_lit.training.checkpointing as checkpointing
 from ssd_lit.cli import main
 
+pytestmark = pytest.mark.whole_run
+
 calls = 0
 
 def killed_at(number, function, half):

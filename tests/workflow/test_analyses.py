@@ -11,6 +11,8 @@ from ssd_lit.config import load_experiment
 from ssd_lit.reporting.names import OF_ANALYSES
 from tests.conftest import tiny_experiment
 
+pytestmark = pytest.mark.whole_run
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 

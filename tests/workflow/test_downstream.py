@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from ssd_lit.config import load_experiment
 from tests.conftest import tiny_experiment
 from tests.labelled import write_blimp
 from tests.workflow.running import snakemake
+
+pytestmark = pytest.mark.whole_run
 
 
 def test_tables_and_figures_wait_for_every_run_to_be_tried(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from mlflow import MlflowClient
 
 from ssd_lit.tracking import tracking_uri
 from tests.conftest import Bench, tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
+
+pytestmark = pytest.mark.whole_run
 
 
 def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path: Path) -> None:

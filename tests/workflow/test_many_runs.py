@@ -3,8 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.tiny import tiny
 from tests.workflow.running import snakemake
+
+pytestmark = pytest.mark.whole_run
 
 
 def test_the_workflow_plans_sixty_runs(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from tests.conftest import Bench
 from tests.tiny import tiny
 from tests.workflow.running import snakemake
 
+pytestmark = pytest.mark.whole_run
+
 FIXED = {"switch_points": [12, 28]}
 HALF = {"training": {"steps": 20}}
 ARMS = {

@@ -22,6 +22,8 @@ from tests.campaigns.same_results import run_differences
 from tests.conftest import tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 
+pytestmark = pytest.mark.whole_run
+
 
 def test_the_quick_experiment_reaches_its_report(quick: Path) -> None:
     here = quick / "quick"
