@@ -45,8 +45,8 @@ def inputs(
     [*itertools.product(["loop", "grouped", "views"], SHAPES), *itertools.product(["loop", "views"], ODD_SHAPES)],
 )
 def test_backend_agrees_with_the_masked_reference_in_output_and_gradients(name: str, shape: tuple[int, ...]) -> None:
-    # Grouped products exist for float32 only.
-    dtype, tolerance = (torch.float32, 2e-4) if name == "grouped" else (torch.float64, 1e-12)
+    # Grouped products exist for float32 only, where a sum that is near zero has the rounding of its large parts.
+    dtype, tolerance = (torch.float32, 1e-5) if name == "grouped" else (torch.float64, 1e-12)
     for kind in KINDS:
         x, choice, experts, leaves = inputs(shape, kind, dtype, seed=sum(shape))
         weight = torch.randn(shape[0], shape[1], dtype=dtype)
@@ -55,7 +55,8 @@ def test_backend_agrees_with_the_masked_reference_in_output_and_gradients(name: 
             y = BACKENDS[backend](x, choice, experts, Activation("relu"))
             found.append([y, *torch.autograd.grad((y * weight).sum(), leaves, materialize_grads=True)])
         for reference, got in zip(*found, strict=True):
-            torch.testing.assert_close(got, reference, rtol=tolerance, atol=tolerance)
+            scale = max(1.0, reference.abs().max().item()) if name == "grouped" else 1.0
+            torch.testing.assert_close(got, reference, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", ["loop", "grouped", "views"])
