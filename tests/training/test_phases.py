@@ -247,6 +247,19 @@ def test_a_config_changed_after_an_interruption_starts_the_run_anew(tmp_path: Pa
     assert curves(alone.dir("dense")) == curves(run)
 
 
+def test_a_run_of_another_method_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, arms={"one": {"method": "ssd"}})
+    bench.phases("one")
+    changed = tiny_experiment(tmp_path, arms={"one": {"method": "sparse"}})
+    bench.stage("configs", changed, "--results", bench.results)
+    run = bench.dir("one")
+    assert main(["train", str(run), "--until", "sparse_phases", "--threads", "1"]) == 0
+    left = {folder: {path.name for path in (run / folder).iterdir()} for folder in ("phases", "stages", "checkpoints")}
+    assert left["phases"] == {"00-moefy", "01-sparse"}
+    assert left["stages"] == {"moefy.json", "sparse_phases.json"}
+    assert left["checkpoints"] == {"moefy.ckpt", "sparse_phases.ckpt"}
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_of_all_its_processes_ends_the_data_workers_too(

@@ -32,8 +32,8 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
     wanted = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
-    take_machine(run, threads, run.config.training.devices)
     if not _is_first_process():
+        take_machine(run, threads, run.config.training.devices)
         return _train_beside(run, wanted)
     with alone(run.folder, f"train to {last}"):
         resume_step = _forget_what_is_stale(run) if start is None else _begin_anew(run, start)
@@ -41,12 +41,12 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
         missing = [stage for stage in wanted if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]
         if training:
+            take_machine(run, threads, run.config.training.devices)
             _train(run, training, resume_step)
-        elif _is_trained(run):
+        if run.is_done(run.training_stages[-1]):
             shutil.rmtree(run.folder / "work", ignore_errors=True)
         told = []
         for stage in (stage for stage in missing if stage in MEASUREMENTS):
-            shutil.rmtree(run.folder / "work", ignore_errors=True)
             take_machine(run, threads)
             gc.collect()  # trainers and models hold each other; the next ones need the room
             told.append(measure(run, stage))
@@ -61,12 +61,11 @@ def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -
     settings = run.folder / MEASUREMENTS[measurement][0]
     if not settings.exists():
         raise ConfigError(f"{settings}: not found; the experiment does not ask for it")
-    take_machine(run, threads)
     with alone(run.folder, measurement):
         _restore_stage_records(run)
         if run.is_done(measurement):
             return "it was done already"
-        shutil.rmtree(run.folder / "work", ignore_errors=True)
+        take_machine(run, threads)
         return measure(run, measurement)
 
 
@@ -153,11 +152,14 @@ def _forget_what_is_stale(run: Run) -> int | None:
     Returns 0, the step up to which its points count, if the run begins anew; None if it goes on.
     """
     inputs, begun = run.made_from(), run.folder / "work" / "made_from.json"
-    phases = run.phases()
-    if any(record.inputs != inputs for record in phases) or (begun.exists() and read_sealed(begun) != inputs):
-        _remove(run, phases, 0)
-        return 0
-    return None if phases or begun.exists() else 0
+    # All that there are, not the chain: another method's phases have other names.
+    records = [PhaseRecord.read(path) for path in run.folder.glob("phases/*/phase.json")]
+    if begun.exists() and read_sealed(begun) == inputs and not records:
+        return None
+    if records and all(record.inputs == inputs for record in records):
+        return None
+    _remove(run, index=0, first_step=0)
+    return 0
 
 
 def _begin_anew(run: Run, start: str) -> int:
@@ -182,36 +184,38 @@ def _begin_anew(run: Run, start: str) -> int:
             f"allowed: {', '.join(place for place, first in places.items() if first - 1 in kept)}"
         )
     first_step = phases[index].first_step
-    _remove(run, phases, index)
+    _remove(run, index, first_step)
     return first_step
 
 
-def _remove(run: Run, phases: list[PhaseRecord], index: int) -> None:
-    """Remove the phases from `index` on, and what was made from them; measurements stay, and count as stale."""
-    for record in phases[index:]:
-        shutil.rmtree(phase_dir(run.folder, record.index, record.mode))
-    for stage in run.training_stages:
-        if not any(stage_of(run.config.method, one.index, one.mode) == stage for one in phases[:index]) or (
-            stage_path(run.folder, stage).exists() and StageRecord.read(stage_path(run.folder, stage)).phase >= index
-        ):
-            stage_path(run.folder, stage).unlink(missing_ok=True)
-            checkpoint_path(run.folder, stage).unlink(missing_ok=True)
+def _remove(run: Run, index: int, first_step: int) -> None:
+    """Remove the phases from `index` on, which began at `first_step`, and all that was made from them.
+
+    Measurements stay, and count as stale.
+    """
+    for folder in run.folder.glob("phases/*-*"):
+        if int(folder.name.partition("-")[0]) >= index:
+            shutil.rmtree(folder)
+    kept = {path.stem for path in run.folder.glob("stages/*.json") if StageRecord.read(path).phase < index}
+    for path in [*run.folder.glob("stages/*.json"), *run.folder.glob("checkpoints/*.ckpt")]:
+        if path.stem not in kept:
+            path.unlink()
     shutil.rmtree(run.folder / "work", ignore_errors=True)
     for step, snapshot in snapshots(run.folder):
-        if step > (phases[index].first_step if index < len(phases) else 0):
+        if step > first_step:
             snapshot.unlink()
 
 
 def _restore_stage_records(run: Run) -> None:
     """Write anew the records of stages that are done: a workflow removes them when it plans the stage once more."""
-    from ssd_lit.training.checkpoint import SWITCH_STATE, read_checkpoint
-
     phases = run.phases()
     for stage in run.training_stages:
         mine = [record for record in phases if stage_of(run.config.method, record.index, record.mode) == stage]
         path = checkpoint_path(run.folder, stage)
         if not mine or stage_path(run.folder, stage).exists() or not path.exists():
             continue
+        from ssd_lit.training.checkpoint import SWITCH_STATE, read_checkpoint
+
         last = mine[-1]
         state = read_checkpoint(path, mapped=True)["callbacks"][SWITCH_STATE]
         if (state["inputs"], state["phase"]) == (run.made_from(), last.index + 1):
@@ -239,10 +243,6 @@ def _adopt_warmup(run: Run, tracker: RunTracker) -> None:
     inputs = run.made_from()
     replace(record, inputs=inputs).write(run.folder)
     replace(stage, inputs=inputs).write(stage_path(run.folder, "warmup"))
-
-
-def _is_trained(run: Run) -> bool:
-    return all(run.is_done(stage) for stage in run.training_stages)
 
 
 def _tell(run: Run, stage: str, tracker: RunTracker) -> None:
