@@ -22,6 +22,8 @@ from ssd_lit.outbox import Outbox
 from ssd_lit.tracking import RunTracker, ensure_store, masked, send_report, send_runs, tracking_uri, try_for
 from tests.faulty_server import FaultyServer
 
+pytestmark = pytest.mark.whole_run
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -81,8 +83,6 @@ from pathlib import Path
 import ssd_lit.tracking as tracking
 tracking.SEND_SECONDS = 0.05
 from tests.test_tracking import tracker
-
-pytestmark = pytest.mark.whole_run
 with tracker(Path({run!r}), Path({results!r})) as t:
     for step in range(1, 10**6):
         t.log(step, {{"train/loss": float(step)}})

@@ -19,6 +19,8 @@ from ssd_lit.records import PhaseRecord
 from ssd_lit.stopping import STATUS
 from tests.conftest import Bench, tiny_experiment
 
+pytestmark = pytest.mark.whole_run
+
 PROGRAM = str(Path(sys.executable).with_name("ssd-lit"))
 TIMES = {"train/tokens_per_second", "train/seconds"}
 
@@ -101,8 +103,6 @@ IN_THE_MIDDLE = """
 import os, signal, sys
 import ssd_lit.moe.order as order, ssd_lit.training.checkpointing as checkpointing
 from ssd_lit.cli import main
-
-pytestmark = pytest.mark.whole_run
 
 calls = 0
 

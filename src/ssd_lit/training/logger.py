@@ -1,10 +1,16 @@
-"""Lightning's logger interface over what records the points of a run."""
+"""Lightning's interfaces over what records the points of a run."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from ssd_lit.records import stage_of
+from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
+from ssd_lit.training.schedule import Phase
 
 
 class Recorder(Protocol):
@@ -39,3 +45,14 @@ class RecorderLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The recorder has the whole config already."""
+
+
+class StageTeller(PhaseCallback):
+    """Tells the recorder of the stage whose steps follow: one fit goes through several."""
+
+    def __init__(self, switch: PhaseSwitch, recorder: Recorder):
+        self._method = switch.run.config.method
+        self._recorder = recorder
+
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        self._recorder.begin(stage_of(self._method, phase.index, phase.mode))
