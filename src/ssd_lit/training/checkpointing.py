@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import psutil
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from ssd_lit import stopping
@@ -60,17 +61,18 @@ class CheckpointWriter(TorchCheckpointIO):
         """Write to `path`; `storage_options` is a `Delivery`. Waits while two others are still to be written."""
         while len(self._writing) >= COPIES or (self._writing and self._writing[0].done()):
             self._writing.popleft().result()
-        content = self._host.copy_of(checkpoint)
-        self._writing.append(self._thread.submit(self._write, content, Path(path), storage_options or Delivery()))
+        content, memory = self._host.copy_of(checkpoint)
+        delivery = storage_options or Delivery()
+        self._writing.append(self._thread.submit(self._write, content, memory, Path(path), delivery))
 
-    def _write(self, content: dict[str, Any], path: Path, delivery: Delivery) -> None:
+    def _write(self, content: dict[str, Any], memory: list[Tensor], path: Path, delivery: Delivery) -> None:
         try:
             with whole_file(path) as part:
                 save(content, part)
                 if delivery.previous is not None and path.exists():
                     path.replace(delivery.previous)
         finally:
-            self._host.take_back(content)
+            self._host.take_back(memory)
         if delivery.done is not None:
             delivery.done()
 
@@ -108,30 +110,26 @@ class _HostMemory:
 
         threading.Thread(target=pin, name="pinning", daemon=True).start()
 
-    def copy_of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        content: dict[str, Any] = self._copy(checkpoint, {})
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return content
+    def copy_of(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+        """The checkpoint with all its tensors on the host, and those tensors; weights that are tied stay one."""
+        copied: dict[Any, Tensor] = {}
 
-    def take_back(self, content: dict[str, Any]) -> None:
-        """The copy is not needed any more."""
-        for one in {id(one): one for one in _tensors(content)}.values():
-            if one.is_pinned():
-                self._give(one)
-
-    def _copy(self, value: Any, copied: dict[Any, Tensor]) -> Any:
-        """`copied` holds what was copied so far: weights that are tied stay one tensor in the file."""
-        if isinstance(value, Tensor):
+        def copy(value: Tensor) -> Tensor:
             key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else id(value)
             if key not in copied:
                 copied[key] = self._take(value.detach()) if value.is_cuda else value.detach().clone()
             return copied[key]
-        if isinstance(value, dict):
-            return type(value)((key, self._copy(one, copied)) for key, one in value.items())
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(one, copied) for one in value)
-        return value
+
+        content: dict[str, Any] = apply_to_collection(checkpoint, Tensor, copy)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return content, list(copied.values())
+
+    def take_back(self, memory: Iterable[Tensor]) -> None:
+        """A copy is not needed any more."""
+        for one in memory:
+            if one.is_pinned():
+                self._give(one)
 
     def _take(self, value: Tensor) -> Tensor:
         with self._lock:
@@ -144,14 +142,6 @@ class _HostMemory:
     def _give(self, memory: Tensor) -> None:
         with self._lock:
             self._free.setdefault((memory.shape, memory.dtype), []).append(memory)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(one)
 
 
 class Checkpoints:
