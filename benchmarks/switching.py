@@ -1,19 +1,21 @@
 """A whole SSD run through `ssd-lit train`: what changes of phase, checkpoints and the start of the process cost.
 
-    python benchmarks/switching.py --tokens FILE [--shape small] [--devices 1] [--runs cold warm] [--tenth]
+    python benchmarks/switching.py --tokens FILE [--shape small] [--devices 1] [--schedule short] [--runs cold warm]
 
 FILE is the train.bin of any prepared data, such as results/data/english-*/tokens: how long clustering takes depends on
 what the neurons have learnt, and of random tokens nothing can be learnt. Every run is a process of its own: the command
 line with all callbacks, timed by one more callback that waits for the GPU where a phase ends. `cold` begins with an
-empty cache of compiled code, `warm` with what the run before it left. The schedule has phases of fixed length; with
---tenth it is that of configs/h100/gpt124m.yaml with a tenth of its steps and all of its changes. Reported are
+empty cache of compiled code, `warm` with what the run before it left, or an earlier call with the same --cache. The
+bytecode of the libraries is there in both, as pip leaves it. The phases of a schedule have a fixed length: `whole` is
+that of configs/h100/gpt124m.yaml, `tenth` has a tenth of its steps and all of its changes, `short` has 150 steps.
+Reported are
 
 - the change of phase: from the end of a phase's last step to the beginning of the next step, without the validation
   between them, which stands beside it; those before a mode has run once are left out;
 - the first step: from the start of the process to its end;
 - the run: from the beginning of its first step to the final model on the disk, against the sum of its steps (median of
   a mode, over stretches between logged steps, times their number), without validations; with compilation of both modes
-  and without;
+  and without; and where the difference goes;
 - checkpoints: how much later the step after one begins, and their share of the run.
 """
 
@@ -26,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -43,6 +46,22 @@ from ssd_lit.paths import data_dir
 
 RESULT = RESULTS / "switching.json"
 VALIDATION_BLOCKS = 256
+
+
+class Schedule(NamedTuple):
+    """Steps of a whole run, of its warm-up, a sparse phase, a dense one, the last; and what happens in between."""
+
+    phases: tuple[int, int, int, int, int]
+    check_every: int
+    checkpoint_every: int
+
+
+SCHEDULES = {
+    # The real one has a warm-up of 600 to 1200 steps.
+    "whole": Schedule((6200, 900, 400, 60, 1240), 200, 1000),
+    "tenth": Schedule((620, 90, 40, 6, 124), 200, 200),
+    "short": Schedule((150, 30, 20, 10, 30), 50, 70),
+}
 LIMITS = {"small": {1: 0.4, 4: 0.8}, "1.3b": {1: 1.2}}
 """Seconds of a change of phase, by shape and devices."""
 
@@ -54,17 +73,18 @@ def main() -> int:
     shape = SHAPES[arguments.shape]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        cache = Path(name) / "cache"
+        cache = arguments.cache or Path(name) / "cache"
+        compile_bytecode(Path(name) / "bytecode")
         for run in arguments.runs:
             if run == "cold":
                 shutil.rmtree(cache, ignore_errors=True)
-            folder = write_run(Path(name) / run, shape, arguments, short=run == "warm")
+            folder = write_run(Path(name) / run, shape, arguments)
             found[run] = whole_run(folder, cache)
             show(f"{arguments.shape}, {arguments.devices} devices, {run}", found[run])
-    key = f"{arguments.shape}-{arguments.devices}"
+    key = f"{arguments.shape}-{arguments.devices}-{arguments.schedule}"
     result = arguments.out or RESULT
     known = json.loads(result.read_text()) if result.exists() else {}
-    write_json(result, {**known, key: {"machine": machine("lightning"), "tenth": arguments.tenth, **found}})
+    write_json(result, {**known, key: {"machine": machine("lightning"), **found}})
     limit = LIMITS.get(arguments.shape, {}).get(arguments.devices)
     return int(limit is not None and max(found[run]["switch_median_seconds"] for run in found) > limit)
 
@@ -75,19 +95,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--runs", nargs="+", choices=["cold", "warm"], default=["cold", "warm"])
-    parser.add_argument("--tenth", action="store_true")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="short")
+    parser.add_argument("--cache", type=Path, help="where compiled code is kept; a temporary folder if not given")
     parser.add_argument("--out", type=Path, help="the JSON that the figures are added to")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace, *, short: bool) -> Path:
+def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace) -> Path:
     """The folder of a run with its data, as `ssd-lit configs` and `encode` leave them."""
-    devices, tenth = arguments.devices, arguments.tenth
-    # Of the real schedule 6200, 600 to 1200, 400, 60, 1240; the warm-up has a length in the middle.
-    steps, warmup, sparse, dense, last = (620, 90, 40, 6, 124) if tenth else (150, 30, 20, 10, 30)
-    if short:
-        steps, warmup, sparse, dense, last = 60, 10, 10, 6, 10
+    devices, schedule = arguments.devices, SCHEDULES[arguments.schedule]
+    steps, warmup, sparse, dense, last = schedule.phases
     config = RunConfig.model_validate(
         {
             "experiment": "switching", "arm": "ssd", "method": "ssd", "label": "SSD", "seed": 0,
@@ -102,10 +120,10 @@ def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace, *, shor
                 "steps": steps, "batch_size": shape.batch * devices, "devices": devices, "log_every": 10,
                 "compile": DEVICE.type == "cuda", "precision": "bf16" if DEVICE.type == "cuda" else "fp32",
                 "validate_every": 50, "validation_blocks": 2 * shape.batch * devices,
-                "checkpoint_every": 200 if tenth else 70,
+                "checkpoint_every": schedule.checkpoint_every,
             },
             "switching": {
-                "tau": 1.0, "check_every": 200 if tenth else 50, "sparse_share": 0.5, "warmup_min_steps": warmup,
+                "tau": 1.0, "check_every": schedule.check_every, "sparse_share": 0.5, "warmup_min_steps": warmup,
                 "warmup_max_steps": warmup, "sparse_steps": sparse, "dense_min_steps": dense, "dense_max_steps": dense,
                 "final_dense_steps": last,
             },
@@ -130,6 +148,14 @@ def write_tokens(folder: Path, config: DataConfig, shape: Shape, source: Path) -
     write_text(folder / "config.yaml", dump(config))
 
 
+def compile_bytecode(folder: Path) -> None:
+    """Have Python write and use the bytecode of what training imports: images of containers may lack it."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+    libraries = "torch._inductor.compile_fx, torch._dynamo.repro.after_dynamo, ssd_lit.training.fit"
+    subprocess.run([sys.executable, "-c", f"import {libraries}"], check=True)
+
+
 def whole_run(run: Path, cache: Path) -> dict[str, Any]:
     """Train the run in a process of its own; what its clock and its records tell."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
@@ -150,7 +176,7 @@ def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     # At a logged step the host waits for the GPU; between two of them nothing does, if nothing else happens there.
     for first in range(every, len(steps) - every, every):
         window = steps[first : first + every + 1]
-        if len({step["phase"] for step in window}) == 1 and not any(step["disturbed"] for step in window[1:]):
+        if len({step["phase"] for step in window}) == 1 and not any(step["before"] for step in window[1:]):
             windows[window[0]["mode"]].append((window[-1]["at"] - window[0]["at"]) / every)
     median = {mode: statistics.median(seconds) for mode, seconds in windows.items()}
     first_steps = {mode: [one["seconds"] for one in steps if one["mode"] == mode][:3] for mode in median}
@@ -172,12 +198,25 @@ def figures(told: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         "steps_seconds": ideal,
         "run_over_steps": run / ideal,
         "run_over_steps_without_compilation": (run - compiled) / ideal,
+        "between_steps_seconds": between_steps(told, median, compiled),
         "beyond_steps_seconds": told["ended"] - told["process"] - sum(told["validations"]) - ideal,
         "checkpoints": told["checkpoints"],
         "checkpoint_share": sum(late) / run,
         "checkpoint_longest_seconds": max(late, default=0.0),
         "tokens_a_step": config["training"]["batch_size"] * config["data"]["sequence_length"],
     }
+
+
+def between_steps(told: dict[str, Any], median: dict[str, float], compiled: float) -> dict[str, float]:
+    """Where the seconds beyond the steps' own went, by what happened between two of them."""
+    steps = told["steps"]
+    seconds = {"compilation": compiled, "end": told["ended"] - steps[-1]["at"] - median[steps[-1]["mode"]]}
+    for step, following in pairwise(steps):
+        happened = following["before"][0] if following["before"] else "nothing"
+        excess = following["at"] - step["at"] - following["validation"] - median[step["mode"]]
+        seconds[happened] = seconds.get(happened, 0.0) + excess
+    seconds["nothing"] = seconds.get("nothing", 0.0) - compiled
+    return seconds
 
 
 class Clock(Callback):
@@ -233,16 +272,20 @@ class Clock(Callback):
         now = time.time()
         saved = bool(self.told["checkpoints"]) and self.told["checkpoints"][-1]["step"] == trainer.global_step
         checked = self._switch.phase.mode == "dense" and trainer.global_step % self._check_every == 0
-        disturbed = self._phase_ended is not None or self._validated or saved or checked
+        happened = {"change": self._phase_ended is not None, "checkpoint": saved, "validation": self._validated,
+                    "similarity": checked}  # fmt: skip
         if self._phase_ended is not None:
             memory = [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()] if DEVICE.type == "cuda" else []
             self.told["switches"].append({
                 "step": trainer.global_step, "to": self._switch.phase.mode, "memory": memory, "parts": self._parts,
                 "seconds": now - self._phase_ended - self._validating,
             })  # fmt: skip
-        self._phase_ended, self._validating, self._validated, self._parts = None, 0.0, False, {}
         phase = self._switch.phase
-        self.told["steps"].append({"at": now, "mode": phase.mode, "phase": phase.index, "disturbed": disturbed})
+        self.told["steps"].append({
+            "at": now, "mode": phase.mode, "phase": phase.index, "validation": self._validating,
+            "before": [name for name, did in happened.items() if did],
+        })  # fmt: skip
+        self._phase_ended, self._validating, self._validated, self._parts = None, 0.0, False, {}
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """First of all callbacks: what the others do belongs to the change of phase, where one follows."""
@@ -302,6 +345,7 @@ def show(title: str, found: dict[str, Any]) -> None:
     print(f"  steps: {found['step_median_seconds']}, first of each mode: {found['first_steps_of_mode_seconds']}")
     print(f"  changes: {[round(one['seconds'], 3) for one in found['switches']]}")
     print(f"  parts: {[{n: round(x, 3) for n, x in one['parts'].items()} for one in found['switches']]}")
+    print(f"  between steps: { {name: round(x, 2) for name, x in found['between_steps_seconds'].items()} }")
     print(f"  checkpoints: {[(one['step'], round(one['late'], 2)) for one in found['checkpoints']]}")
     print(f"  memory: {[[round(x / 2**30, 2) for x in one['memory']] for one in found['switches']][::4]}")
     print(f"  validations: {[round(x, 2) for x in found['validation_seconds']]}", flush=True)

@@ -9,7 +9,7 @@ import torch
 
 from ssd_lit.cli import main
 from ssd_lit.config import load_run
-from ssd_lit.files import read_sealed, sha256, write_sealed
+from ssd_lit.files import archive_digest, read_sealed, write_sealed
 from ssd_lit.points import read_points
 from ssd_lit.records import PhaseRecord
 from ssd_lit.reporting.analyses import read_table
@@ -117,6 +117,17 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
     assert refused > len(whole) / 2
 
 
+def test_the_digest_of_a_checkpoint_stands_for_names_and_values(tmp_path: Path) -> None:
+    digests = []
+    for number, name, value in ((0, "w", 1.0), (1, "w", 1.0), (2, "v", 1.0), (3, "w", 1.0 + 2**-23)):
+        tensor = torch.arange(4000.0)
+        tensor[1234] = value
+        write_checkpoint(tmp_path / f"{number}.ckpt", {"state_dict": {name: tensor}, "global_step": 7})
+        digests.append(archive_digest(tmp_path / f"{number}.ckpt"))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 @pytest.mark.parametrize("change", [{"a": 2}, {"a": 1, "b": None}, {}])
 def test_a_sealed_file_with_other_content_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "a.json"
@@ -197,7 +208,7 @@ def test_what_a_run_was_made_from_is_on_record(done: Bench) -> None:
         assert provenance["commit"]
         assert provenance["machine"]["processor"]
     assert record.inputs == done.open("ssd").made_from()
-    assert evaluation["inputs"]["weights"] == sha256(run / "checkpoints/sparse_phases.ckpt")
+    assert evaluation["inputs"]["weights"] == archive_digest(run / "checkpoints/sparse_phases.ckpt")
 
 
 def test_verify_tells_results_that_no_longer_match_their_inputs(

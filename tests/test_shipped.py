@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ssd_lit.files import read_json, sha256
+from ssd_lit.files import archive_digest, read_json
 from ssd_lit.run import Run
 from tests.conftest import Bench
 from tests.tiny import tiny
@@ -67,7 +67,7 @@ def test_every_construction_is_a_cell_of_its_grid(tmp_path: Path) -> None:
     assert Run.open(adopted).checkpoint("warmup") == trained / "checkpoints/warmup.ckpt"
     assert not (adopted / "checkpoints/warmup.ckpt").exists()
     firsts = [read_json(folder / "stages/warmup.json") for folder in (trained, adopted)]
-    assert firsts[0]["weights"] == firsts[1]["weights"] == sha256(trained / "checkpoints/warmup.ckpt")
+    assert firsts[0]["weights"] == firsts[1]["weights"] == archive_digest(trained / "checkpoints/warmup.ckpt")
     assert [read_json(folder / "phases/00-dense/phase.json")["steps"] for folder in (trained, adopted)] == [12, 12]
     for arm in ("ssd", "posthoc"):
         assert {path.suffix for path in (here / "figures").glob(f"grid_{arm}.*")} == {".csv", ".png", ".svg"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ssd_lit.config import RunConfig
-from ssd_lit.files import read_sealed, sha256, write_sealed
+from ssd_lit.files import archive_digest, read_sealed, write_sealed
 from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
@@ -129,7 +129,7 @@ class StageRecord:
     """Index of its last phase."""
     step: int
     weights: str
-    """SHA-256 of its checkpoint."""
+    """The digest of its checkpoint: see `archive_digest`."""
     size: int
     """Bytes of it."""
     inputs: dict[str, str | None]
@@ -151,5 +151,5 @@ class StageRecord:
 def close_stage(run_dir: Path, stage: str, record: PhaseRecord) -> None:
     """Put a training stage, which ended with a phase and whose checkpoint is there, on record."""
     path = checkpoint_path(run_dir, stage)
-    told = StageRecord(stage, record.index, record.last_step, sha256(path), path.stat().st_size, record.inputs)
+    told = StageRecord(stage, record.index, record.last_step, archive_digest(path), path.stat().st_size, record.inputs)
     told.write(stage_path(run_dir, stage))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ssd_lit import stopping
 from ssd_lit.config import ConfigError
-from ssd_lit.files import read_sealed, sha256, whole_file, write_sealed
+from ssd_lit.files import read_sealed, whole_file, write_sealed
 from ssd_lit.gpus import take_gpus
 from ssd_lit.holding import alone
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
 from ssd_lit.points import read_points
-from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of
+from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, stage_of
 from ssd_lit.run import Run
 from ssd_lit.tracking import RunTracker
 
@@ -219,8 +219,7 @@ def _restore_stage_records(run: Run) -> None:
         last = mine[-1]
         state = read_checkpoint(path, mapped=True)["callbacks"][SWITCH_STATE]
         if (state["inputs"], state["phase"]) == (run.made_from(), last.index + 1):
-            record = StageRecord(stage, last.index, last.last_step, sha256(path), path.stat().st_size, last.inputs)
-            record.write(stage_path(run.folder, stage))
+            close_stage(run.folder, stage, last)
             print(f"{stage}: its result stands in the run's records, and stays", flush=True)
 
 

@@ -9,7 +9,7 @@ from ssd_lit.config import RunConfig, load_data, load_resolved, load_run
 from ssd_lit.data.documents import read_split
 from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import check_tokenizer
-from ssd_lit.files import check_digests, check_seal, read_sealed, sha256
+from ssd_lit.files import archive_digest, check_digests, check_seal, read_sealed, sha256
 from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
 from ssd_lit.points import read_points
 from ssd_lit.records import MEASUREMENTS, PhaseRecord
@@ -138,7 +138,11 @@ def _phase(run: Run, record: PhaseRecord) -> str:
 def _stage(run: Run, stage: str) -> str:
     record, weights = run.stage(stage), run.checkpoint(stage)
     _compare(run.folder / "stages" / f"{stage}.json", record.inputs, run.made_from())
-    check_digests(weights.parent, {weights.name: record.weights})
+    if not weights.is_file():
+        raise ValueError(f"{weights}: not found")
+    check_checkpoint(weights)
+    if archive_digest(weights) != record.weights:
+        raise ValueError(f"{weights}: not the checkpoint that the stage wrote")
     return f"step {record.step}, weights {record.weights[:16]}"
 
 

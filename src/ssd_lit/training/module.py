@@ -110,6 +110,10 @@ class Pretraining(LightningModule):
         # Lightning would keep them through the next forward pass, where memory is needed most.
         self.trainer.optimizers[0].zero_grad()
 
+    def on_train_end(self) -> None:
+        # Lightning would copy the moments to the host at the end, where nobody asks for them.
+        self.trainer.strategy.optimizers = []
+
     def take_train_loss(self) -> float:
         """The mean loss over all targets since the last call, of all processes; waits for the device."""
         return self._take(self._train_loss).item()
