@@ -52,15 +52,16 @@ class Schedule(NamedTuple):
     """Steps of a whole run, of its warm-up, a sparse phase, a dense one, the last; and what happens in between."""
 
     phases: tuple[int, int, int, int, int]
+    validate_every: int
     check_every: int
     checkpoint_every: int
 
 
 SCHEDULES = {
     # The real one has a warm-up of 600 to 1200 steps.
-    "whole": Schedule((6200, 900, 400, 60, 1240), 200, 1000),
-    "tenth": Schedule((620, 90, 40, 6, 124), 200, 200),
-    "short": Schedule((150, 30, 20, 10, 30), 50, 70),
+    "whole": Schedule((6200, 900, 400, 60, 1240), 200, 200, 1000),
+    "tenth": Schedule((620, 90, 40, 6, 124), 50, 200, 200),
+    "short": Schedule((150, 30, 20, 10, 30), 50, 50, 70),
 }
 LIMITS = {"small": {1: 0.4, 4: 0.8}, "1.3b": {1: 1.2}}
 """Seconds of a change of phase, by shape and devices."""
@@ -119,7 +120,7 @@ def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace) -> Path
             "training": {
                 "steps": steps, "batch_size": shape.batch * devices, "devices": devices, "log_every": 10,
                 "compile": DEVICE.type == "cuda", "precision": "bf16" if DEVICE.type == "cuda" else "fp32",
-                "validate_every": 50, "validation_blocks": 2 * shape.batch * devices,
+                "validate_every": schedule.validate_every, "validation_blocks": 2 * shape.batch * devices,
                 "checkpoint_every": schedule.checkpoint_every,
             },
             "switching": {
