@@ -16,7 +16,7 @@ TINY: dict[str, Any] = {
     "optim": {"lr": 1e-2, "warmup_steps": 3},
     "training": {
         "steps": 40, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
-        "checkpoint_every": 10,
+        "checkpoint_every": 10, "compile": False,
     },
     "switching": {
         "tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,

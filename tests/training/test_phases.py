@@ -7,17 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from ssd_lit.cli import main
 from ssd_lit.files import read_json
+from ssd_lit.moe import order
+from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.points import read_points
 from ssd_lit.records import PhaseRecord
 from ssd_lit.stopping import STATUS
+from ssd_lit.training import checkpointing
 from tests.conftest import Bench, tiny_experiment
+from tests.forked import Forked, run_forked
 
 pytestmark = pytest.mark.whole_run
 
@@ -43,14 +52,13 @@ def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: curve for name, curve in read_points(run_dir / "metrics.jsonl").items() if name not in TIMES}
 
 
-def kill_when(command: list[str], reached: Path, least_step: int, number: int = signal.SIGKILL) -> tuple[int, str]:
-    """Start the command, and kill it once it has logged a step of at least that number; its status and what it said.
+def kill_when(
+    process: Forked | subprocess.Popen[str], reached: Path, least_step: int, number: int = signal.SIGKILL
+) -> tuple[int | None, str]:
+    """Kill a process once it has logged a step of at least that number; its status and what it said.
 
     SIGKILL goes to all its processes, as when a machine goes down; any other signal to the first one alone.
     """
-    process = subprocess.Popen(
-        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if reached.exists() and any(f'"step": {s},' in reached.read_text() for s in range(least_step, least_step + 9)):
@@ -85,13 +93,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_not(whole: Bench, tmp_path: Path) -> None:
     broken = Bench(tmp_path, training=LONGER, switching=LONG_PHASES, arms=SSD)
     run = broken.dir("ssd")
-    command, rolling = [PROGRAM, "train", str(run), "--threads", "1"], run / "work/rolling.ckpt"
+    command, rolling = ["train", run, "--threads", "1"], run / "work/rolling.ckpt"
     # In the warm-up, the first sparse phase, and the last dense one.
     for step, asked in ((12, signal.SIGTERM), (72, signal.SIGUSR1), (190, signal.SIGTERM)):
-        kill_when(command, run / "metrics.jsonl", step)
+        kill_when(Forked(*command), run / "metrics.jsonl", step)
         assert rolling.exists() or (run / "work/previous.ckpt").exists()
         # Asked to stop, it saves the step that it stands at, whichever it is.
-        status, told = kill_when(command, run / "metrics.jsonl", step + 12, asked)
+        status, told = kill_when(Forked(*command), run / "metrics.jsonl", step + 12, asked)
         assert status == STATUS
         (stopped,) = re.findall(rf"stopped by {asked.name} after step (\d+), which is saved", told)
         assert torch.load(rolling, weights_only=True)["global_step"] == int(stopped) >= step + 12
@@ -99,37 +107,34 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
     assert curves(whole.dir("ssd")) == curves(run)
 
 
-IN_THE_MIDDLE = """
-import os, signal, sys
-import ssd_lit.moe.order as order, ssd_lit.training.checkpointing as checkpointing
-from ssd_lit.cli import main
+def kill_at(call: int, module: ModuleType, name: str, half: Callable[..., None]) -> None:
+    """Have this process do half of what a function does, and die, at its so-manieth call."""
+    function, calls = getattr(module, name), count(1)
 
-calls = 0
-
-def killed_at(number, function, half):
-    def work(*arguments, **named):
-        global calls
-        calls += 1
-        if calls == number:
+    def work(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == call:
             half(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **named)
-    return work
 
-def half_permuted(ffn, order, optimizer):
+    setattr(module, name, work)
+
+
+def half_permuted(ffn: ExpertFFN, order: torch.Tensor, optimizer: object) -> None:
     # Weights have moved, moments have not.
-    with __import__("torch").no_grad():
+    with torch.no_grad():
         ffn.w_in.copy_(ffn.w_in[order])
 
-def half_written(content, path):
+
+def half_written(content: object, path: Path) -> None:
     path.write_bytes(b"PK half of a checkpoint")
 
-if sys.argv[1] == "permuting":
-    order.reorder_neurons = killed_at(int(sys.argv[2]), order.reorder_neurons, half_permuted)
-else:
-    checkpointing.save = killed_at(int(sys.argv[2]), checkpointing.save, half_written)
-main(sys.argv[3:])
-"""
+
+KILLS = {"permuting": (order, "reorder_neurons", half_permuted), "writing": (checkpointing, "save", half_written)}
+
+
+def kill_while(where: str, call: int) -> None:
+    kill_at(call, *KILLS[where])
 
 
 # Of two layers: the first MoEfication of the second one, then the second MoEfication.
@@ -139,9 +144,10 @@ def test_a_run_killed_while_it_switches_or_saves_ends_bit_for_bit_as_one_that_wa
 ) -> None:
     broken = Bench(tmp_path, training=LONGER, switching=LONG_PHASES, arms=SSD)
     run = broken.dir("ssd")
-    arguments = [where, str(call), "train", str(run), "--until", "sparse_phases", "--threads", "1"]
-    done = subprocess.run([sys.executable, "-c", IN_THE_MIDDLE, *arguments], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    arguments = ["train", run, "--until", "sparse_phases", "--threads", "1"]
+    process = Forked(*arguments, before=partial(kill_while, where, call))
+    _, told = process.communicate()
+    assert process.returncode == -signal.SIGKILL, told[-2000:]
     assert same(whole.checkpoint("ssd"), broken.checkpoint("ssd"))
     assert curves(whole.dir("ssd")) == curves(run)
     assert not list(run.rglob(".*.part"))
@@ -152,7 +158,7 @@ def test_a_run_in_pieces_is_the_run_in_one_process(whole: Bench, tmp_path: Path)
     pieces = Bench(tmp_path, training={**LONGER, "keep_phases": True}, switching=LONG_PHASES, arms=SSD)
     run = pieces.dir("ssd")
     for stage in ("warmup", "moefy", "sparse_phases"):
-        subprocess.run([PROGRAM, "train", str(run), "--until", stage, "--threads", "1"], check=True)
+        run_forked("train", run, "--until", stage, "--threads", "1")
     for stage in ("warmup", "moefy", "sparse_phases"):
         assert same(whole.checkpoint("ssd", stage), pieces.checkpoint("ssd", stage)), stage
     assert curves(whole.dir("ssd")) == curves(run)
@@ -216,7 +222,7 @@ def test_a_run_killed_before_its_first_checkpoint_stays_one_run(tmp_path: Path) 
     bench = Bench(tmp_path, training=training, arms={"sparse": {"method": "sparse"}})
     bench.phases("sparse", "moefy")
     run = bench.dir("sparse")
-    kill_when([PROGRAM, "train", str(run), "--threads", "1"], run / "metrics.jsonl", 21)
+    kill_when(Forked("train", run, "--threads", "1"), run / "metrics.jsonl", 21)
     assert not (run / "work/rolling.ckpt").exists()
     before = read_json(run / "mlflow.json")
     bench.phases("sparse")
@@ -236,7 +242,7 @@ def test_a_config_changed_after_an_interruption_starts_the_run_anew(tmp_path: Pa
     (tmp_path / "alone").mkdir()
     bench = Bench(tmp_path / "changed", training=training, arms=arms)
     run = bench.dir("dense")
-    kill_when([PROGRAM, "train", str(run), "--threads", "1"], run / "metrics.jsonl", 21)
+    kill_when(Forked("train", run, "--threads", "1"), run / "metrics.jsonl", 21)
     assert list((run / "work").glob("*.ckpt"))
     other = {"training": {**training, "steps": 40}, "optim": {"lr": 5e-3, "warmup_steps": 3}, "arms": arms}
     changed = tiny_experiment(tmp_path / "changed", **other)
@@ -269,7 +275,7 @@ def test_a_stop_of_all_its_processes_ends_the_data_workers_too(
     training = {**LONGER, "steps": 4000, "workers": workers, "validate_every": 3}
     bench = Bench(tmp_path, training=training, arms={"dense": {"method": "dense"}})
     run = bench.dir("dense")
-    process = subprocess.Popen([PROGRAM, "train", str(run), "--threads", "1"], start_new_session=True)
+    process = Forked("train", run, "--threads", "1")
     while not (run / "metrics.jsonl").exists() or '"step": 9,' not in (run / "metrics.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.01)
@@ -297,15 +303,20 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
                     "checkpoint_every": 4, "devices": devices}  # fmt: skip
         bench = Bench(folder, training=training, model=model, switching=switching, arms=SSD)
         run = bench.dir("ssd")
-        command = [PROGRAM, "train", str(run), "--threads", "2"]
-        if devices == 2:
-            status, told = kill_when(command, run / "metrics.jsonl", 3, signal.SIGTERM)
+        if devices == 1:
+            assert main(["train", str(run), "--threads", "2"]) == 0
+        else:
+            command = [PROGRAM, "train", str(run), "--threads", "2"]
+            process = subprocess.Popen(
+                command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+            )
+            status, told = kill_when(process, run / "metrics.jsonl", 3, signal.SIGTERM)
             assert status == STATUS
             assert "stopped by SIGTERM after step" in told
-        done = subprocess.run(
-            command, env={**os.environ, **cluster}, check=True, timeout=300, stderr=subprocess.PIPE, text=True
-        )
-        assert done.stderr.count("begins") == devices
+            done = subprocess.run(
+                command, env={**os.environ, **cluster}, check=True, timeout=300, stderr=subprocess.PIPE, text=True
+            )
+            assert done.stderr.count("begins") == devices
         assert (run / "evaluation.json").exists()
         found[devices] = bench.phases("ssd"), curves(run), weights(bench.checkpoint("ssd"))
     (chain, expected, one), (other, got, two) = found[1], found[2]

@@ -37,7 +37,7 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
     def kill_when(reached: Callable[[], bool], kill: Callable[[int, int], None]) -> None:
         # First on one core, in the end on two: their number decides nothing.
         process = subprocess.Popen(
-            command(config, results, "--cores", "1"), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+            command(config, results, str(trained), "--cores", "1"), cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         while not reached():
@@ -46,12 +46,12 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
         kill(process.pid, signal.SIGKILL)
         process.wait()
 
-    moefied = run / "stages/moefy.json"
+    trained, moefied = run / "stages/sparse_phases.json", run / "stages/moefy.json"
     kill_when(lambda: moefied.exists() and rolling.exists(), os.killpg)
     dead = holder.read_text()
     assert dead.startswith("train to ")
     kill_when(lambda: holder.exists() and holder.read_text() not in ("", dead), os.kill)
-    snakemake(config, results)
+    snakemake(config, results, str(trained))
     assert not [path for path in results.rglob("*") if path.name.endswith(".part") or path == holder]
 
     (tmp_path / "whole").mkdir()

@@ -19,7 +19,6 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
-from ssd_lit.training.running_mean import RunningMean
 
 SPLIT = "validation"
 WATCHED = 8
@@ -109,10 +108,15 @@ def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, k
 
 
 def _loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
-    mean = RunningMean().to(batches[0]["inputs"].device)
+    """The mean over all targets; sums stay on the device, where nothing waits for them."""
+    total = torch.zeros((), device=batches[0]["inputs"].device)
     for batch in batches:
-        mean.update(model.loss(batch), (batch["targets"] != IGNORED).sum())
-    return float(mean.compute())
+        total = total + model.loss(batch).float() * _targets(batch)
+    return float(total / sum(map(_targets, batches)))
+
+
+def _targets(batch: Batch) -> Tensor:
+    return (batch["targets"] != IGNORED).sum()
 
 
 def _dense_loss(model: LanguageModel, batches: Sequence[Batch]) -> float:

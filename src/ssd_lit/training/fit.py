@@ -57,6 +57,7 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
             for worker in multiprocessing.active_children():
                 # Data workers do not hear the SIGTERM that schedulers send to all, and Python would wait for them.
                 worker.kill()
+                worker.join()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # What this process measures next is not for the others to take part in.
         torch.distributed.destroy_process_group()
