@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from ssd_lit.files import write_text
 from ssd_lit.outbox import Outbox
 from ssd_lit.tracking import RunTracker, ensure_store, masked, send_report, send_runs, tracking_uri, try_for
 from tests.faulty_server import FaultyServer
+from tests.forked import SERVER
 
 pytestmark = pytest.mark.whole_run
 
@@ -74,6 +76,30 @@ def test_stages_of_a_run_share_one_run_with_params_tags_data_and_children(store:
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
     assert sorted(c.data.tags["stage"] for c in children) == ["sparse_phases", "warmup"]
     assert {c.data.tags["ended_by"] for c in children} == {"stable"}
+
+
+def test_artifacts_go_where_the_results_lie_now(tmp_path: Path) -> None:
+    first, copy, moved = (tmp_path / name for name in ("first", "a copy", "moved"))
+    ensure_store(first)
+    report = tmp_path / "report.html"
+
+    def sent(results: Path, text: str) -> Path:
+        report.write_text(text)
+        # In a process of its own: MLflow remembers where a run's artifacts were.
+        process = SERVER.Process(target=send_report, args=(results, "quick", {None: [report]}))
+        process.start()
+        process.join()
+        (found,) = (results / "mlartifacts").rglob("report.html")
+        assert found.read_text() == text
+        return found
+
+    original = sent(first, "one")
+    shutil.copytree(first, copy)
+    sent(copy, "two")
+    assert original.read_text() == "one"
+    first.rename(moved)
+    sent(moved, "three")
+    assert not first.exists()
 
 
 KILLED = """

@@ -126,8 +126,9 @@ class DataConfig(Section):
     max_megabytes: Annotated[float, Field(gt=0)] | None = None
     """Keep about this much text, chosen by document hash; null keeps all."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Share of the documents that validation reads, chosen by document hash."""
     test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Shares of the documents held out, chosen by document hash."""
+    """Share of the documents held out for a last test, chosen by document hash."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     """S: tokens the model predicts in one block."""
@@ -158,6 +159,7 @@ class ModelConfig(Section):
     d_model: Annotated[int, Field(gt=0, le=1_000_000)] = 128
     """D: model width."""
     heads: Positive = 4
+    """Attention heads of one layer."""
     d_ff: Annotated[int, Field(gt=0, le=10_000_000)] = 512
     """F: neurons of one FFN."""
     activation: Literal["relu", "relu2", "gelu", "gelu_new", "silu"] = "relu"
@@ -214,15 +216,18 @@ class MoEConfig(Section):
     router: Literal["center", "random", "learned"] = "center"
     """What chooses experts in sparse phases: their centres, a frozen random projection, or a gate that is trained."""
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the load-balancing loss of a learned router."""
     z_weight: Annotated[float, Field(ge=0)] = 0.001
-    """Weights of the load-balancing loss and the z-loss of a learned router."""
+    """Weight of the z-loss of a learned router."""
     trained_router: TrainedRouter | None = None
     """After the last phase, train what chooses instead: a small MLP on the experts' activation mass (mass) or on their
     output norm (norm), or, on the mass, a direction for each expert, at first its centre (direction)."""
     router_hidden: Annotated[int, Field(gt=0, le=1_000_000)] = 64
     """Width of the MLP."""
     router_steps: Positive = 200
+    """Steps for which a router is trained after the last phase."""
     router_lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Their learning rate at the start; it falls to zero."""
     permute_optimizer: bool = True
     """Whether Adam's moments move with their neurons at MoEfication; false is for showing what that is worth."""
     backend: Literal["auto", "masked", "loop", "grouped", "views", "fused", "few"] = "auto"
@@ -244,14 +249,19 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule, which run on through all phases."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """The highest learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled; not applied to norms and biases."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's memory of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's memory of squared gradients."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """What AdamW adds to the root of the second moment."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Warm-up then cosine, or warm-up, stable, linear decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Steps over which the learning rate rises from zero."""
     min_lr_share: Share = 0.1
     """The last step's learning rate as a share of `lr`."""
     decay_share: Share = 0.2
@@ -268,6 +278,7 @@ class TrainingConfig(Section):
     batch_size: Positive
     """Blocks in one step, over all devices."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Of products and activations in training; weights and moments are float32 always."""
     compile: bool = False
     """torch.compile the forward pass and loss."""
     deterministic: bool = False
@@ -281,7 +292,9 @@ class TrainingConfig(Section):
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that load data; 0 reads in the training process."""
     log_every: Positive = 10
+    """Steps between points of the training curves."""
     validate_every: Positive = 100
+    """Steps between validations; the end of a phase is one too."""
     validation_blocks: Positive = 64
     """Blocks read at each validation during training."""
     checkpoint_every: Positive = 50
@@ -354,15 +367,19 @@ class GlueConfig(Section):
     folder: str
     """Holds SST-2/train.tsv, SST-2/dev.tsv and so on as GLUE publishes them; or a .tar.xz of such a folder."""
     tasks: list[Literal["sst2", "rte", "mrpc", "stsb"]] = Field(default=["sst2", "rte", "mrpc", "stsb"], min_length=1)
+    """The tasks that are learnt, each by a copy of the final model."""
     seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     """Of the head's first weights and the order of examples: every task is learnt once with each."""
     epochs: Positive = 3
+    """How often the examples of a task are read."""
     batch_size: Positive = 32
+    """Examples in one step."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """The highest; it rises and then falls to zero, linearly. BERT's own sizes took 2e-5 to 5e-5."""
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of all steps in which it rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled; not applied to norms and biases."""
     limit: Positive | None = None
     """Learn from the first so many examples of a task only; null takes all."""
 

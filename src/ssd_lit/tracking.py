@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
+from ssd_lit.artifacts import artifact_place, follow_results
 from ssd_lit.config import RunConfig, load_run
 from ssd_lit.files import whole_file
 from ssd_lit.outbox import Outbox
@@ -386,6 +387,8 @@ def serve(results: Path, port: int) -> list[str]:
     # One worker and no job runner start in a third of the time and a sixth of the memory.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # Not an argument: everyone on the machine may read those, and a URI may hold a password.
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        follow_results(results)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = tracking_uri(results)
     return [
         sys.executable, "-m", "mlflow", "server",
@@ -401,6 +404,8 @@ def _client(results: Path) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        follow_results(results)
     return MlflowClient(tracking_uri(results))
 
 
@@ -409,7 +414,7 @@ def _experiment(client: "MlflowClient", results: Path, name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     local = tracking_uri(results).startswith("sqlite:")
-    where = (results.resolve() / "mlartifacts" / name).as_uri() if local else None
+    where = artifact_place(results, name) if local else None
     return str(client.create_experiment(name, artifact_location=where))
 
 

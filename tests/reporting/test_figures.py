@@ -1,5 +1,6 @@
 import pytest
 from matplotlib import image
+from matplotlib.text import Text
 
 from ssd_lit.paths import run_dir
 from ssd_lit.records import read_chain
@@ -12,7 +13,7 @@ from ssd_lit.reporting.loss_figures import over_flops, over_seconds, over_steps
 from ssd_lit.reporting.names import figure_names
 from ssd_lit.reporting.perplexity_figure import over_k
 from ssd_lit.reporting.runs import by_arm, load_results
-from ssd_lit.reporting.style import arm_styles
+from ssd_lit.reporting.style import arm_styles, save
 from ssd_lit.reporting.view import MOST_CURVES, MOST_PANELS, in_view
 from tests.reporting.conftest import ARMS, OTHERS, THRESHOLDS
 
@@ -29,6 +30,24 @@ def test_every_figure_with_its_data_and_the_same_bytes_twice(two_seeds):
             assert b"<dc:date>" not in first[path]
         if path.suffix == ".png":
             assert image.imread(path).shape[1] > 1200
+
+
+def test_a_label_is_drawn_as_it_stands(make_tree, monkeypatch):
+    """Of half a formula matplotlib says nothing but that it cannot be parsed; and no axis is left with formulas."""
+    drawn = []
+
+    def kept(figure, stem):
+        written = save(figure, stem)
+        drawn.extend(text.get_text() for text in figure.findobj(Text))
+        return written
+
+    monkeypatch.setattr("ssd_lit.reporting.figures.save", kept)
+    label = r"5 $ or \frac{1}$"
+    monkeypatch.setitem(ARMS, "ssd", {"method": "ssd", "label": label})
+    tree = make_tree((0,))
+    write_figures(tree.exp_dir, tree.experiment)
+    assert label in drawn
+    assert not [text for text in drawn if "mathdefault" in text]
 
 
 def test_shaded_stretches_are_the_sparse_phases(tree):

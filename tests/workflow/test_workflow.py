@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mlflow import MlflowClient
 from ssd_lit.cli import main
 from ssd_lit.config import load_experiment
 from ssd_lit.files import read_json
+from ssd_lit.paths import data_dir
 from ssd_lit.reporting.names import figure_names
 from ssd_lit.tracking import tracking_uri
 from tests.campaigns.same_results import run_differences
@@ -85,6 +87,18 @@ def test_planning_writes_nothing(tmp_path: Path) -> None:
     config, results = tiny_experiment(tmp_path), tmp_path / "results"
     assert "sparse_phases" in snakemake(config, results, "-n")
     assert not results.exists()
+
+
+def test_a_place_of_any_name_will_do_and_the_log_of_an_earlier_try_is_kept(tmp_path: Path) -> None:
+    config, results = tiny_experiment(tmp_path), tmp_path / "it's here & (there)[1]#2" / "re sults"
+    known = set(ROOT.iterdir())
+    (data,) = load_experiment(config).runs()[:1]
+    tokens = data_dir(results, data.data)
+    told = snakemake(config, results, str(tokens / "tokens/index.json"))
+    assert f"ssd-lit ui --results {quote(str(results))}" in told
+    snakemake(config, results, str(tokens / "tokens/index.json"), "--forcerun", "encode")
+    assert (tokens / "logs/encode.log").read_text().count("begins") == 2
+    assert set(ROOT.iterdir()) == known
 
 
 def test_what_is_lost_or_of_other_settings_is_planned_and_nothing_else(quick: Path, tmp_path: Path) -> None:

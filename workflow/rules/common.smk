@@ -8,7 +8,12 @@ from ssd_lit.pipeline.plan import Plan
 from ssd_lit.reporting.names import caption_name, figure_names
 
 # A scheduler that stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
-shell.prefix("set -euo pipefail; trap : TERM USR1; keep() {{ trap '' TERM USR1; exec tee -a \"$@\"; }}; ")
+# Snakemake removes a job's log when it starts it again; under a second name beside it the file stays, and grows.
+shell.prefix(
+    "set -euo pipefail; trap : TERM USR1; "
+    "keep() {{ trap '' TERM USR1; local all; all=$(dirname -- \"$1\")/.$(basename -- \"$1\"); touch -- \"$all\"; "
+    "ln -f -- \"$all\" \"$1\" || true; exec tee -a -- \"$1\"; }}; "
+)
 
 RESULTS = Path(config.get("results", "results"))
 
@@ -20,6 +25,8 @@ def experiment_file():
 
 
 try:
+    if {"{", "}"} & set(str(RESULTS)):
+        raise ConfigError(f"results {str(RESULTS)!r}: Snakemake takes braces for wildcards; name another folder")
     EXPERIMENT = load_experiment(experiment_file())
     PLAN = Plan(EXPERIMENT, RESULTS)
     JOBS = config.get("jobs", "stages")

@@ -1,11 +1,10 @@
 """Perplexity on texts that no run was trained on, in dense mode and over k."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from ssd_lit.reporting.arms import Arm, arms_of
-from ssd_lit.reporting.runs import RunResult
+from ssd_lit.reporting.runs import RunResult, perplexity
 from ssd_lit.reporting.words import number
 
 
@@ -37,4 +36,4 @@ def _table(name: str, arms: Sequence[Arm]) -> HeldOutTable:
 
 def _perplexity(run: RunResult, name: str, k: int | None) -> float | None:
     loss = run.evaluation.loss_on(name, k)
-    return None if loss is None else math.exp(loss)
+    return None if loss is None else perplexity(loss)

@@ -50,6 +50,8 @@ _RC: dict[Any, Any] = {
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
+    # A dollar in an arm's label is a dollar; no axis needs powers of ten.
+    "text.parse_math": False,
     "svg.fonttype": "path",
     # Without a fixed salt the ids inside an SVG are random.
     "svg.hashsalt": "ssd_lit",
