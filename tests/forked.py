@@ -5,7 +5,6 @@ The rest is as in a process that a shell starts: its own session, its own signal
 
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -66,7 +65,6 @@ def _run(arguments: list[str], stderr: Path, before: Callable[[], None] | None) 
     with stderr.open("wb") as told, Path(os.devnull).open("wb") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
         os.dup2(told.fileno(), sys.stderr.fileno())
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if before is not None:
         before()
     sys.argv = ["ssd-lit", *arguments]

@@ -28,7 +28,7 @@ except stopping.Stopped as asked:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stop_that_comes_during_an_import_waits_until_it_is_done(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "slow_module.py").write_text(SLOW)
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The signals by which a scheduler asks a stage to end, before it kills it: SIGTERM and SIGUSR1."""
+"""The signals by which a scheduler or a person asks a stage to end: SIGTERM, SIGUSR1, and SIGINT, which is Ctrl-C."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from types import FrameType
 STATUS = 75
 """Exit status of a stage that was stopped: EX_TEMPFAIL, "try again". No other end has it."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _IMPORT_SECONDS = 0.05
 """After so long a signal that came during an import is sent again."""

@@ -53,11 +53,17 @@ def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def kill_when(
-    process: Forked | subprocess.Popen[str], reached: Path, least_step: int, number: int = signal.SIGKILL
+    process: Forked | subprocess.Popen[str],
+    reached: Path,
+    least_step: int,
+    number: int = signal.SIGKILL,
+    *,
+    alone: bool = False,
 ) -> tuple[int | None, str]:
     """Kill a process once it has logged a step of at least that number; its status and what it said.
 
-    SIGKILL goes to all its processes, as when a machine goes down; any other signal to the first one alone.
+    The signal goes to all its processes, as when a machine goes down, a scheduler stops a job or somebody types Ctrl-C;
+    or to the first one `alone`.
     """
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -65,13 +71,25 @@ def kill_when(
             break
         time.sleep(0.002)
     assert process.poll() is None, "the run ended before it could be killed"
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
+    if alone:
         process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
     # Until all that could write there have ended.
     _, told = process.communicate(timeout=120)
     return process.returncode, told
+
+
+def is_gone_within(seconds: float, group: int) -> bool:
+    """Whether all processes of a group end in that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 LONGER = {"steps": 240, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
@@ -95,11 +113,11 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
     run = broken.dir("ssd")
     command, rolling = ["train", run, "--threads", "1"], run / "work/rolling.ckpt"
     # In the warm-up, the first sparse phase, and the last dense one.
-    for step, asked in ((12, signal.SIGTERM), (72, signal.SIGUSR1), (190, signal.SIGTERM)):
+    for step, asked in ((12, signal.SIGTERM), (72, signal.SIGUSR1), (190, signal.SIGINT)):
         kill_when(Forked(*command), run / "metrics.jsonl", step)
         assert rolling.exists() or (run / "work/previous.ckpt").exists()
         # Asked to stop, it saves the step that it stands at, whichever it is.
-        status, told = kill_when(Forked(*command), run / "metrics.jsonl", step + 12, asked)
+        status, told = kill_when(Forked(*command), run / "metrics.jsonl", step + 12, asked, alone=True)
         assert status == STATUS
         (stopped,) = re.findall(rf"stopped by {asked.name} after step (\d+), which is saved", told)
         assert torch.load(rolling, weights_only=True)["global_step"] == int(stopped) >= step + 12
@@ -266,21 +284,21 @@ def test_a_run_of_another_method_leaves_nothing_of_the_one_before(tmp_path: Path
     assert left["checkpoints"] == {"moefy.ckpt", "sparse_phases.ckpt"}
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_of_all_its_processes_ends_the_data_workers_too(
-    tmp_path: Path, workers: int, number: signal.Signals
-) -> None:
-    """As a scheduler stops a job: every process of it hears the signal."""
+@pytest.mark.parametrize(
+    ("number", "workers", "alone"),
+    [
+        (signal.SIGTERM, 1, False), (signal.SIGTERM, 4, False), (signal.SIGUSR1, 4, False), (signal.SIGINT, 1, False),
+        (signal.SIGINT, 4, True), (signal.SIGTERM, 1, True),
+    ],
+)  # fmt: skip
+def test_a_stop_ends_the_data_workers_too(tmp_path: Path, number: signal.Signals, workers: int, alone: bool) -> None:
     training = {**LONGER, "steps": 4000, "workers": workers, "validate_every": 3}
     bench = Bench(tmp_path, training=training, arms={"dense": {"method": "dense"}})
     run = bench.dir("dense")
     process = Forked("train", run, "--threads", "1")
-    while not (run / "metrics.jsonl").exists() or '"step": 9,' not in (run / "metrics.jsonl").read_text():
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, number)
-    assert process.wait(timeout=30) == STATUS
+    status, told = kill_when(process, run / "metrics.jsonl", 9, number, alone=alone)
+    assert status == STATUS
+    assert "Traceback" not in told
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
@@ -300,7 +318,7 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
         folder = tmp_path / str(devices)
         folder.mkdir()
         training = {"steps": 32, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 7,
-                    "checkpoint_every": 4, "devices": devices}  # fmt: skip
+                    "checkpoint_every": 4, "devices": devices, "workers": devices - 1}  # fmt: skip
         bench = Bench(folder, training=training, model=model, switching=switching, arms=SSD)
         run = bench.dir("ssd")
         if devices == 1:
@@ -313,6 +331,7 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
             status, told = kill_when(process, run / "metrics.jsonl", 3, signal.SIGTERM)
             assert status == STATUS
             assert "stopped by SIGTERM after step" in told
+            assert is_gone_within(10, process.pid)
             done = subprocess.run(
                 command, env={**os.environ, **cluster}, check=True, timeout=300, stderr=subprocess.PIPE, text=True
             )

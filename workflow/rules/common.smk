@@ -7,11 +7,11 @@ from ssd_lit.paths import write_configs
 from ssd_lit.pipeline.plan import Plan
 from ssd_lit.reporting.names import caption_name, figure_names
 
-# A scheduler that stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
+# Who stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
 # Snakemake removes a job's log when it starts it again; under a second name beside it the file stays, and grows.
 shell.prefix(
-    "set -euo pipefail; trap : TERM USR1; "
-    "keep() {{ trap '' TERM USR1; local all; all=$(dirname -- \"$1\")/.$(basename -- \"$1\"); touch -- \"$all\"; "
+    "set -euo pipefail; trap : TERM USR1 INT; "
+    "keep() {{ trap '' TERM USR1 INT; local all; all=$(dirname -- \"$1\")/.$(basename -- \"$1\"); touch -- \"$all\"; "
     "ln -f -- \"$all\" \"$1\" || true; exec tee -a -- \"$1\"; }}; "
 )
 
