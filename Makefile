@@ -24,6 +24,8 @@ lint: install
 	ruff check .
 	ruff format --check .
 	mypy
+	snakefmt --check --compact-diff workflow
+	codespell
 
 ui: install
 	ssd-lit ui

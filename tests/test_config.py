@@ -1,9 +1,12 @@
 """Every shipped config is valid; configs are laid over others, and become runs."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, dump, load_experiment, load_run
@@ -117,10 +120,11 @@ def test_an_unchanged_config_is_not_touched(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.yaml")}
 
 
-def test_conda_and_pip_users_get_the_same_pins() -> None:
-    lock = [
-        line for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"
-    ]
+def test_conda_and_pip_users_get_the_same_pins_of_all_that_the_project_asks_for() -> None:
     conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
-    assert conda == lock
-    assert "torch==2.13.0" in lock
+    assert conda == ["-r requirements.lock"]
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(Requirement(line).name) for line in lock if line[:1] != "#"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert {canonicalize_name(Requirement(one).name) for one in asked} <= pinned

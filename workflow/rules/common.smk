@@ -11,8 +11,8 @@ from ssd_lit.reporting.names import caption_name, figure_names
 # Snakemake removes a job's log when it starts it again; under a second name beside it the file stays, and grows.
 shell.prefix(
     "set -euo pipefail; trap : TERM USR1 INT; "
-    "keep() {{ trap '' TERM USR1 INT; local all; all=$(dirname -- \"$1\")/.$(basename -- \"$1\"); touch -- \"$all\"; "
-    "ln -f -- \"$all\" \"$1\" || true; exec tee -a -- \"$1\"; }}; "
+    'keep() {{ trap \'\' TERM USR1 INT; local all; all=$(dirname -- "$1")/.$(basename -- "$1"); touch -- "$all"; '
+    'ln -f -- "$all" "$1" || true; exec tee -a -- "$1"; }}; '
 )
 
 RESULTS = Path(config.get("results", "results"))
@@ -44,7 +44,9 @@ FIGURES = figure_names(EXPERIMENT)
 THREADS = {name: run.training.threads for name, run in PLAN.configs.items()}
 
 # A run of many stages is a long chain of jobs: where cores are few, it goes first.
-PRIORITY = {name: 10 if run.method == "ssd" else 5 if run.method == "dense" else 0 for name, run in PLAN.configs.items()}
+PRIORITY = {
+    name: 10 if run.method == "ssd" else 5 if run.method == "dense" else 0 for name, run in PLAN.configs.items()
+}
 
 
 wildcard_constraints:

@@ -11,8 +11,8 @@ rule evaluate:
         HERE / "runs/{run}/logs/evaluate.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/evaluate.tsv"
-    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
+    threads: lambda wildcards: THREADS[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
         measurement="evaluate",

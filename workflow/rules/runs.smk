@@ -24,8 +24,8 @@ rule run:
         HERE / "runs/{run}/benchmarks/run.tsv"
     wildcard_constraints:
         run=whole(tried=False),
-    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
+    threads: lambda wildcards: THREADS[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
     shell:

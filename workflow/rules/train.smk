@@ -25,8 +25,8 @@ rule warmup:
         HERE / "runs/{run}/logs/warmup.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/warmup.tsv"
-    threads: lambda wildcards: THREADS[wildcards.run]
     priority: lambda wildcards: PRIORITY[wildcards.run]
+    threads: lambda wildcards: THREADS[wildcards.run]
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
         stage="warmup",
