@@ -144,6 +144,8 @@ def test_progress_is_told(tmp_path: Path, some_texts) -> None:
         ("a\n\nb", "a\n\nb"),
         ("a\x00\x1b\x7f\x85\ufeffb\tc", "ab\tc"),
         ("a\ud800b", "ab"),
+        ("page\fnext\vline\u2028line\u2029paragraph", "page\nnext\nline\nline\nparagraph"),
+        ("file\x1cgroup\x1drecord\x1eend\x1f.", "file\ngroup\nrecord\nend."),
     ],
 )
 def test_normalise(raw: str, clean: str) -> None:

@@ -35,6 +35,8 @@ _BUCKETS = 128  # open at once: some systems allow 256 files
 _RECORD = struct.Struct("<16sI")
 _ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
+# Not U+0085, a line break by its name: where text has it, it is the ellipsis of a Windows-1252 page read as Latin-1.
+_BREAK = re.compile("[\r\x0b\x0c\x1c-\x1e\u2028\u2029]")
 _UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _MAY_BE_MARKS = re.compile(r"[^\w\x00-\x7f]{31,}")
 _MOST_MARKS = 30
@@ -87,12 +89,12 @@ def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, newlines as \\n and never more than two together, no control characters but \\n and \\t.
+    """Unicode NFC, every break as \\n and never more than two together, no control characters but \\n and \\t.
 
     Of combining marks in a row 30 are kept, as in Unicode's Stream-Safe Text Format (UAX 15): to bring a longer row
     into order takes the square of its length.
     """
-    text = _UNWANTED.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _UNWANTED.sub("", _BREAK.sub("\n", text.replace("\r\n", "\n")))
     if not text.isascii():
         text = _MAY_BE_MARKS.sub(_with_few_marks, text)
     return _MANY_NEWLINES.sub("\n\n", unicodedata.normalize("NFC", text)).strip()
