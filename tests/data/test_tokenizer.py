@@ -4,11 +4,13 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
+from ssd_lit.data.encode import encode_documents
 from ssd_lit.data.tokenizer import (
     END_OF_TEXT,
     MASK,
@@ -194,3 +196,107 @@ def test_damaged_folder_is_refused(tmp_path: Path) -> None:
 def test_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.json: not found; run the stage"):
         load_tokenizer(tmp_path)
+
+
+ROLES = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+MARKED = [*ROLES.values(), "<extra_id_0>", "<extra_id_1>"]
+PIECES = ["<", "/", ">", "▁", "_", *"abcdefghijklmnopqrstuvwxyz01", "</", "</s", "s>"]
+
+
+def sentencepiece(folder: Path, model: str, marked: bool) -> Path:
+    """A tokenizer like T5's or LLaMA's, whose vocabulary holds the special tokens, marked as such or not."""
+    vocabulary = [*MARKED, *PIECES]
+    ids = {piece: number for number, piece in enumerate(vocabulary)}
+    made: models.Model
+    match model:
+        case "unigram":
+            made = models.Unigram([(piece, 0.0 if piece in MARKED else -4.0) for piece in vocabulary], unk_id=2)
+        case "bpe":
+            merges = [("<", "/"), ("</", "s"), ("</s", ">"), ("s", ">")]
+            made = models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True)
+        case "wordpiece":
+            made = models.WordPiece(ids | {f"##{p}": len(ids) + n for n, p in enumerate(PIECES)}, unk_token="<unk>")
+        case _:
+            made = models.WordLevel(ids, unk_token="<unk>")
+    tokenizer = Tokenizer(made)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_tokens([AddedToken(token, special=marked) for token in MARKED])
+    tokenizer.add_tokens(["hello"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(ROLES))
+    return folder
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("model", ["unigram", "bpe", "wordpiece", "word level"])
+def test_special_tokens_of_a_folder_inside_a_text_are_ordinary_text(tmp_path: Path, model: str, marked: bool) -> None:
+    train_tokenizer(
+        TokenizerConfig(folder=str(sentencepiece(tmp_path / "theirs", model, marked))), tmp_path, tmp_path / "ours"
+    )
+    tokenizer = load_tokenizer(tmp_path / "ours")
+    text = "a</s> </s><pad>b<unk> <extra_id_0><extra_id_1>s</s"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert not {tokenizer.token_to_id(token) for token in MARKED if token != "<unk>"} & set(ids)
+    if model in ("unigram", "bpe"):
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_word_that_was_added_without_a_role_stays_a_token(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece(tmp_path / "theirs", "unigram", marked=True))
+    assert "hello" in tokenizer.encode("a hello b").tokens
+
+
+def test_ordinary_text_is_encoded_as_without_special_tokens(tmp_path: Path) -> None:
+    folder = sentencepiece(tmp_path / "theirs", "unigram", marked=True)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("a < b > c", "s> <s </a>", "hello extra_id_0"):
+        assert load_tokenizer(folder).encode(text).ids == plain.encode(text).ids
+
+
+def test_documents_end_once_whatever_they_say(prepare, tmp_path: Path) -> None:
+    texts = [f"a</s> b</s> {n}" for n in range(50)]
+    documents = prepare(texts, validation_share=0.2, test_share=0.2)
+    config = TokenizerConfig(folder=str(sentencepiece(tmp_path / "theirs", "unigram", marked=True)))
+    train_tokenizer(config, documents, tmp_path / "tokenizer")
+    index = encode_documents(documents, tmp_path / "tokenizer", tmp_path / "tokens", sequence_length=8)
+    ids = np.concatenate([np.fromfile(tmp_path / f"tokens/{split}.bin", index["dtype"]) for split in index["splits"]])
+    assert np.count_nonzero(ids == index["eos_id"]) == 50
+
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def roles_of(folder: Path) -> dict[str, object]:
+    """All that Hugging Face says of a tokenizer's special tokens, and how many entries it has."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    return {**{name: getattr(theirs, name) for name in NAMES}, "more": theirs.extra_special_tokens, "size": len(theirs)}
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "bert", "older"])
+def test_a_copy_has_the_roles_of_its_source(tmp_path: Path, kind: str) -> None:
+    from transformers import BertTokenizer, LlamaTokenizer, T5Tokenizer
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    match kind:
+        case "t5":
+            names = ["<pad>", "</s>", "<unk>", "▁", "a", "<extra_id_1>", "<extra_id_0>"]
+            T5Tokenizer(vocab=[(name, -1.0) for name in names], extra_ids=2).save_pretrained(theirs)
+        case "llama":
+            names = ["<unk>", "<s>", "</s>", "▁", "a", "<image>", "<tool>"]
+            made = LlamaTokenizer(vocab={name: n for n, name in enumerate(names)}, merges=[], pad_token="<unk>")
+            made.add_special_tokens({"extra_special_tokens": ["<tool>", "<image>"]})
+            made.save_pretrained(theirs)
+        case "bert":
+            names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "[EOS]"]
+            BertTokenizer(vocab={name: n for n, name in enumerate(names)}, eos_token="[EOS]").save_pretrained(theirs)
+        case _:
+            save_foreign(theirs, ["<unk>", "<s>", "</s>", "<pad>"], tokenizer_class="PreTrainedTokenizerFast")
+            token = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+            roles = {"eos_token": {"content": "</s>", **token}, "bos_token": "<s>", "pad_token": "<pad>"}
+            (theirs / "special_tokens_map.json").write_text(json.dumps(roles))
+    train_tokenizer(TokenizerConfig(folder=str(theirs)), tmp_path, ours)
+    assert roles_of(ours) == roles_of(theirs)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
 from ssd_lit.data.documents import read_split
@@ -23,6 +23,7 @@ from ssd_lit.files import (
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "[MASK]"
+OWN_ROLES = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
 DIGESTS = "digests.json"
 """Written last: the SHA-256 of each file of the tokenizer."""
 
@@ -36,7 +37,7 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
 
     The special tokens come first: end of text, then the mask token and the sentinels that are asked for. The
     vocabulary is smaller than asked for if the text has too few different words. A tokenizer of config.folder keeps
-    its own mask token and sentinels. Raises ConfigError if it cannot be read or has no end-of-text token.
+    its own special tokens. Raises ConfigError if it cannot be read or has no end-of-text token.
     """
     if config.folder is not None:
         _copy(Path(config.folder), out_dir)
@@ -56,7 +57,7 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
     )
     tokenizer.train_from_iterator(_first_megabytes(documents_dir, config.train_megabytes), trainer)
     write_text(out_dir / "tokenizer.json", tokenizer.to_str(pretty=True))
-    _write_config(out_dir, END_OF_TEXT, mask, sentinels)
+    _write_config(out_dir, OWN_ROLES if mask is None else {**OWN_ROLES, "mask_token": mask}, sentinels)
     _seal(out_dir)
 
 
@@ -79,7 +80,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer ({str(error).splitlines()[0]})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
+    _read_special_tokens_as_text(tokenizer, directory)
     return tokenizer
 
 
@@ -102,6 +103,43 @@ def sentinel_ids(directory: Path) -> list[int]:
     return [vocabulary[token] for token in _sentinels(vocabulary)]
 
 
+def _read_special_tokens_as_text(tokenizer: Tokenizer, folder: Path) -> None:
+    """Let no text become a token that has a role, whichever part of the tokenizer would make it one.
+
+    A token that somebody added without a role is a word that text may hold, and stays one.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    marked = {token.content for token in added if token.special}
+    special = {*marked, *_roles(folder).values(), *_more_special_tokens(folder)}
+    special |= set(_sentinels(tokenizer.get_vocab(with_added_tokens=True)))
+    # This passes over those that are marked as special: mark the others too.
+    tokenizer.encode_special_tokens = True
+    tokenizer.add_special_tokens([token.content for token in added if token.content in special - marked])
+    _cut_behind_first_letter(tokenizer, sorted(token for token in special if _is_made_by_model(tokenizer, token)))
+
+
+def _is_made_by_model(tokenizer: Tokenizer, token: str) -> bool:
+    """Whether the model behind the added tokens takes the token's name for the token, as SentencePiece's do."""
+    try:
+        return [one.value for one in tokenizer.model.tokenize(token)] == [token]
+    except Exception:  # the library raises nothing more specific: a part is unknown, and there is no unk token
+        return False
+
+
+def _cut_behind_first_letter(tokenizer: Tokenizer, names: list[str]) -> None:
+    """Cut what the model is given so that it meets none of the names whole; a name of one letter stays."""
+    rests: dict[str, list[str]] = {}
+    for name in names:
+        if len(name) > 1:
+            rests.setdefault(name[0], []).append(re.escape(name[1:]))
+    if not rests:
+        return
+    cut = "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+    last = pre_tokenizers.Split(Regex(cut), "isolated")
+    first = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = last if first is None else pre_tokenizers.Sequence([first, last])
+
+
 def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str]]:
     """Whole documents from the start of the training split, whose order is random already."""
     left = megabytes * 1e6
@@ -122,16 +160,19 @@ def _copy(folder: Path, out_dir: Path) -> None:
         vocabulary = load_tokenizer(folder).get_vocab(with_added_tokens=True)
     except ValueError as error:
         raise ConfigError(f"tokenizer.folder: {error}") from None
-    token = _named(folder, "eos_token") or END_OF_TEXT
-    if token not in vocabulary:
+    named = _roles(folder)
+    # A folder that says nothing of itself may be GPT-2's or ours.
+    known = {"mask_token": MASK} if "eos_token" in named else {**OWN_ROLES, "mask_token": MASK}
+    roles = {role: token for role, token in {**known, **named}.items() if token in vocabulary}
+    if "eos_token" not in roles:
         raise ConfigError(
             f"tokenizer.folder: {folder} has no end-of-text token; "
             f"name one as eos_token in its tokenizer_config.json, or have {END_OF_TEXT} in the vocabulary"
         )
     with whole_file(out_dir / "tokenizer.json") as part:
         shutil.copyfile(folder / "tokenizer.json", part)
-    mask = _named(folder, "mask_token") or MASK
-    _write_config(out_dir, token, mask if mask in vocabulary else None, _sentinels(vocabulary))
+    more = [*_more_special_tokens(folder), *_sentinels(vocabulary)]
+    _write_config(out_dir, roles, [token for token in dict.fromkeys(more) if token in vocabulary])
 
 
 def _sentinels(vocabulary: Iterable[str]) -> list[str]:
@@ -141,32 +182,53 @@ def _sentinels(vocabulary: Iterable[str]) -> list[str]:
 
 
 def _named_id(directory: Path, role: str) -> int | None:
-    token = _named(directory, role)
+    token = _roles(directory).get(role)
     return None if token is None else load_tokenizer(directory).token_to_id(token)
 
 
-def _named(folder: Path, role: str) -> str | None:
-    """The eos_token or mask_token in tokenizer_config.json: a string, or an object with the string as content."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    content: Any = read_json(path)
-    token = content.get(role) if isinstance(content, dict) else None
+def _roles(folder: Path) -> dict[str, str]:
+    """The tokens that a folder's settings name, by role: eos_token, pad_token and so on."""
+    settings = _settings(folder)
+    named = settings.get("extra_special_tokens")
+    all_settings = {**settings, **(named if isinstance(named, dict) else {})}
+    found = {role: _content(token) for role, token in all_settings.items() if role.endswith("_token")}
+    return {role: token for role, token in found.items() if token}
+
+
+def _more_special_tokens(folder: Path) -> list[str]:
+    """The special tokens that a folder's settings list without a role of their own."""
+    settings = _settings(folder)
+    lists = [settings.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    listed = [_content(token) for tokens in lists if isinstance(tokens, list) for token in tokens]
+    return [token for token in dict.fromkeys(listed) if token]
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and over it special_tokens_map.json, which counts beside an older one."""
+    settings = _read_settings(folder / "tokenizer_config.json")
+    older = "added_tokens_decoder" not in settings
+    return settings | _read_settings(folder / "special_tokens_map.json") if older else settings
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    content: Any = read_json(path) if path.is_file() else None
+    return content if isinstance(content, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    """The string of a special token, which is written as that, or as an object that holds it."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
-def _write_config(out_dir: Path, end_of_text: str, mask: str | None, sentinels: list[str]) -> None:
-    config: dict[str, Any] = {
+def _write_config(out_dir: Path, roles: dict[str, str], more_special_tokens: list[str]) -> None:
+    more = {"additional_special_tokens": more_special_tokens} if more_special_tokens else {}
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": end_of_text,
-        "bos_token": end_of_text,
+        **roles,
         "clean_up_tokenization_spaces": False,
+        **more,
     }
-    if mask is not None:
-        config["mask_token"] = mask
-    if sentinels:
-        config["additional_special_tokens"] = sentinels
     write_json(out_dir / "tokenizer_config.json", config)
 
 
