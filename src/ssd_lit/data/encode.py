@@ -34,7 +34,8 @@ def encode_documents(
     Ids are little-endian uint16, or uint32 from a vocabulary of 65,536 on. Returns the index, which is written to
     `out_dir`/index.json last: vocab_size, eos_id, mask_id (null if there is none), sentinel_ids (<extra_id_0> first),
     dtype, sequence_length; for each split tokens, documents, blocks and sha256; and a digest over all splits. Raises
-    ConfigError if a split is shorter than one block, ValueError if documents or tokenizer are damaged.
+    ConfigError if a split is shorter than one block or the tokenizer cannot encode it, ValueError if documents or
+    tokenizer are damaged.
     """
     index_path = out_dir / "index.json"
     index_path.unlink(missing_ok=True)  # an old index must not describe new tokens
@@ -73,12 +74,19 @@ def _encoded(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> Iterator[lis
     with ThreadPoolExecutor(max_workers=1) as pool:
         ready: Future[list[Encoding]] | None = None
         for texts in batches:
-            following = pool.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+            following = pool.submit(_encodings, tokenizer, texts)
             if ready is not None:
                 yield ready.result()
             ready = following
         if ready is not None:
             yield ready.result()
+
+
+def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
+    try:
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more specific: most often there is no unk token
+        raise ConfigError(f"data.tokenizer: cannot encode the text: {str(error).splitlines()[0]}") from None
 
 
 class _Stream:

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
+from ssd_lit.data.coverage import Coverage
 from ssd_lit.data.documents import read_split
 from ssd_lit.files import (
     check_digests,
@@ -37,10 +38,11 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
 
     The special tokens come first: end of text, then the mask token and the sentinels that are asked for. The
     vocabulary is smaller than asked for if the text has too few different words. A tokenizer of config.folder keeps
-    its own special tokens. Raises ConfigError if it cannot be read or has no end-of-text token.
+    its own special tokens. Raises ConfigError if it cannot be read, has no end-of-text token or would drop characters
+    of the documents.
     """
     if config.folder is not None:
-        _copy(Path(config.folder), out_dir)
+        _copy(Path(config.folder), documents_dir, out_dir)
         _seal(out_dir)
         return
     mask = MASK if config.mask_token else None
@@ -155,11 +157,12 @@ def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str
             return
 
 
-def _copy(folder: Path, out_dir: Path) -> None:
+def _copy(folder: Path, documents_dir: Path, out_dir: Path) -> None:
     try:
-        vocabulary = load_tokenizer(folder).get_vocab(with_added_tokens=True)
+        tokenizer = load_tokenizer(folder)
     except ValueError as error:
         raise ConfigError(f"tokenizer.folder: {error}") from None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     named = _roles(folder)
     # A folder that says nothing of itself may be GPT-2's or ours.
     known = {"mask_token": MASK} if "eos_token" in named else {**OWN_ROLES, "mask_token": MASK}
@@ -169,10 +172,25 @@ def _copy(folder: Path, out_dir: Path) -> None:
             f"tokenizer.folder: {folder} has no end-of-text token; "
             f"name one as eos_token in its tokenizer_config.json, or have {END_OF_TEXT} in the vocabulary"
         )
+    _check_coverage(tokenizer, folder, documents_dir)
     with whole_file(out_dir / "tokenizer.json") as part:
         shutil.copyfile(folder / "tokenizer.json", part)
     more = [*_more_special_tokens(folder), *_sentinels(vocabulary)]
     _write_config(out_dir, roles, [token for token in dict.fromkeys(more) if token in vocabulary])
+
+
+def _check_coverage(tokenizer: Tokenizer, folder: Path, documents_dir: Path) -> None:
+    """All texts are read only for a tokenizer that may drop something of them."""
+    coverage = Coverage(tokenizer)
+    if not coverage.may_lose():
+        return
+    splits = [path.stem for path in sorted(documents_dir.glob("*.parquet"))]
+    lost = coverage.first_lost(texts for split in splits for texts in read_split(documents_dir, split))
+    if lost is not None:
+        raise ConfigError(
+            f"tokenizer.folder: {folder} has nothing for the character {lost!r} (U+{ord(lost):04X}) of the text, and "
+            "would drop it; give a tokenizer that has it, or bytes, or an unk token"
+        )
 
 
 def _sentinels(vocabulary: Iterable[str]) -> list[str]:
