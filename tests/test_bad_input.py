@@ -3,6 +3,7 @@
 Nothing a person gives may end in a traceback, in silence or in waiting.
 """
 
+import bz2
 import contextlib
 import gzip
 import io
@@ -299,15 +300,20 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("junk", Text("a.txt", bytes(range(256)) * 99), "a.txt: not UTF-8 text (invalid start byte)"),
     ("junk behind 30 kB of text", Text("a.txt", WORDS * 2 + b"\xff"), "a.txt: not UTF-8 text (invalid start byte)"),
     ("a character cut in two", Text("a.txt", WORDS + b"\xc3"), "a.txt: not UTF-8 text (unexpected end of data)"),
-    ("UTF-16 text", Text("a.txt", WORDS.decode().encode("utf-16")), "a.txt: not UTF-8 text"),
-    ("no kind of text", Text("a.csv", b"x"), "a.csv: unknown kind of file; allowed: .txt, .jsonl, .parquet"),
-    ("a folder for a file", Text("a.txt", Path.mkdir), "a.txt: nothing there is a file; name files, as in"),
+    ("unmarked UTF-16", Text("a.txt", WORDS.decode().encode("utf-16-le")),
+     "a.txt: not UTF-8 text (it seems to be UTF-16); allowed: UTF-8, or UTF-16 with a byte order mark"),
+    ("UTF-16 cut short", Text("a.txt", WORDS.decode().encode("utf-16")[:-1]),
+     "a.txt: not UTF-16-LE text (truncated data)"),
+    ("no kind of text", Text("a.csv", b"x"), "a.csv: unknown kind of file; allowed: .txt, .jsonl, .ndjson, .json, "),
+    ("an empty folder", Text("a.txt", Path.mkdir), "a.txt: nothing there is a file to read; name files, as in"),
     ("a pipe for a file", Text("a.txt", os.mkfifo), "a.txt: nothing there is a file"),
     ("a link to itself", Text("a.txt", lambda path: path.symlink_to("a.txt")), "a.txt"),
     ("a file that may not be read", Text("a.txt", unreadable), "a.txt: cannot be read: [Errno 5] Input/output error"),
     ("gzip cut short", Text("a.txt.gz", gzip.compress(MANY)[:-9]), "a.txt.gz: cannot be read: Compressed file ended"),
     ("gzip with a wrong bit", Text("a.txt.gz", flipped(gzip.compress(MANY), 20)), "a.txt.gz: cannot be read: Error -3"),
     ("no gzip", Text("a.txt.gz", b"none"), "a.txt.gz: cannot be read: Not a gzipped file"),
+    ("bzip2 cut short", Text("a.txt.bz2", bz2.compress(MANY)[:-9]), "a.txt.bz2: cannot be read: Compressed file ended"),
+    ("no bzip2", Text("a.txt.bz2", b"none"), "a.txt.bz2: cannot be read: Invalid data stream"),
     ("xz cut short", Text("a.txt.xz", lzma.compress(MANY)[:-9]), "a.txt.xz: cannot be read: Compressed file ended"),
     ("xz with a wrong bit", Text("a.txt.xz", flipped(lzma.compress(MANY), 40)), "a.txt.xz: cannot be read: Corrupt"),
     ("zstd cut short", Text("a.txt.zst", zstandard.compress(MANY)[:-5]), "a.txt.zst: cannot be read: Truncated"),
@@ -315,7 +321,14 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("no JSON", Text("a.jsonl", b'{"text": "x"}\n{"text'), "a.jsonl: line 2 is not valid JSON"),
     ("JSON without end", Text("a.jsonl", b"[" * 100_000), "a.jsonl: line 1 is not valid JSON (nested too deeply)"),
     ("JSON with a huge number", Text("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}"), "line 1 is not valid JSON (Exceeds"),
-    ("no JSON object", Text("a.jsonl", b"[1]"), "a.jsonl: line 1 is not a JSON object"),
+    ("no JSON object", Text("a.jsonl", b"[1]"),
+     "a.jsonl: line 1 is not a JSON object but of type list; expected one object a line"),
+    ("an array over several lines", Text("a.json", json.dumps([{"text": "x"}], indent=1).encode()),
+     "a.json: line 1 begins JSON that goes on over several lines; expected one object a line"),
+    ("an array of objects, one a line", Text("a.json", b'[{"text": "x"},\n{"text": "y"}]'),
+     "a.json: line 1 begins JSON that goes on over several lines; expected one object a line"),
+    ("an object over several lines", Text("a.jsonl", json.dumps({"text": "x"}, indent=1).encode()),
+     "a.jsonl: line 1 begins JSON that goes on over several lines; expected one object a line"),
     ("no such field", Text("a.jsonl", b'{"text": "x"}\n{"body": "x"}'), "line 2: no text_key 'text'; there are: body"),
     ("a field that is no text", Text("a.jsonl", b'{"text": 3}'), "line 1: text_key 'text' holds int, not text"),
     ("half a surrogate pair", Text("a.jsonl", b'{"text": "\\ud800"}'), "the sources hold no document with text"),
@@ -390,6 +403,7 @@ def test_no_input_is_listed_twice() -> None:
 
 
 GOOD: list[tuple[str, Text]] = [
+    ("UTF-16", Text("a.txt", WORDS.decode().encode("utf-16"))),
     ("Windows line ends", Text("a.txt", WORDS.replace(b"\n", b"\r\n"))),
     ("one giant document among others", Text("a.txt", WORDS + b"\n\n" + b"word " * 200_000)),
     ("10 MB on one line among others", Text("a.txt", WORDS + b"\n\n" + b"x" * 10_000_000)),
@@ -487,7 +501,9 @@ def test_a_config_of_any_characters_is_answered(tmp_path_factory: pytest.TempPat
 @examples(60)
 @given(
     content=st.binary(max_size=300) | st.text(max_size=300).map(str.encode),
-    name=st.sampled_from(["a.txt", "a.jsonl", "a.parquet", "a.txt.gz", "a.jsonl.xz", "a.txt.zst", "a.parquet.gz"]),
+    name=st.sampled_from(
+        ["a.txt", "a.json", "a.parquet", "a.txt.gz", "a.jsonl.xz", "a.txt.zst", "a.txt.bz2", "a.parquet.gz"]
+    ),
 )
 def test_a_text_of_any_bytes_works_or_is_answered(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str

@@ -62,13 +62,16 @@ class PackageSource(Section):
 
 
 class FilesSource(Section):
-    """Local text: `.txt` (a blank line between documents), `.jsonl`, `.parquet`; plain, `.gz`, `.xz`, `.zst`."""
+    """Local text: `.txt` (a blank line between documents), `.jsonl`, `.ndjson` and `.json` (an object a line),
+    `.parquet`; plain or with `.gz`, `.bz2`, `.xz`, `.zst`, `.zstd` behind it. In UTF-8, or in UTF-16 with a byte order
+    mark."""
 
     kind: Literal["files"]
     paths: list[str] = Field(min_length=1)
-    """Files or glob patterns, relative to the directory the workflow runs in."""
+    """Files, glob patterns, or folders, of which all files of these kinds are read; relative to the directory that the
+    workflow runs in."""
     text_key: str = "text"
-    """The field or column that holds the text."""
+    """The field or column that holds the text; `a.b` is field b in a, unless one is called so itself."""
 
 
 class HubSource(Section):
@@ -81,6 +84,7 @@ class HubSource(Section):
     """The data set's configuration name, where it has several."""
     split: str = "train"
     text_key: str = "text"
+    """The column that holds the text; `a.b` is field b in column a."""
     streaming: bool = False
     """Read as a stream, without downloading the whole first."""
     revision: str | None = None

@@ -42,6 +42,11 @@ def test_folder_of_data_files(tmp_path: Path, streaming: bool) -> None:
     assert list(hub_documents(source(folder, streaming=streaming))) == TEXTS
 
 
+def test_a_dotted_key_leads_into_a_column(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"a": [{"b": text} for text in TEXTS], "n": [1, 2, 3]}).save_to_disk(tmp_path / "saved")
+    assert list(hub_documents(source(tmp_path / "saved", text_key="a.b"))) == TEXTS
+
+
 def test_missing_split_lists_the_splits(tmp_path: Path) -> None:
     datasets.DatasetDict({"extra": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ConfigError, match="no split 'train'; there are: extra"):

@@ -49,7 +49,8 @@ def _rows(source: HubSource) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"data set {source.dataset!r} cannot be loaded: {reason}") from None
     known = rows.column_names or []
-    return rows.select_columns([source.text_key]) if source.text_key in known else rows
+    column = source.text_key if source.text_key in known else source.text_key.partition(".")[0]
+    return rows.select_columns([column]) if column in known else rows
 
 
 def _split(found: Any, source: HubSource) -> Any:

@@ -1,5 +1,7 @@
 """Documents from local files: text, JSON lines, Parquet; plain or compressed; never a whole file in memory."""
 
+import bz2
+import codecs
 import gzip
 import io
 import json
@@ -7,7 +9,7 @@ import lzma
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,22 +19,28 @@ import pyarrow.parquet
 
 from ssd_lit.config import ConfigError
 
-FORMATS = (".txt", ".jsonl", ".parquet")
-COMPRESSIONS = (".gz", ".xz", ".zst")
+FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 _ROWS_AT_A_TIME = 1024
+_EXPECTED = "expected one object a line; `jq -c '.[]'` makes that of an array, `jq -c .` of an object"
 
 
 def check_format(path: Path) -> None:
     """Raise ConfigError if the file's name ends in nothing we can read."""
-    if _format(path) not in FORMATS:
+    if not has_format(path):
         raise ConfigError(
             f"{path}: unknown kind of file; allowed: {', '.join(FORMATS)}, "
             f"each also with {', '.join(COMPRESSIONS)} behind it"
         )
 
 
+def has_format(path: Path) -> bool:
+    """Whether the file's name ends in something we can read, in small letters or capitals."""
+    return _format(path) in FORMATS
+
+
 def read_documents(path: Path, text_key: str) -> Iterator[str]:
-    """The documents of one file in their order; `text_key` is the field or column of `.jsonl` and `.parquet`.
+    """The documents of one file in their order; `text_key` is the field or column of JSON lines and Parquet: `text_of`.
 
     A null counts as an empty document. Raises ConfigError for a damaged file or a missing text_key.
     """
@@ -41,10 +49,10 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
         match _format(path):
             case ".txt":
                 yield from _paragraph_groups(path)
-            case ".jsonl":
-                yield from _json_lines(path, text_key)
-            case _:
+            case ".parquet":
                 yield from _parquet_rows(path, text_key)
+            case _:
+                yield from _json_lines(path, text_key)
 
 
 def read_text(path: Path) -> str:
@@ -61,7 +69,10 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason})") from None
+        given = error.encoding.upper()
+        raise ConfigError(
+            f"{path}: not {given} text ({error.reason}); allowed: UTF-8, or UTF-16 with a byte order mark"
+        ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
         raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from None
 
@@ -71,20 +82,29 @@ def _first_line(error: Exception) -> str:
 
 
 def _format(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return (Path(path.stem).suffix if _compression(path) else path.suffix).lower()
+
+
+def _compression(path: Path) -> str:
+    """The suffix of a compressed file, else nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
 
 
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed as its last suffix says."""
-    match path.suffix:
+    match _compression(path):
         case ".gz":
             with gzip.open(path) as file:
                 yield file  # type: ignore[misc]  # GzipFile reads like any binary file
+        case ".bz2":
+            with bz2.open(path) as file:
+                yield file
         case ".xz":
             with lzma.open(path) as file:
                 yield file
-        case ".zst":
+        case ".zst" | ".zstd":
             # Not the zstandard package: it takes a file that was cut short for a whole one.
             with pyarrow.CompressedInputStream(str(path), "zstd") as file:
                 yield file
@@ -95,8 +115,22 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _open_lines(path: Path) -> Iterator[Iterator[str]]:
-    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline=None) as lines:
-        yield lines
+    """The file's lines, without the byte order marks that files put together have in their midst."""
+    with _open_bytes(path) as file, io.BufferedReader(file) as buffered:  # type: ignore[type-var]  # any binary file
+        encoding = _encoding(path, buffered.peek(4)[:4])
+        with io.TextIOWrapper(buffered, encoding=encoding, newline=None) as lines:
+            yield (line.lstrip("\ufeff") for line in lines)
+
+
+def _encoding(path: Path, start: bytes) -> str:
+    """What a text that starts with these bytes is encoded in. Raises ConfigError if it seems to be UTF-16 unmarked."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if [byte == 0 for byte in start] in ([False, True] * 2, [True, False] * 2):
+        raise ConfigError(
+            f"{path}: not UTF-8 text (it seems to be UTF-16); allowed: UTF-8, or UTF-16 with a byte order mark"
+        )
+    return "utf-8"
 
 
 def _paragraph_groups(path: Path) -> Iterator[str]:
@@ -115,34 +149,49 @@ def _paragraph_groups(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path, text_key: str) -> Iterator[str]:
     with _open_lines(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        for place, (number, line) in enumerate(filled):
+            where = f"{path}: line {number}"
             try:
                 row = json.loads(line)
             except RecursionError:
-                raise ConfigError(f"{path}: line {number} is not valid JSON (nested too deeply)") from None
+                raise ConfigError(f"{where} is not valid JSON (nested too deeply)") from None
             except ValueError as error:
-                raise ConfigError(f"{path}: line {number} is not valid JSON ({_first_line(error)})") from None
+                if place == 0 and _is_cut_off(line, error):
+                    raise ConfigError(f"{where} begins JSON that goes on over several lines; {_EXPECTED}") from None
+                raise ConfigError(f"{where} is not valid JSON ({_first_line(error)})") from None
             if not isinstance(row, dict):
-                raise ConfigError(f"{path}: line {number} is not a JSON object")
-            yield text_of(row, text_key, f"{path}: line {number}")
+                raise ConfigError(f"{where} is not a JSON object but of type {type(row).__name__}; {_EXPECTED}")
+            yield text_of(row, text_key, where)
+
+
+def _is_cut_off(line: str, error: ValueError) -> bool:
+    """Whether nothing is wrong with a line of JSON but that it ends too soon."""
+    return isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
 
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
     with _seekable(path) as plain, pyarrow.parquet.ParquetFile(plain) as file:
-        columns = file.schema_arrow.names
+        columns = list(_columns(file.schema_arrow))
         if text_key not in columns:
             raise _missing_key(text_key, columns, str(path))
         for batch in file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[text_key]):
-            for value in batch.column(0).to_pylist():
-                yield text_of({text_key: value}, text_key, str(path))
+            for row in batch.to_pylist():
+                yield text_of(row, text_key, str(path))
+
+
+def _columns(fields: Iterable[pyarrow.Field], above: str = "") -> Iterator[str]:
+    """The names of columns and of what is in them, dotted."""
+    for field in fields:
+        yield above + field.name
+        if pyarrow.types.is_struct(field.type):
+            yield from _columns(field.type.fields, f"{above}{field.name}.")
 
 
 @contextmanager
 def _seekable(path: Path) -> Iterator[Path]:
     """The file itself, or a decompressed copy: Parquet is read from its end."""
-    if path.suffix not in COMPRESSIONS:
+    if not _compression(path):
         yield path
         return
     with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
@@ -153,10 +202,14 @@ def _seekable(path: Path) -> Iterator[Path]:
 
 
 def text_of(row: dict[str, Any], text_key: str, where: str) -> str:
-    """The text of a row; null is empty text. Raises ConfigError if the key is missing or holds something else."""
-    if text_key not in row:
-        raise _missing_key(text_key, list(row), where)
-    value = row[text_key]
+    """The text of a row, under its key or by a dotted way through objects in it; null is empty text.
+
+    A key with the dots in it goes first. Raises ConfigError if the key is missing or holds something else.
+    """
+    try:
+        value = _value(row, text_key)
+    except KeyError:
+        raise _missing_key(text_key, list(_keys(row)), where) from None
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -164,8 +217,27 @@ def text_of(row: dict[str, Any], text_key: str, where: str) -> str:
     return value
 
 
-def _missing_key(text_key: str, columns: list[str], where: str) -> ConfigError:
-    there = ", ".join(columns) or "none"
+def _value(row: dict[str, Any], key: str) -> Any:
+    if key in row:
+        return row[key]
+    first, _, rest = key.partition(".")
+    inside = row[first]
+    if inside is None:
+        return None
+    if not isinstance(inside, dict):
+        raise KeyError(key)
+    return _value(inside, rest)
+
+
+def _keys(row: dict[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in row.items():
+        yield above + key
+        if isinstance(value, dict):
+            yield from _keys(value, f"{above}{key}.")
+
+
+def _missing_key(text_key: str, keys: list[str], where: str) -> ConfigError:
+    there = ", ".join(keys) or "none"
     return ConfigError(
         f"{where}: no text_key {text_key!r}; there are: {there if len(there) <= 200 else there[:200] + ' ...'}"
     )

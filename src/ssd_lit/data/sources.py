@@ -1,5 +1,6 @@
 """Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ssd_lit.config import ConfigError, DataConfig, FilesSource, HubSource, PackageSource, Source
 from ssd_lit.data.hub import check_hub, hub_documents
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
-from ssd_lit.data.readers import check_format, read_documents
+from ssd_lit.data.readers import FORMATS, check_format, has_format, read_documents
 from ssd_lit.file_patterns import matching_paths
 from ssd_lit.files import sha256
 
@@ -35,7 +36,7 @@ def check_sources(data: DataConfig) -> None:
                 check_package(source.name)
             case FilesSource():
                 for pattern in source.paths:
-                    if next(matching_paths(pattern), None) is None:
+                    if next(_matches(pattern), None) is None:
                         raise ConfigError(f"data.sources.{number}.files: no file matches {pattern!r}")
                 _check_files(source)
             case HubSource():
@@ -70,7 +71,8 @@ def _check_files(source: FilesSource) -> None:
     files = _files(source)
     if not files:
         raise ConfigError(
-            f"data.sources: {', '.join(source.paths)}: nothing there is a file; name files, as in FOLDER/**/*.txt"
+            f"data.sources: {', '.join(source.paths)}: nothing there is a file to read; name files, as in "
+            f"FOLDER/**/*.txt, or a folder that holds some ({', '.join(FORMATS)})"
         )
     for path in files:
         check_format(path)
@@ -80,5 +82,14 @@ def _check_files(source: FilesSource) -> None:
 
 def _files(source: FilesSource) -> list[Path]:
     """Every file that a pattern matches, once, by name: the order must not depend on the file system."""
-    found = {path for pattern in source.paths for path in matching_paths(pattern)}
+    found = {path for pattern in source.paths for path in _matches(pattern)}
     return [path for path in map(Path, sorted(found)) if path.is_file()]
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a pattern matches. A folder that it names, rather than matches, stands for all in it that we can read."""
+    if not Path(pattern).is_dir():
+        yield from matching_paths(pattern)
+        return
+    yield pattern
+    yield from (path for path in matching_paths(f"{glob.escape(pattern)}/**") if has_format(Path(path)))
