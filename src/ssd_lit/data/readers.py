@@ -124,6 +124,8 @@ def _open_lines(path: Path) -> Iterator[Iterator[str]]:
 
 def _encoding(path: Path, start: bytes) -> str:
     """What a text that starts with these bytes is encoded in. Raises ConfigError if it seems to be UTF-16 unmarked."""
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"  # whose mark begins like that of UTF-16
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if [byte == 0 for byte in start] in ([False, True] * 2, [True, False] * 2):
