@@ -226,6 +226,8 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("a seed that no library takes", Settings({"seeds": [2**70]}), "seeds.0: given 1180591620717411303424"),
     ("no file matches", Settings({"data.sources": [SOURCE]}),
      "failed: data.sources.0.files: no file matches 'no/such/*.txt'"),
+    ("a file whose name is too long", Settings({"data.sources": [{"kind": "files", "paths": ["x" * 5000]}]}),
+     "failed: data.sources.0.files: no file matches 'xxx"),
     ("no file that is held out", Settings({"data.held_out": {"novel": "no.txt"}}),
      "failed: data.held_out.novel: no file 'no.txt'"),
     ("no source", Settings({"data.sources": []}), "data.sources: given []; list should have at least 1 item"),

@@ -2,6 +2,8 @@
 
 
 rule prepare:
+    input:
+        stale=lambda wildcards: PLAN.stale_documents(),
     output:
         directory(DATA / "documents"),
     log:

@@ -25,7 +25,7 @@ import pyarrow.parquet
 
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.readers import read_text
-from ssd_lit.data.sources import check_sources, describe, documents
+from ssd_lit.data.sources import check_sources, describe, describe_file, documents
 from ssd_lit.files import naming, write_sealed, write_text
 
 SPLITS = ("train", "validation", "test")
@@ -277,6 +277,7 @@ def _card(config: DataConfig, read: _Read, kept: _Kept) -> dict[str, Any]:
     return {
         "name": config.name,
         "sources": sources,
+        "held_out": [describe_file(Path(path)) for path in config.held_out.values()],
         "empty_documents": read.empty,
         "duplicates": kept.duplicates,
         "left_out": kept.left_out,

@@ -1,7 +1,8 @@
 """Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
 
 import glob
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,39 @@ def describe(source: Source) -> dict[str, Any]:
             told = {"version": package.version, "sha256": package.sha256}
             return {**card, **told, "description": package.description, "terms": package.terms}
         case FilesSource():
-            files = [
-                {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)} for path in _files(source)
-            ]
+            files = [describe_file(path) for path in _files(source)]
             return {**card, "files": files, "description": "local files", "terms": "those of the files"}
         case HubSource():
             return {**card, "description": "Hugging Face data set", "terms": "those of the data set's own card"}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What the data card says about a local file."""
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def described_files(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The local files that a data card tells of; one written before it told of held-out texts has none of those."""
+    return [*(file for source in card["sources"] for file in source.get("files", [])), *card.get("held_out", [])]
+
+
+def is_other_text(data: DataConfig, card: Mapping[str, Any], written: int) -> bool:
+    """Whether there is local text that a data card, `written` at that time, does not tell of: changed or new files.
+
+    Files that are gone do not count: nothing needs them once there are tokens. A file older than the card is taken for
+    what it was if it is as large, and not read.
+    """
+    told = {file["path"]: file for file in described_files(card)}
+    here = {str(path) for source in data.sources if isinstance(source, FilesSource) for path in _files(source)}
+    here |= {path for path in told if Path(path).is_file()}
+    return any(path not in told or _is_changed(Path(path), told[path], written) for path in here)
+
+
+def _is_changed(path: Path, told: Mapping[str, Any], written: int) -> bool:
+    now = path.stat()
+    if now.st_size != told["bytes"]:
+        return True
+    return now.st_mtime_ns >= written and sha256(path) != told["sha256"]
 
 
 def _check_files(source: FilesSource) -> None:
@@ -88,8 +116,8 @@ def _files(source: FilesSource) -> list[Path]:
 
 def _matches(pattern: str) -> Iterator[str]:
     """What a pattern matches. A folder that it names, rather than matches, stands for all in it that we can read."""
-    if not Path(pattern).is_dir():
+    if not os.path.isdir(pattern):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
         yield from matching_paths(pattern)
         return
-    yield pattern
+    yield pattern  # an empty folder is there, too
     yield from (path for path in matching_paths(f"{glob.escape(pattern)}/**") if has_format(Path(path)))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ssd_lit.config import Experiment
 from ssd_lit.data.downstream import check_downstream
-from ssd_lit.data.sources import check_sources
+from ssd_lit.data.sources import check_sources, is_other_text
+from ssd_lit.files import read_sealed
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.records import MEASUREMENTS, training_stages
 from ssd_lit.run import Run
@@ -27,7 +28,7 @@ class Plan:
         self.results = results
         self.here = results / experiment.experiment
         self.data = data_dir(results, experiment.data)
-        if not (self.data / "tokens" / "index.json").exists():
+        if not (self.data / "tokens" / "index.json").exists() or self._is_other_text:
             check_sources(experiment.data)
         if experiment.downstream is not None:
             check_downstream(experiment.downstream)
@@ -89,10 +90,24 @@ class Plan:
         """A file newer than any result, if the stage's result is there but not what its inputs make; else none."""
         return [_newer_than_all()] if any(self._is_stale(run, stage) for stage in stages) else []
 
+    def stale_documents(self) -> list[Path]:
+        """A file newer than any result, if local text is not what the documents were read from any more; else none."""
+        return [_newer_than_all()] if self._is_other_text else []
+
     def stale_tables(self) -> list[Path]:
         """A file newer than any result, if the tables are of an experiment with other settings; else none."""
         path = self.here / "experiment.yaml"
         return [_newer_than_all()] if path.exists() and not self._as_written(path) else []
+
+    @cached_property
+    def _is_other_text(self) -> bool:
+        card = self.data / "documents" / "card.json"
+        if not card.parent.exists():
+            return False
+        try:
+            return is_other_text(self.experiment.data, read_sealed(card), card.stat().st_mtime_ns)
+        except ValueError:
+            return True
 
     def _is_stale(self, run: str, stage: str) -> bool:
         if not self.stage(run, stage).exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 from ssd_lit.config import RunConfig, load_data, load_resolved, load_run
 from ssd_lit.data.documents import read_split
 from ssd_lit.data.index import load_index
+from ssd_lit.data.sources import described_files
 from ssd_lit.data.tokenizer import check_tokenizer
 from ssd_lit.files import archive_digest, check_digests, check_seal, read_sealed, sha256
 from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
@@ -93,7 +94,7 @@ def _config(run: Run) -> str:
 
 def _sources(documents: Path) -> str:
     """Local files are compared with what was read from them; a package is checked by the stage that reads it."""
-    files = [file for source in read_sealed(documents / "card.json")["sources"] for file in source.get("files", [])]
+    files = described_files(read_sealed(documents / "card.json"))
     if not files:
         return "no local files"
     there = [file for file in files if Path(file["path"]).is_file()]
