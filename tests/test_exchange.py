@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 
 import ssd_lit
 from ssd_lit.cli import main
@@ -15,11 +16,12 @@ from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.data.order import StepBatches
 from ssd_lit.data.scoring import scoring_batches
 from ssd_lit.files import read_json
+from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.points import read_points
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
-from tests.models.conftest import save_model
+from tests.models.conftest import MODELS, save_model, untie
 
 TRAINING = {"steps": 16, "batch_size": 4, "log_every": 1, "validate_every": 8, "validation_blocks": 6,
             "checkpoint_every": 8}  # fmt: skip
@@ -145,7 +147,7 @@ def test_training_goes_on_from_an_exported_folder_by_every_method(gpt2: Bench, t
     first = [blocks[i] for i in StepBatches(len(blocks), 4, seed=0).batch(0)]
     inputs, targets = (torch.stack([block[key] for block in first]) for key in ("inputs", "targets"))
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(exported(inputs).logits.flatten(0, 1), targets.flatten()).item()
+        expected = cross_entropy(exported(inputs).logits.flatten(0, 1), targets.flatten()).item()
     for arm in arms:
         assert bench.phases(arm)[-1].next is None
         bench.stage("evaluate", bench.dir(arm))
@@ -165,6 +167,68 @@ def test_training_goes_on_from_an_exported_folder_by_every_method(gpt2: Bench, t
     check = ssd_lit.load(tmp_path / "again")
     with torch.no_grad():
         torch.testing.assert_close(check(inputs).logits, exported(inputs).logits, rtol=1e-5, atol=1e-6)
+
+
+CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", "AutoModelForCausalLM", {}, {}),
+    "gpt2 untied": ("GPT2LMHeadModel", "AutoModelForCausalLM", {}, {}),
+    "bert": ("BertForMaskedLM", "AutoModelForMaskedLM", {}, {"mask_token": True}),
+    "t5": ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM", {}, {"sentinels": 4}),
+    "t5 untied": ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM",
+                  {"feed_forward_proj": "gated-gelu"}, {"sentinels": 4}),
+    "llama": ("LlamaForCausalLM", "AutoModelForCausalLM", {}, {}),
+}  # fmt: skip
+"""Class, Auto class, settings beside the usual ones, and the special tokens that training needs."""
+
+
+def data_of(folder: Path, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
+            "validation_share": 0.1, "test_share": 0.1, "tokenizer": tokenizer, "sequence_length": 16}  # fmt: skip
+
+
+def whole_loss(model: Any, bench: Bench, kind: str) -> float:
+    """The mean over every target of the validation split."""
+    tokens = bench.data / "tokens"
+    objective = build_objective(family(kind).objective, Specials.of(load_index(tokens)))
+    blocks = range(len(TokenBlocks(tokens, "validation")))
+    losses = [
+        cross_entropy(logits(model, batch).flatten(0, 1), batch["targets"].flatten(), reduction="none")
+        for batch in scoring_batches(tokens, "validation", blocks, objective, torch.device("cpu"))
+    ]
+    # Those of ignored targets are zero.
+    return torch.cat(losses)[torch.cat(losses) > 0].mean().item()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_training_and_evaluation_and_the_exported_folder_have_one_loss(tmp_path: Path, name: str) -> None:
+    """Whether its head has weights of its own or those of the embeddings."""
+    class_name, auto, changes, specials = CHECKPOINTS[name]
+    (tmp_path / "words").mkdir()
+    words = Bench(tmp_path / "words", data=data_of(tmp_path / "words", {"vocab_size": 300, **specials}))
+    kind = name.split()[0]
+    config = type(MODELS[kind][1])(**{**MODELS[kind][1].to_dict(), "vocab_size": 300, **changes})
+    torch.manual_seed(0)
+    getattr(transformers, class_name)(config).save_pretrained(tmp_path / "checkpoint")
+    if "untied" in name:
+        untie(tmp_path / "checkpoint", kind)
+
+    data = data_of(tmp_path, {"folder": str(words.data / "tokenizer")})
+    whole = {"blocks": 10_000, "top_k_curve": [2]}
+    training = {**TRAINING, "validation_blocks": whole["blocks"]}
+    model = {"pretrained": str(tmp_path / "checkpoint"), "dropout": 0.0}
+    arms = {"ssd": {"method": "ssd"}}
+    bench = Bench(tmp_path, model=model, data=data, training=training, switching=SWITCHING, evaluation=whole, arms=arms)
+    bench.phases("ssd", "moefy")
+    bench.phases("ssd")
+    bench.stage("evaluate", bench.dir("ssd"))
+    bench.stage("export", bench.dir("ssd"), "--out", tmp_path / "out")
+    exported = getattr(transformers, auto).from_pretrained(tmp_path / "out").eval()
+    losses = [
+        read_points(bench.dir("ssd") / "metrics.jsonl")["validation/loss"][-1][1],
+        read_json(bench.dir("ssd") / "evaluation.json")["loss_dense"],
+    ]
+    losses += [whole_loss(opened, bench, kind) for opened in (exported, ssd_lit.load(tmp_path / "out"))]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
 
 
 def test_a_folder_that_moefy_writes_is_opened_and_trained_from(gpt2: Bench, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What a folder with a Hugging Face checkpoint says about itself, found without loading or running any of it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssd_lit.files import read_json
 
@@ -21,6 +22,32 @@ KEYS: dict[str, dict[str, str]] = {
         "layers": "num_hidden_layers", "d_model": "hidden_size", "heads": "num_attention_heads",
         "d_ff": "intermediate_size", "activation": "hidden_act",
     },
+}  # fmt: skip
+
+# Where the base model of each family keeps its token embeddings; T5 may have them under more than one name.
+EMBEDDINGS = {
+    "gpt2": ("wte.weight",),
+    "bert": ("embeddings.word_embeddings.weight",),
+    "t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    "llama": ("embed_tokens.weight",),
+}
+
+# The tensors of a head that are shared where the head is tied to the embeddings, and what each is shared with.
+TIED = {
+    "gpt2": {"lm_head.weight": "wte.weight"},
+    "bert": {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+             "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    "t5": {"lm_head.weight": "shared.weight"},
+    "llama": {"lm_head.weight": "embed_tokens.weight"},
+}  # fmt: skip
+
+# The matrices of an FFN that read its input, of which any may be there, and the dimension that counts neurons.
+FFN_INPUTS = {
+    "gpt2": (("h.{}.mlp.c_fc.weight",), 1),
+    "bert": (("encoder.layer.{}.intermediate.dense.weight",), 0),
+    "t5": (("encoder.block.{}.layer.1.DenseReluDense.wi.weight",
+            "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"), 0),
+    "llama": (("layers.{}.mlp.up_proj.weight",), 0),
 }  # fmt: skip
 
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "transformers_weights"})
@@ -45,6 +72,12 @@ def checkpoint_shape(folder: Path) -> dict[str, Any]:
     unknown = [theirs for ours, theirs in KEYS[family].items() if ours not in shape]
     if unknown:
         raise ValueError(f"{folder}: config.json does not say {', '.join(unknown)}")
+    if family != "t5" and shape["d_model"] % shape["heads"]:
+        names = KEYS[family]
+        raise ValueError(
+            f"{folder}: {names['heads']} {shape['heads']} does not divide {names['d_model']} {shape['d_model']}; "
+            "Transformers builds no such model"
+        )
     return {"family": family, **shape}
 
 
@@ -84,3 +117,121 @@ def weight_files(folder: Path) -> list[Path]:
     if bad or not names or not all(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{index}: names shards that are missing or no safetensors: {', '.join(bad or sorted(names))}")
     return [folder / name for name in sorted(names)]
+
+
+class StoredTensor(NamedTuple):
+    """What the header of a weight file says of a tensor, and where its bytes are."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def same_as(self, other: "StoredTensor") -> bool:
+        return self[1:3] == other[1:3] and self._bytes() == other._bytes()
+
+    def _bytes(self) -> bytes:
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.stop - self.start)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's weight files by name; their headers are read, nothing else.
+
+    Raises ValueError for a file that is no safetensors or is cut off, and for shards that do not hold what their index
+    says.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, tensor in _header(file).items():
+            if name in found:
+                raise ValueError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}")
+            found[name] = tensor
+    if not (folder / "model.safetensors").is_file():
+        index = folder / "model.safetensors.index.json"
+        told = read_json(index)["weight_map"]
+        for name in sorted(told.keys() | found.keys()):
+            place = found[name].file.name if name in found else "no shard"
+            if told.get(name) != place:
+                raise ValueError(f"{index}: puts {name} into {told.get(name, 'no shard')}, but it is in {place}")
+    return found
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    with file.open("rb") as opened:
+        size = file.stat().st_size
+        begin = 8 + int.from_bytes(opened.read(8), "little")
+        try:
+            content = json.loads(opened.read(begin - 8) if begin <= size else b"")
+            entries = {name: entry for name, entry in content.items() if name != "__metadata__"}
+            tensors = {
+                name: StoredTensor(
+                    file, entry["dtype"], tuple(entry["shape"]), *(begin + n for n in entry["data_offsets"])
+                )
+                for name, entry in entries.items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{file}: not a safetensors file, or damaged") from None
+    if max((tensor.stop for tensor in tensors.values()), default=begin) != size:
+        raise ValueError(f"{file}: cut off, or longer than its header says")
+    return tensors
+
+
+def find_tensor(tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """A tensor by its name in the base model, which a model with a head puts a prefix before."""
+    return next((tensor for key, tensor in tensors.items() if name in (key, key.partition(".")[2])), None)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ValueError where weights have not the shape that config.json says, as far as headers show.
+
+    Looks at what is most often changed by hand: the token embeddings, and the width of every FFN.
+    """
+    shape, tensors = checkpoint_shape(folder), stored_tensors(folder)
+    family = shape["family"]
+    _check_embeddings(folder, family, tensors)
+    names, dimension = FFN_INPUTS[family]
+    for layer in range(shape["layers"]):
+        at = [name.format(layer) for name in names]
+        ffn = next((tensor for name in at if (tensor := find_tensor(tensors, name))), None)
+        if ffn is None:
+            raise ValueError(f"{folder}: the weights lack {' or '.join(at)}")
+        if len(ffn.shape) != 2 or ffn.shape[dimension] != shape["d_ff"]:
+            raise ValueError(
+                f"{folder}: the FFN of layer {layer} is of shape {list(ffn.shape)}, but config.json says "
+                f"{shape['d_ff']} neurons ({KEYS[family]['d_ff']}) for every layer"
+            )
+
+
+def has_tied_head(folder: Path) -> bool:
+    """Whether the head for the family's objective shares its weights with the embeddings, in this checkpoint.
+
+    config.json decides, but a head of its own in the weight files is one, whatever config.json says: two tensors that
+    differ cannot be shared.
+    """
+    settings, tensors = model_settings(folder), stored_tensors(folder)
+    pairs = [[find_tensor(tensors, name) for name in pair] for pair in TIED[settings["model_type"]].items()]
+    return _says_tied(settings) and all(a is None or b is None or a.same_as(b) for a, b in pairs)
+
+
+def _says_tied(settings: Mapping[str, Any]) -> bool:
+    told = settings.get("tie_word_embeddings")
+    return settings["model_type"] != "llama" if told is None else bool(told)
+
+
+def _check_embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> None:
+    settings = model_settings(folder)
+    found = [tensor for name in EMBEDDINGS[family] if (tensor := find_tensor(tensors, name))]
+    if not found and _says_tied(settings):
+        # Of tensors that are one, some programs keep that of the head.
+        found = [tensor for name in list(TIED[family])[:1] if (tensor := find_tensor(tensors, name))]
+    if not found:
+        raise ValueError(f"{folder}: the weights lack {EMBEDDINGS[family][0]}, the embeddings of the tokens")
+    if any(not other.same_as(found[0]) for other in found[1:]):
+        raise ValueError(f"{folder}: {', '.join(EMBEDDINGS[family])} differ; they are one tensor in every T5")
+    told = settings.get("vocab_size")
+    if told is not None and found[0].shape[0] != told:
+        raise ValueError(f"{folder}: embeds {found[0].shape[0]} tokens, but config.json says vocab_size {told}")

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssd_lit.checkpoint_folder import checkpoint_shape
+from ssd_lit.checkpoint_folder import check_weights, checkpoint_shape
 from ssd_lit.files import check_seal, sealed_text
 from ssd_lit.yaml_file import ConfigError as ConfigError
 from ssd_lit.yaml_file import read_with_bases, read_yaml, shown
@@ -179,6 +179,7 @@ class ModelConfig(Section):
         if content.keys() >= cls.model_fields.keys():
             return content  # a run's own config, in which the shape stands: the folder need not be there any more
         shape = checkpoint_shape(Path(content["pretrained"]))
+        check_weights(Path(content["pretrained"]))
         for key, value in shape.items():
             if content.get(key, value) != value:
                 raise ValueError(f"{key} {content[key]!r}: the checkpoint in {content['pretrained']} has {value!r}")
@@ -186,7 +187,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.d_model % self.heads:
+        has_own_width = self.family == "t5" and self.pretrained is not None  # its config.json has a d_kv
+        if self.d_model % self.heads and not has_own_width:
             raise ValueError(f"heads {self.heads} does not divide d_model {self.d_model}")
         return self
 

@@ -1,13 +1,17 @@
 """Checkpoint folders as Transformers writes them, a few thousand weights each."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+
+from ssd_lit.files import read_json, write_json
 
 VOCABULARY, D, F = 50, 16, 32
 
@@ -57,6 +61,27 @@ def save_model(folder: Path, name: str, dtype: torch.dtype = torch.float64, **ho
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder, **how)
     return model
+
+
+def change_settings(folder: Path, **changes: Any) -> None:
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **changes})
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def untie(folder: Path, name: str) -> None:
+    """Give the head of a folder weights of its own; of T5's settings, as those of T5 1.1 say it."""
+    rows = {"gpt2": "lm_head.weight", "t5": "lm_head.weight", "bert": "cls.predictions.decoder.weight"}[name]
+    shape = read_json(folder / "config.json")["vocab_size"], D
+    head = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    change_weights(folder, lambda weights: {**weights, rows: head.to(next(iter(weights.values())).dtype)})
+    if name == "t5":
+        settings = read_json(folder / "config.json")
+        del settings["scale_decoder_outputs"]
+        write_json(folder / "config.json", {**settings, "tie_word_embeddings": False})
 
 
 def outputs(model: Any, tokens: torch.Tensor) -> torch.Tensor:

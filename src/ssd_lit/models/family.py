@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssd_lit.checkpoint_folder import checkpoint_shape, model_settings
+from ssd_lit.checkpoint_folder import check_weights, has_tied_head, model_settings
 from ssd_lit.config import ModelConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.moe.ffn import ExpertFFN
@@ -113,11 +113,13 @@ class Family:
 
     def build(self, config: ModelConfig, specials: Specials, context: int) -> nn.Module:
         """A backbone with fresh weights; of the shape of a checkpoint folder where the config names one."""
+        built: nn.Module
         if config.pretrained is None:
-            hf_config = self.config(config, specials, context)
+            built = self.model_class(self.config(config, specials, context))
         else:
-            hf_config = self._config_of(Path(config.pretrained))
-        built: nn.Module = self.model_class(hf_config)
+            folder = Path(config.pretrained)
+            built = self.model_class(self._config_of(folder))
+            self._separate_head(built, folder)
         return built
 
     def load(self, folder: Path) -> nn.Module:
@@ -150,7 +152,7 @@ class Family:
         self, folder: Path, model_class: Any, dtype: torch.dtype | Literal["auto"], may_lack: str | None = None
     ) -> nn.Module:
         """From safetensors only, running nothing of the folder."""
-        checkpoint_shape(folder)
+        check_weights(folder)
         loaded, report = model_class.from_pretrained(
             folder,
             config=self._config_of(folder),
@@ -163,5 +165,21 @@ class Family:
         missing = sorted(name for name in report["missing_keys"] if may_lack is None or name.split(".")[0] != may_lack)
         if missing:
             raise ValueError(f"{folder}: the weights lack {len(missing)} of the model's, such as {missing[0]}")
+        self._separate_head(loaded, folder)
         found: nn.Module = loaded
         return found
+
+    def _separate_head(self, backbone: Any, folder: Path) -> None:
+        """Give a head that is not tied to the embeddings weights of its own, as far as Transformers has tied them.
+
+        It builds every T5 tied, and ties what is equal.
+        """
+        targets = [name for name in backbone._tied_weights_keys or () if name.split(".")[0] == self.head]
+        if not targets or has_tied_head(folder):
+            return
+        for target in targets:
+            if backbone.all_tied_weights_keys.pop(target, None) is not None:
+                layer, _, name = target.rpartition(".")
+                weight = backbone.get_parameter(target).detach().clone()
+                setattr(backbone.get_submodule(layer), name, nn.Parameter(weight))
+        backbone.config.tie_word_embeddings = False

@@ -1,0 +1,140 @@
+"""Checkpoint folders as other programs leave them: read as what they are, or refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from ssd_lit.checkpoint_folder import FFN_INPUTS, check_weights, checkpoint_shape, has_tied_head, stored_tensors
+from ssd_lit.config import ModelConfig, MoEConfig
+from ssd_lit.data.index import Specials
+from ssd_lit.files import read_json
+from ssd_lit.models.families import family
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.training.moefy_folder import moefy_folder
+from tests.models.conftest import MODELS, VOCABULARY, F, change_settings, change_weights, outputs, save_model, untie
+
+SPECIALS = Specials(vocab_size=VOCABULARY, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
+MOE = MoEConfig(experts=4, top_k=2, backend="loop")
+
+
+HEADS = [
+    ("gpt2", False),
+    ("gpt2", True),
+    ("bert", False),
+    ("bert", True),
+    ("t5", False),
+    ("t5", True),
+    ("llama", False),
+]
+
+
+@pytest.mark.parametrize(("name", "untied"), HEADS)
+def test_training_and_what_follows_it_have_the_head_of_the_checkpoint(
+    tmp_path: Path, name: str, untied: bool, tokens: torch.Tensor
+) -> None:
+    """Read from the folder, built for a checkpoint that is loaded next, or opened: one architecture."""
+    save_model(tmp_path, name)
+    if untied:
+        untie(tmp_path, name)
+    settings = ModelConfig(pretrained=str(tmp_path))
+    read = LanguageModel(settings, MOE, SPECIALS, context=8)
+    built = LanguageModel(settings, MOE, SPECIALS, context=8, read_weights=False)
+    built.load_state_dict(read.state_dict())
+    assert [key for key, _ in read.named_parameters()] == [key for key, _ in built.named_parameters()]
+    assert has_tied_head(tmp_path) == (not untied and name != "llama")
+    theirs = getattr(transformers, MODELS[name][0]).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for model in (read, built):
+        torch.testing.assert_close(outputs(model.eval().backbone, tokens), outputs(theirs, tokens))
+    opened = family(name).open(tmp_path)
+    torch.testing.assert_close(outputs(opened.float(), tokens), outputs(theirs, tokens))
+
+
+def test_of_weights_that_are_one_the_head_may_be_the_one_that_is_kept(tmp_path: Path, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path, "gpt2")
+    kept = {"transformer.wte.weight": "lm_head.weight"}
+    change_weights(tmp_path, lambda weights: {kept.get(key, key): value for key, value in weights.items()})
+    torch.testing.assert_close(outputs(family("gpt2").open(tmp_path), tokens), outputs(original, tokens))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
+def test_headers_tell_a_shape_that_is_not_that_of_the_settings(tmp_path: Path, name: str) -> None:
+    save_model(tmp_path, name)
+    check_weights(tmp_path)
+    key = FFN_INPUTS[name][0][0].format(1)
+    weights = load_file(tmp_path / "model.safetensors")
+    full = next(one for one in weights if one.endswith(key))
+    pruned = weights[full][:, : F // 2] if name == "gpt2" else weights[full][: F // 2]
+    change_weights(tmp_path, lambda weights: {**weights, full: pruned.contiguous()})
+    with pytest.raises(ValueError, match=r"the FFN of layer 1 is of shape .*config.json says 32 neurons"):
+        moefy_folder(tmp_path, tmp_path / "out", MOE)
+    change_weights(tmp_path, lambda weights: {key: value for key, value in weights.items() if key != full})
+    with pytest.raises(ValueError, match=f"the weights lack .*{key}"):
+        ModelConfig(pretrained=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
+def test_embeddings_have_as_many_rows_as_the_settings_say(tmp_path: Path, name: str, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path, name)
+    change_settings(tmp_path, vocab_size=VOCABULARY + 6)
+    with pytest.raises(ValueError, match=r"embeds 50 tokens, but config\.json says vocab_size 56"):
+        ModelConfig(pretrained=str(tmp_path))
+    with pytest.raises(ValueError, match="embeds 50 tokens"):
+        family(name).open(tmp_path)
+    original.resize_token_embeddings(VOCABULARY + 14)
+    original.save_pretrained(tmp_path)
+    model = LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=8).eval()
+    torch.testing.assert_close(outputs(model.backbone, tokens), outputs(original.float(), tokens))
+
+
+def test_a_t5_may_have_heads_that_do_not_divide_its_width(tmp_path: Path, tokens: torch.Tensor) -> None:
+    config = transformers.T5Config(**{**MODELS["t5"][1].to_dict(), "num_heads": 3})
+    original = transformers.T5ForConditionalGeneration(config).eval()
+    original.save_pretrained(tmp_path)
+    model = LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=8).eval()
+    torch.testing.assert_close(outputs(model.backbone, tokens), outputs(original, tokens))
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_is_refused_as_by_transformers(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    change_settings(tmp_path, num_attention_heads=3, num_key_value_heads=3, head_dim=8)
+    for use in (checkpoint_shape, family("llama").open):
+        with pytest.raises(ValueError, match="num_attention_heads 3 does not divide hidden_size 16"):
+            use(tmp_path)
+
+
+def test_a_width_of_heads_of_its_own_is_read(tmp_path: Path, tokens: torch.Tensor) -> None:
+    original = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**MODELS["llama"][1].to_dict(), "head_dim": 6})
+    )
+    original.eval().save_pretrained(tmp_path)
+    model = LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=8).eval()
+    torch.testing.assert_close(outputs(model.backbone, tokens), outputs(original, tokens))
+
+
+def test_shards_hold_what_their_index_says(tmp_path: Path) -> None:
+    save_model(tmp_path, "gpt2", max_shard_size="10KB")
+    stored_tensors(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    index = read_json(path)
+    name, other = "transformer.wte.weight", index["weight_map"]["transformer.h.1.mlp.c_fc.weight"]
+    for told, message in (
+        ({name: other}, f"puts {name} into {other}, but it is in"),
+        ({"extra": other}, f"puts extra into {other}, but it is in no shard"),
+    ):
+        path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], **told}}))
+        with pytest.raises(ValueError, match=message):
+            stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\x09" + b"\0" * 7 + b"[1, 2, 3]", b"\xff" * 20])
+def test_files_that_are_no_safetensors_are_named(tmp_path: Path, content: bytes) -> None:
+    save_model(tmp_path, "gpt2")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for damaged in (content, whole[:-1], whole[:100]):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors: (not a safetensors file, or damaged|cut off)"):
+            ModelConfig(pretrained=str(tmp_path))
