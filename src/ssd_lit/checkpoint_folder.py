@@ -1,6 +1,7 @@
 """What a folder with a Hugging Face checkpoint says about itself, found without loading or running any of it."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,16 @@ FFN_INPUTS = {
     "llama": (("layers.{}.mlp.up_proj.weight",), 0),
 }  # fmt: skip
 
+# Further names of activations, each with the one that we have for its function.
+SAME_ACTIVATION = {
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "swish": "silu",
+}
+
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "transformers_weights"})
 """What a config.json could have code fetched by, or other weights read."""
 
@@ -69,6 +80,8 @@ def checkpoint_shape(folder: Path) -> dict[str, Any]:
     if family == "t5":
         projection = content.get("feed_forward_proj", "relu")
         shape["activation"] = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
+    if "activation" in shape:
+        shape["activation"] = SAME_ACTIVATION.get(shape["activation"], shape["activation"])
     unknown = [theirs for ours, theirs in KEYS[family].items() if ours not in shape]
     if unknown:
         raise ValueError(f"{folder}: config.json does not say {', '.join(unknown)}")
@@ -96,6 +109,11 @@ def model_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: holds an adapter; merge it into the model first")
     if content.get("quantization_config") is not None:
         raise ValueError(f"{folder}: its weights are quantized; give the model they were made from")
+    if content.get("mlp_bias"):
+        raise ValueError(f"{folder}: mlp_bias true; only LLaMA's own FFNs, without biases, are supported")
+    places = content.get("position_embedding_type")
+    if places not in (None, "absolute"):
+        raise ValueError(f"{folder}: position_embedding_type {places!r}; allowed: absolute")
     return {key: value for key, value in content.items() if key not in CODE_KEYS}
 
 
@@ -119,6 +137,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
+"""What a model that was compiled, or trained by several processes, puts before the names of its weights."""
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight has without such a wrapper."""
+    return re.sub(WRAPPERS, "", name)
+
+
 class StoredTensor(NamedTuple):
     """What the header of a weight file says of a tensor, and where its bytes are."""
 
@@ -139,7 +166,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder's weight files by name; their headers are read, nothing else.
+    """The tensors of a folder's weight files by their plain names; their headers are read, nothing else.
 
     Raises ValueError for a file that is no safetensors or is cut off, and for shards that do not hold what their index
     says.
@@ -147,12 +174,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         for name, tensor in _header(file).items():
+            name = plain_name(name)
             if name in found:
                 raise ValueError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}")
             found[name] = tensor
     if not (folder / "model.safetensors").is_file():
         index = folder / "model.safetensors.index.json"
-        told = read_json(index)["weight_map"]
+        told = {plain_name(name): file for name, file in read_json(index)["weight_map"].items()}
         for name in sorted(told.keys() | found.keys()):
             place = found[name].file.name if name in found else "no shard"
             if told.get(name) != place:

@@ -2,18 +2,30 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
 
-from ssd_lit.checkpoint_folder import FFN_INPUTS, check_weights, checkpoint_shape, has_tied_head, stored_tensors
+import ssd_lit
+from ssd_lit.checkpoint_folder import (
+    FFN_INPUTS,
+    SAME_ACTIVATION,
+    check_weights,
+    checkpoint_shape,
+    has_tied_head,
+    stored_tensors,
+    weight_files,
+)
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.files import read_json
 from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.training.moefy_folder import moefy_folder
 from tests.models.conftest import MODELS, VOCABULARY, F, change_settings, change_weights, outputs, save_model, untie
 
@@ -138,3 +150,65 @@ def test_files_that_are_no_safetensors_are_named(tmp_path: Path, content: bytes)
         (tmp_path / "model.safetensors").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model\.safetensors: (not a safetensors file, or damaged|cut off)"):
             ModelConfig(pretrained=str(tmp_path))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("shards", [False, True])
+def test_names_may_be_those_of_a_wrapped_model(
+    tmp_path: Path, wrapper: str, shards: bool, tokens: torch.Tensor
+) -> None:
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    original = save_model(dense, "gpt2", max_shard_size="10KB" if shards else "50GB")
+    for file in weight_files(dense):
+        weights = {wrapper + key: value for key, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    if shards:
+        index = read_json(dense / "model.safetensors.index.json")
+        index["weight_map"] = {wrapper + key: file for key, file in index["weight_map"].items()}
+        (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    LanguageModel(ModelConfig(pretrained=str(dense)), MOE, SPECIALS, context=8)
+    moefy_folder(dense, out, MOE)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    for opened in (family("gpt2").open(dense), plain, ssd_lit.load(out)):
+        torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+    opened = family("gpt2").open(dense)
+    opened.save_pretrained(tmp_path / "saved")
+    assert set(stored_tensors(tmp_path / "saved")) == set(stored_tensors(dense))
+
+
+NAMES = [("gpt2", "activation_function", "gelu_pytorch_tanh"), ("gpt2", "activation_function", "gelu_fast"),
+         ("bert", "hidden_act", "gelu_python"), ("llama", "hidden_act", "swish"),
+         ("t5", "feed_forward_proj", "gated-gelu_pytorch_tanh")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "activation"), NAMES)
+def test_activations_go_by_every_name_that_they_have(
+    tmp_path: Path, name: str, key: str, activation: str, tokens: torch.Tensor
+) -> None:
+    config = type(MODELS[name][1]).from_dict({**MODELS[name][1].to_dict(), key: activation})
+    original = getattr(transformers, MODELS[name][0])(config).double().eval()
+    original.save_pretrained(tmp_path / "dense")
+    assert ModelConfig(pretrained=str(tmp_path / "dense")).activation in ("gelu", "gelu_new", "silu")
+    moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+    opened = ssd_lit.load(tmp_path / "out")
+    torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens), rtol=0, atol=1e-9)
+
+
+def test_every_further_name_of_an_activation_is_of_that_function() -> None:
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    for name, ours in SAME_ACTIVATION.items():
+        torch.testing.assert_close(ACT2FN[name](x), ACTIVATIONS[ours](x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [("llama", {"mlp_bias": True}, "mlp_bias true"),
+     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'")],
+)  # fmt: skip
+def test_what_no_ffn_or_model_of_ours_has_is_refused(
+    tmp_path: Path, name: str, setting: dict[str, Any], message: str
+) -> None:
+    save_model(tmp_path, name)
+    change_settings(tmp_path, **setting)
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(pretrained=str(tmp_path))

@@ -9,7 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssd_lit.checkpoint_folder import check_weights, has_tied_head, model_settings
+from ssd_lit.checkpoint_folder import (
+    SAME_ACTIVATION,
+    WRAPPERS,
+    check_weights,
+    has_tied_head,
+    model_settings,
+)
 from ssd_lit.config import ModelConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.moe.ffn import ExpertFFN
@@ -70,7 +76,7 @@ class FFNSite:
         self._modules = [f"{prefix}{layer}.{name}" for name in modules]
         self.weights = {part: Weight(f"{prefix}{layer}.{name}", turned) for part, (name, turned) in weights.items()}
         """Where the backbone keeps each part: the names of its state."""
-        self.activation = activation
+        self.activation = SAME_ACTIVATION.get(activation, activation)
         self.dropout = dropout
         """Probability with which outputs are dropped by what an ExpertFFN replaces."""
         self.hidden_dropout = hidden_dropout
@@ -156,6 +162,7 @@ class Family:
         loaded, report = model_class.from_pretrained(
             folder,
             config=self._config_of(folder),
+            key_mapping={WRAPPERS: ""},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -165,6 +172,8 @@ class Family:
         missing = sorted(name for name in report["missing_keys"] if may_lack is None or name.split(".")[0] != may_lack)
         if missing:
             raise ValueError(f"{folder}: the weights lack {len(missing)} of the model's, such as {missing[0]}")
+        # Or saving it would undo the mapping, and put the pattern before every name.
+        loaded._weight_conversions = None
         self._separate_head(loaded, folder)
         found: nn.Module = loaded
         return found

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssd_lit.checkpoint_folder import model_settings, weight_files
-from ssd_lit.files import write_json
+from ssd_lit.checkpoint_folder import model_settings, plain_name, weight_files
+from ssd_lit.files import read_json, write_json
 from ssd_lit.models.family import Family, FFNParts
 from ssd_lit.moe.ffn import ExpertFFN
 
@@ -25,6 +25,8 @@ def copy_in_new_order(
 ) -> None:
     """Copy a checkpoint folder, its neurons in a new order; whatever else the weight files hold stays as it is.
 
+    Names lose what a wrapper had put before them.
+
     orders: for each FFN of the family's sites in `backbone`, [F] the old place of the neuron that stands at i. Config,
     generation settings and tokenizer come along, code and pickled weights do not. Raises ValueError if the files do not
     hold the FFNs.
@@ -33,7 +35,7 @@ def copy_in_new_order(
     done: set[str] = set()
     for file in weight_files(source):
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {plain_name(name): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             about = opened.metadata()
         for name, value in tensors.items():
             # A base model's files may be opened with a head, and the other way round.
@@ -46,7 +48,16 @@ def copy_in_new_order(
     if done != moves.keys():
         raise ValueError(f"{source}: the weight files have no {min(moves.keys() - done)}")
     write_json(target / "config.json", model_settings(source))
-    copy_files(source, target, ["model.safetensors.index.json", "generation_config.json", *TOKENIZER_FILES])
+    _copy_index(source, target)
+    copy_files(source, target, ["generation_config.json", *TOKENIZER_FILES])
+
+
+def _copy_index(source: Path, target: Path) -> None:
+    name = "model.safetensors.index.json"
+    if (source / name).is_file():
+        index = read_json(source / name)
+        places = {plain_name(weight): file for weight, file in index["weight_map"].items()}
+        write_json(target / name, {**index, "weight_map": places})
 
 
 def save_dense(folder: Path, backbone: Any, family: Family, ffns: Sequence[ExpertFFN]) -> None:
