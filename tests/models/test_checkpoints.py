@@ -27,21 +27,14 @@ from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.training.moefy_folder import moefy_folder
-from tests.models.conftest import MODELS, VOCABULARY, F, change_settings, change_weights, outputs, save_model, untie
+from tests.models.conftest import MODELS, VOCABULARY, D, F, change_settings, change_weights, outputs, save_model, untie
 
 SPECIALS = Specials(vocab_size=VOCABULARY, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
 MOE = MoEConfig(experts=4, top_k=2, backend="loop")
 
 
-HEADS = [
-    ("gpt2", False),
-    ("gpt2", True),
-    ("bert", False),
-    ("bert", True),
-    ("t5", False),
-    ("t5", True),
-    ("llama", False),
-]
+HEADS = [("gpt2", False), ("gpt2", True), ("bert", False), ("bert", True), ("t5", False), ("t5", True),
+         ("llama", False)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "untied"), HEADS)
@@ -212,3 +205,103 @@ def test_what_no_ffn_or_model_of_ours_has_is_refused(
     change_settings(tmp_path, **setting)
     with pytest.raises(ValueError, match=message):
         ModelConfig(pretrained=str(tmp_path))
+
+
+CLASSES = [("llama", "LLaMAForCausalLM"), ("llama", None), ("t5", "T5WithLMHeadModel"),
+           ("t5 gated", "T5WithLMHeadModel"), ("gpt2", "MyGPT2"), ("gpt2", None), ("bert", None),
+           ("bert", "BertModel")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "told"), CLASSES)
+def test_a_head_stays_whatever_the_class_is_called(
+    tmp_path: Path, name: str, told: str | None, tokens: torch.Tensor
+) -> None:
+    original = save_model(tmp_path / "dense", name)
+    change_settings(tmp_path / "dense", architectures=told and [told], auto_map={"AutoModel": "mine.Model"})
+    moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+    assert read_json(tmp_path / "out/config.json")["architectures"] == [MODELS[name][0]]
+    opened = ssd_lit.load(tmp_path / "out")
+    assert type(opened) is type(original)
+    torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bert base", "bert", "bert classifier"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_bert_may_come_without_its_pooler(tmp_path: Path, name: str, told: bool, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path / "dense", name)
+    change_weights(tmp_path / "dense", lambda weights: {k: v for k, v in weights.items() if "pooler" not in k})
+    if not told:
+        change_settings(tmp_path / "dense", architectures=None)
+    if name == "bert classifier":
+        why = r"lack 2 of the model's, such as bert\.pooler" if told else r"BertModel .* such as classifier\.bias"
+        with pytest.raises(ValueError, match=why):
+            moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+        return
+    moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+    opened = ssd_lit.load(tmp_path / "out")
+    torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+    LanguageModel(ModelConfig(pretrained=str(tmp_path / "dense")), MOE, SPECIALS, context=8)
+
+
+UNREAD = [("llama", "model.layers.0.mlp.up_proj.bias", F), ("llama", "model.layers.1.self_attn.q_proj.bias", D),
+          ("bert", "bert.encoder.layer.0.attention.self.distance_embedding.weight", D),
+          ("gpt2", "transformer.h.2.ln_1.weight", D), ("gpt2", "score.weight", D),
+          ("t5", "adapter.weight", D)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "size"), UNREAD)
+def test_weights_that_nobody_reads_are_refused(tmp_path: Path, name: str, key: str, size: int) -> None:
+    save_model(tmp_path, name)
+    change_weights(tmp_path, lambda weights: {**weights, key: torch.ones(size, dtype=torch.float64)})
+    for use in (
+        lambda: moefy_folder(tmp_path, tmp_path / "out", MOE),
+        lambda: LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=8),
+    ):
+        with pytest.raises(ValueError, match=f"{tmp_path}: the weights hold 1 that a .* such as {key}"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+     ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+     ("bert", ["bert.embeddings.position_ids", "bert.pooler.dense.weight", "cls.seq_relationship.weight"])],
+)  # fmt: skip
+def test_what_is_computed_or_of_another_task_need_not_be_read(tmp_path: Path, name: str, keys: list[str]) -> None:
+    save_model(tmp_path, name)
+    change_weights(tmp_path, lambda weights: {**weights, **{key: torch.ones(3) for key in keys}})
+    family(name).open(tmp_path)
+    LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("t5", "shared.weight"), ("t5 gated", "shared.weight"), ("bert", "cls.predictions.transform.dense.bias"),
+     ("gpt2", "transformer.h.1.attn.c_attn.weight"), ("llama", "model.norm.weight"), ("llama", "lm_head.weight")],
+)  # fmt: skip
+def test_nothing_but_a_whole_head_is_drawn(tmp_path: Path, name: str, key: str) -> None:
+    save_model(tmp_path, name)
+    if name == "t5 gated":
+        untie(tmp_path, "t5")
+    change_weights(tmp_path, lambda weights: {k: v for k, v in weights.items() if k != key})
+    with pytest.raises(ValueError, match=f"the weights lack .*{key}"):
+        family(name.split()[0]).open(tmp_path)
+    if key != "lm_head.weight":
+        with pytest.raises(ValueError, match=f"the weights lack .*{key}"):
+            LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=8)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    change_settings(tmp_path, num_key_value_heads=1)
+    with pytest.raises(
+        ValueError, match=r"4 weights are not of the shape .* such as model\.layers\.0\.self_attn\.k_proj"
+    ):
+        family("llama").open(tmp_path)
+
+
+def test_settings_that_transformers_refuses_are_answered_in_a_line(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    change_settings(tmp_path, rms_norm_eps="small")
+    with pytest.raises(ValueError, match=r"config\.json: .*rms_norm_eps"):
+        family("llama").open(tmp_path)

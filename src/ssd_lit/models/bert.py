@@ -45,4 +45,4 @@ def sites(backbone: Any) -> Sequence[FFNSite]:
     ]
 
 
-BERT = Family("masked", BertForMaskedLM, BertModel, "cls", config_of, sites)
+BERT = Family("masked", BertForMaskedLM, BertModel, "cls", config_of, sites, {"pooler": "add_pooling_layer"})

@@ -1,8 +1,9 @@
 """What a model family tells the rest: how its backbone is built and where its FFNs are."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +16,17 @@ from ssd_lit.checkpoint_folder import (
     check_weights,
     has_tied_head,
     model_settings,
+    stored_tensors,
 )
 from ssd_lit.config import ModelConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.moe.ffn import ExpertFFN
+
+NO_WEIGHTS = (
+    r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq|position_ids|pooler\.dense\.\w+|cls\.seq_relationship\.\w+)$"
+)
+"""What weight files may hold and nobody need read: masks and places that are computed, and BERT's head for the
+next sentence with the pooler before it, which its head for masked tokens does without."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,8 @@ class FFNParts:
     @torch.no_grad()
     def copy_to(self, ffn: ExpertFFN) -> None:
         """Give an ExpertFFN of the same shape these weights."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(ffn, field.name)
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(ffn, part.name)
             if mine is not None:
                 theirs.copy_(mine)
 
@@ -116,6 +124,8 @@ class Family:
     """The Transformers config of a fresh model, for blocks of that many tokens."""
     sites: Callable[[Any], Sequence[FFNSite]]
     """The FFNs of a backbone, with any head or none: first layer first, an encoder's before a decoder's."""
+    dispensable: Mapping[str, str] = field(default_factory=dict)
+    """Modules that a base model may come without, each with the argument of its class that says whether it has one."""
 
     def build(self, config: ModelConfig, specials: Specials, context: int) -> nn.Module:
         """A backbone with fresh weights; of the shape of a checkpoint folder where the config names one."""
@@ -138,21 +148,35 @@ class Family:
     def open(self, folder: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> nn.Module:
         """The model of a checkpoint folder as it was saved, of the class that its config.json names.
 
-        A class that is not one of this family's in Transformers is answered with the model without a head. Raises
-        ValueError if weights are missing.
+        Where that is not one of this family's in Transformers, or one without the head that the weights have, it is
+        the class with that head, or without any if there is none. Raises ValueError if weights are missing, or if there
+        are some that the model does not have.
         """
-        names = model_settings(folder).get("architectures")
-        name = names[0] if isinstance(names, list) and names else None
-        return self._read(folder, self._architecture(name), dtype).eval()
+        return self._read(folder, self._class_of(folder), dtype).eval()
 
     def _config_of(self, folder: Path) -> Any:
-        return self.model_class.config_class.from_dict(model_settings(folder))
+        try:
+            return self.model_class.config_class.from_dict(model_settings(folder))
+        except Exception as error:  # a StrictDataclassError, which is none of Python's own
+            raise ValueError(f"{folder}: config.json: {' '.join(str(error).split())}") from None
+
+    def _class_of(self, folder: Path) -> Any:
+        names = model_settings(folder).get("architectures")
+        named = self._architecture(names[0] if isinstance(names, list) and names else None)
+        if named not in (None, self.base_class):
+            return named
+        # A tied head may be all that a class adds to the base model, and then leaves no trace in the weights.
+        is_implied = named is None and has_tied_head(folder) and set(self._tied_targets) == {f"{self.head}.weight"}
+        return self.model_class if self._has_head(folder) or is_implied else self.base_class
 
     def _architecture(self, name: Any) -> Any:
+        """The class of that name if it is one of this family's, else None."""
         module, root = sys.modules[self.base_class.__module__], self.base_class.__bases__[0]
         found = getattr(module, name) if name in module.__all__ else None
-        is_model = isinstance(found, type) and issubclass(found, root) and found is not root
-        return found if is_model else self.base_class
+        return found if isinstance(found, type) and issubclass(found, root) and found is not root else None
+
+    def _has_head(self, folder: Path) -> bool:
+        return any(name.startswith(f"{self.head}.") for name in stored_tensors(folder))
 
     def _read(
         self, folder: Path, model_class: Any, dtype: torch.dtype | Literal["auto"], may_lack: str | None = None
@@ -167,26 +191,47 @@ class Family:
             trust_remote_code=False,
             local_files_only=True,
             dtype=dtype,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **self._left_out(folder, model_class),
         )
-        missing = sorted(name for name in report["missing_keys"] if may_lack is None or name.split(".")[0] != may_lack)
-        if missing:
-            raise ValueError(f"{folder}: the weights lack {len(missing)} of the model's, such as {missing[0]}")
         # Or saving it would undo the mapping, and put the pattern before every name.
         loaded._weight_conversions = None
+        may_draw = may_lack if may_lack is not None and not self._has_head(folder) else None
+        missing = sorted(name for name in report["missing_keys"] if name.split(".")[0] != may_draw)
+        if missing:
+            raise ValueError(f"{folder}: the weights lack {len(missing)} of the model's, such as {missing[0]}")
+        other = sorted(str(name) for name, *_ in report["mismatched_keys"])
+        if other:
+            raise ValueError(f"{folder}: {len(other)} weights are not of the shape of the model's, such as {other[0]}")
+        unread = sorted(name for name in report["unexpected_keys"] if not re.search(NO_WEIGHTS, name))
+        if unread:
+            raise ValueError(
+                f"{folder}: the weights hold {len(unread)} that a {model_class.__name__} of this config.json does not "
+                f"have, such as {unread[0]}"
+            )
         self._separate_head(loaded, folder)
         found: nn.Module = loaded
         return found
+
+    def _left_out(self, folder: Path, model_class: Any) -> dict[str, bool]:
+        names = stored_tensors(folder)
+        absent = [module for module in self.dispensable if not any(f"{module}." in name for name in names)]
+        return {self.dispensable[module]: False for module in absent} if model_class is self.base_class else {}
+
+    @property
+    def _tied_targets(self) -> list[str]:
+        """The tensors of the head that are the embeddings' where it is tied to them."""
+        return [name for name in self.model_class._tied_weights_keys if name.split(".")[0] == self.head]
 
     def _separate_head(self, backbone: Any, folder: Path) -> None:
         """Give a head that is not tied to the embeddings weights of its own, as far as Transformers has tied them.
 
         It builds every T5 tied, and ties what is equal.
         """
-        targets = [name for name in backbone._tied_weights_keys or () if name.split(".")[0] == self.head]
-        if not targets or has_tied_head(folder):
+        if not hasattr(backbone, self.head) or has_tied_head(folder):
             return
-        for target in targets:
+        for target in self._tied_targets:
             if backbone.all_tied_weights_keys.pop(target, None) is not None:
                 layer, _, name = target.rpartition(".")
                 weight = backbone.get_parameter(target).detach().clone()

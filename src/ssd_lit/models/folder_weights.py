@@ -47,7 +47,7 @@ def copy_in_new_order(
         save_file(tensors, target / file.name, metadata=about)
     if done != moves.keys():
         raise ValueError(f"{source}: the weight files have no {min(moves.keys() - done)}")
-    write_json(target / "config.json", model_settings(source))
+    write_json(target / "config.json", {**model_settings(source), "architectures": [type(backbone).__name__]})
     _copy_index(source, target)
     copy_files(source, target, ["generation_config.json", *TOKENIZER_FILES])
 
