@@ -305,3 +305,26 @@ def test_settings_that_transformers_refuses_are_answered_in_a_line(tmp_path: Pat
     change_settings(tmp_path, rms_norm_eps="small")
     with pytest.raises(ValueError, match=r"config\.json: .*rms_norm_eps"):
         family("llama").open(tmp_path)
+
+
+@pytest.mark.parametrize("told", ["float16", "bfloat16", "float64", None])
+def test_precision_is_that_of_the_weights_not_of_the_settings(
+    tmp_path: Path, told: str | None, tokens: torch.Tensor
+) -> None:
+    original = save_model(tmp_path / "dense", "llama", dtype=torch.float32)
+    inverse = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}
+    change_weights(tmp_path / "dense", lambda weights: weights | inverse)
+    change_settings(tmp_path / "dense", dtype=told)
+    moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+    opened = ssd_lit.load(tmp_path / "out")
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.float32}
+    torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens))
+
+
+def test_weights_of_several_precisions_get_the_highest(tmp_path: Path, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path, "gpt2", dtype=torch.bfloat16).float()
+    change_weights(tmp_path, lambda weights: {k: v.float() if "ln" in k else v for k, v in weights.items()})
+    torch.testing.assert_close(outputs(family("gpt2").open(tmp_path), tokens), outputs(original, tokens))
+    change_weights(tmp_path, lambda weights: {k: v.to(torch.int8) if "c_fc" in k else v for k, v in weights.items()})
+    with pytest.raises(ValueError, match=r"c_fc\.\w+ is kept as I8; allowed: F64, F32, BF16, F16"):
+        family("gpt2").open(tmp_path)

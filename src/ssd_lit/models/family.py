@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,10 @@ NO_WEIGHTS = (
 )
 """What weight files may hold and nobody need read: masks and places that are computed, and BERT's head for the
 next sentence with the pooler before it, which its head for masked tokens does without."""
+
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Precisions by the names that safetensors gives them."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +150,14 @@ class Family:
         """
         return self._read(folder, self.model_class, torch.float32, may_lack=self.head).train()
 
-    def open(self, folder: Path, dtype: torch.dtype | Literal["auto"] = "auto") -> nn.Module:
-        """The model of a checkpoint folder as it was saved, of the class that its config.json names.
+    def open(self, folder: Path) -> nn.Module:
+        """The model of a checkpoint folder as it was saved, in the precision of its weight files.
 
-        Where that is not one of this family's in Transformers, or one without the head that the weights have, it is
-        the class with that head, or without any if there is none. Raises ValueError if weights are missing, or if there
-        are some that the model does not have.
+        Its class is the one that config.json names. Where that is not one of this family's in Transformers, or one
+        without the head that the weights have, it is the class with that head, or without any if there is none. Raises
+        ValueError if weights are missing, or if there are some that the model does not have.
         """
-        return self._read(folder, self._class_of(folder), dtype).eval()
+        return self._read(folder, self._class_of(folder), _kept_dtype(folder)).eval()
 
     def _config_of(self, folder: Path) -> Any:
         try:
@@ -178,9 +183,7 @@ class Family:
     def _has_head(self, folder: Path) -> bool:
         return any(name.startswith(f"{self.head}.") for name in stored_tensors(folder))
 
-    def _read(
-        self, folder: Path, model_class: Any, dtype: torch.dtype | Literal["auto"], may_lack: str | None = None
-    ) -> nn.Module:
+    def _read(self, folder: Path, model_class: Any, dtype: torch.dtype, may_lack: str | None = None) -> nn.Module:
         """From safetensors only, running nothing of the folder."""
         check_weights(folder)
         loaded, report = model_class.from_pretrained(
@@ -237,3 +240,16 @@ class Family:
                 weight = backbone.get_parameter(target).detach().clone()
                 setattr(backbone.get_submodule(layer), name, nn.Parameter(weight))
         backbone.config.tie_word_embeddings = False
+
+
+def _kept_dtype(folder: Path) -> torch.dtype:
+    """The precision of the weights in a folder's files, whatever its config.json says: the highest, if there are some.
+
+    Raises ValueError for weights that are no plain floating-point numbers.
+    """
+    kept = {tensor.dtype: name for name, tensor in stored_tensors(folder).items() if not re.search(NO_WEIGHTS, name)}
+    unknown = kept.keys() - FLOATS.keys()
+    if unknown:
+        name = min(unknown)
+        raise ValueError(f"{folder}: {kept[name]} is kept as {name}; allowed: {', '.join(FLOATS)}")
+    return reduce(torch.promote_types, [FLOATS[name] for name in kept])
