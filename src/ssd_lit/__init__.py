@@ -20,8 +20,9 @@ def load(
     """The Transformers model of a folder that `ssd-lit moefy --model` or `ssd-lit export` wrote, in either mode.
 
     In sparse mode a token runs through `top_k` experts of each FFN, the number that the folder names if None; `backend`
-    says how they are computed. Reads safetensors only and runs nothing of the folder. Raises ValueError for a folder
-    without experts, and for a mode, top_k or backend that it does not have.
+    says how they are computed. A folder without experts, of a run that was never MoEfied, opens in dense mode only. The
+    model's `save_pretrained` writes such a folder again. Reads safetensors only and runs nothing of the folder. Raises
+    ValueError for a mode, top_k or backend that the folder does not have.
     """
     from ssd_lit.models.folder import open_folder
 

@@ -1,5 +1,6 @@
 """Folders with experts: opened by Transformers, opened by us, and what is refused."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -195,11 +196,9 @@ def test_a_mode_that_a_folder_does_not_have_is_refused_before_it_is_read(tmp_pat
 
 
 def test_folders_that_are_no_moefied_model_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no experts.json in folder .*ssd-lit moefy --model"):
+    with pytest.raises(ValueError, match=r"no config.json in folder .*no such folder"):
         ssd_lit.load(tmp_path / "nowhere")
     _, folder = moefied(tmp_path)
-    with pytest.raises(ValueError, match=r"no experts.json"):
-        ssd_lit.load(tmp_path / "dense")
     shutil.copytree(folder, tmp_path / "mixed")
     shutil.copyfile(tmp_path / "dense/model.safetensors", tmp_path / "mixed/model.safetensors")
     with pytest.raises(ValueError, match="made for other weights, or another order of neurons"):
@@ -302,3 +301,34 @@ def test_the_index_of_shards_names_safetensors_of_the_folder_only(tmp_path: Path
         path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "wte.weight": shard}}))
         with pytest.raises(ValueError, match="names shards that are missing or no safetensors"):
             moefy_folder(tmp_path, tmp_path / "experts", MOE)
+
+
+def test_a_folder_without_experts_opens_in_dense_mode_only(tmp_path: Path, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path, "gpt2")
+    torch.testing.assert_close(outputs(ssd_lit.load(tmp_path), tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+    for arguments in ({"mode": "sparse"}, {"top_k": 2}):
+        with pytest.raises(ValueError, match=r"no experts.json in folder .*dense only; `ssd-lit moefy --model`"):
+            ssd_lit.load(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "t5 gated", "llama"])
+def test_what_load_gave_can_be_saved_and_loaded_again(tmp_path: Path, name: str, tokens: torch.Tensor) -> None:
+    """As it is by then; and so can copies of it, without taking the weights of the one that they were made from."""
+    _, folder = moefied(tmp_path, name)
+    loaded = ssd_lit.load(folder, mode="sparse")
+    before = outputs(loaded, tokens)
+    model = copy.deepcopy(loaded)
+    for ffn in experts_of(model):
+        ffn.w_out.data.mul_(1.5)
+    expected = outputs(model, tokens)
+    assert not torch.equal(expected, before)
+    torch.save(model, tmp_path / "whole.pt")
+    for one, shards in ((model, "50GB"), (torch.load(tmp_path / "whole.pt", weights_only=False), "10KB")):
+        one.save_pretrained(tmp_path / "again", max_shard_size=shards)
+        assert torch.equal(outputs(ssd_lit.load(tmp_path / "again", mode="sparse"), tokens), expected)
+        plain = getattr(transformers, MODELS[name][2]).from_pretrained(tmp_path / "again", dtype="auto").eval()
+        ssd_lit.set_mode(model, "dense")
+        torch.testing.assert_close(outputs(plain, tokens), outputs(model, tokens), rtol=0, atol=1e-12)
+        with pytest.raises(TypeError, match="state_dict"):
+            one.save_pretrained(tmp_path / "other", state_dict=one.state_dict())
+        assert not (tmp_path / "other").exists()

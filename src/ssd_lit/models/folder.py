@@ -7,6 +7,8 @@ experts.safetensors, each layer's router and neuron ids, and experts.json, which
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +20,8 @@ from ssd_lit.checkpoint_folder import checkpoint_shape
 from ssd_lit.config import MoEConfig
 from ssd_lit.files import read_json, write_json
 from ssd_lit.models.families import family
+from ssd_lit.models.family import Family
+from ssd_lit.models.folder_weights import save_dense
 from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.backends import NAMES
 from ssd_lit.moe.ffn import ExpertFFN, Mode
@@ -43,11 +47,9 @@ class Experts:
     def read(cls, folder: Path) -> tuple["Experts", str]:
         """What a folder says, and the fingerprint of its neurons.
 
-        Raises ValueError if it has no experts, or was written by a later version.
+        Raises ValueError if it was written by a later version.
         """
         path = folder / "experts.json"
-        if not path.is_file():
-            raise ValueError(f"no experts.json in folder {str(folder)!r}; `ssd-lit moefy --model` makes one that has")
         content = read_json(path)
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"{path}: not of format {FORMAT}, the one that this version of ssd_lit reads")
@@ -59,32 +61,71 @@ class Experts:
 
 
 def open_folder(folder: Path, *, mode: Mode = "dense", top_k: int | None = None, backend: str = "auto") -> nn.Module:
-    """The Transformers model of a MoEfied folder, ready for inference, with an ExpertFFN for every FFN.
+    """The Transformers model of a folder, ready for inference; with experts, an ExpertFFN stands for every FFN.
 
     Weights have the precision that they are kept in, routers float32 at least; a T5 in float16, of which Transformers
-    itself keeps parts in float32, becomes float32 as a whole. Raises ValueError for what is no MoEfied folder of a
+    itself keeps parts in float32, becomes float32 as a whole. Raises ValueError for what is no checkpoint folder of a
     supported family, or not the one that its experts were made for, and for a mode, top_k or backend it does not have.
     """
-    told, fingerprint = Experts.read(folder)
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r}: allowed are {', '.join(get_args(Mode))}")
     if backend not in NAMES:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(NAMES)}")
+    if (folder / "experts.json").is_file():
+        return _open_experts(folder, mode, top_k, backend)
+    if mode == "sparse" or top_k is not None:
+        raise ValueError(
+            f"mode {mode!r}, top_k {top_k}: no experts.json in folder {str(folder)!r}, so it is dense only; "
+            "`ssd-lit moefy --model` makes one with experts"
+        )
+    return _open_backbone(folder)
+
+
+def _open_experts(folder: Path, mode: Mode, top_k: int | None, backend: str) -> nn.Module:
+    told, fingerprint = Experts.read(folder)
     if top_k is not None and not 1 <= top_k <= told.experts:
         raise ValueError(f"top_k {top_k}: allowed are 1 to {told.experts}")
-    kind = family(checkpoint_shape(folder)["family"])
-    backbone = kind.open(folder)
-    if len({parameter.dtype for parameter in backbone.parameters()}) > 1:
-        backbone.float()
+    backbone: Any = _open_backbone(folder)
     moe = MoEConfig(experts=told.experts, top_k=told.top_k, router_hidden=told.router_hidden)
-    ffns = swap_ffns(backbone, kind, moe, router=told.router)
+    ffns = swap_ffns(backbone, _family_of(folder), moe, router=told.router)
     if fingerprint != _fingerprint(ffns):
         raise ValueError(f"{folder}: experts.json was made for other weights, or another order of neurons")
     _read_routers(folder / "experts.safetensors", ffns)
     for ffn in ffns:
         ffn.backend = backend
     set_mode(backbone, mode, top_k)
+    # The class's own would write FFNs under names that nothing reads. Unlike a method, this is copied with the model.
+    backbone.save_pretrained = partial(save_folder, backbone, told)
+    opened: nn.Module = backbone
+    return opened
+
+
+def _open_backbone(folder: Path) -> nn.Module:
+    backbone = _family_of(folder).open(folder)
+    if len({parameter.dtype for parameter in backbone.parameters()}) > 1:
+        backbone.float()
     return backbone
+
+
+def _family_of(folder: Path) -> Family:
+    return family(checkpoint_shape(folder)["family"])
+
+
+def save_folder(
+    model: Any, told: Experts, save_directory: str | PathLike[str], *, max_shard_size: int | str = "50GB"
+) -> None:
+    """Write a model that `open_folder` gave as such a folder, with the weights and routers that it has now.
+
+    Takes the place of the model's own `save_pretrained`, of whose options the size of shards is left.
+    """
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What an earlier save left would be read instead of shards, or beside other weights.
+    for name in ("experts.json", "model.safetensors", "model.safetensors.index.json"):
+        (folder / name).unlink(missing_ok=True)
+    ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
+    save_dense(folder, model, family(model.config.model_type), ffns, max_shard_size=max_shard_size)
+    write_experts(folder, ffns, told)
 
 
 def set_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> None:

@@ -60,13 +60,16 @@ def _copy_index(source: Path, target: Path) -> None:
         write_json(target / name, {**index, "weight_map": places})
 
 
-def save_dense(folder: Path, backbone: Any, family: Family, ffns: Sequence[ExpertFFN]) -> None:
+def save_dense(
+    folder: Path, backbone: Any, family: Family, ffns: Sequence[ExpertFFN], *, max_shard_size: int | str = "50GB"
+) -> None:
     """Write a backbone whose FFNs were swapped for `ffns` as Transformers would without the swap."""
     inside = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, ExpertFFN))
     state = {name: value for name, value in backbone.state_dict().items() if not name.startswith(inside)}
     for site, ffn in zip(family.sites(backbone), ffns, strict=True):
         state |= site.state(FFNParts.of(ffn))
-    backbone.save_pretrained(folder, state_dict=state)
+    # The class's own: a model that was opened with its experts saves itself through here.
+    type(backbone).save_pretrained(backbone, folder, state_dict=state, max_shard_size=max_shard_size)
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
