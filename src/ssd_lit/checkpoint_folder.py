@@ -250,16 +250,44 @@ def _says_tied(settings: Mapping[str, Any]) -> bool:
     return settings["model_type"] != "llama" if told is None else bool(told)
 
 
+def embedded_tokens(folder: Path) -> int:
+    """How many tokens the checkpoint in a folder has embeddings of. Raises ValueError if it has none."""
+    family, tensors = model_settings(folder)["model_type"], stored_tensors(folder)
+    return _embeddings(folder, family, tensors)[0].shape[0]
+
+
+def tokens_of(folder: Path) -> int:
+    """How many entries the tokenizer.json of a folder has, special tokens included.
+
+    Raises ValueError if there is none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"no tokenizer.json in folder {str(folder)!r}")
+    content = read_json(path)
+    try:
+        vocabulary = content["model"]["vocab"]
+        # Unigram models list their entries in order.
+        ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else list(range(len(vocabulary)))
+        return 1 + max(ids + [token["id"] for token in content.get("added_tokens") or ()])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a tokenizer") from None
+
+
 def _check_embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> None:
-    settings = model_settings(folder)
-    found = [tensor for name in EMBEDDINGS[family] if (tensor := find_tensor(tensors, name))]
-    if not found and _says_tied(settings):
-        # Of tensors that are one, some programs keep that of the head.
-        found = [tensor for name in list(TIED[family])[:1] if (tensor := find_tensor(tensors, name))]
-    if not found:
-        raise ValueError(f"{folder}: the weights lack {EMBEDDINGS[family][0]}, the embeddings of the tokens")
+    found = _embeddings(folder, family, tensors)
     if any(not other.same_as(found[0]) for other in found[1:]):
         raise ValueError(f"{folder}: {', '.join(EMBEDDINGS[family])} differ; they are one tensor in every T5")
-    told = settings.get("vocab_size")
+    told = model_settings(folder).get("vocab_size")
     if told is not None and found[0].shape[0] != told:
         raise ValueError(f"{folder}: embeds {found[0].shape[0]} tokens, but config.json says vocab_size {told}")
+
+
+def _embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    found = [tensor for name in EMBEDDINGS[family] if (tensor := find_tensor(tensors, name))]
+    if not found and _says_tied(model_settings(folder)):
+        # Of tensors that are one, some programs keep that of the head.
+        found = [tensor for name in list(TIED[family])[:1] if (tensor := find_tensor(tensors, name))]
+    if not found or any(len(tensor.shape) != 2 for tensor in found):
+        raise ValueError(f"{folder}: the weights lack {EMBEDDINGS[family][0]}, the embeddings of the tokens")
+    return found

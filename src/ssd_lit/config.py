@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssd_lit.checkpoint_folder import check_weights, checkpoint_shape
+from ssd_lit.checkpoint_folder import check_weights, checkpoint_shape, embedded_tokens, tokens_of
 from ssd_lit.files import check_seal, sealed_text
 from ssd_lit.yaml_file import ConfigError as ConfigError
 from ssd_lit.yaml_file import read_with_bases, read_yaml, shown
@@ -718,18 +718,46 @@ def load_experiment(path: Path) -> Experiment:
 
     Raises ConfigError with the file, the key, what was given and what is allowed.
     """
+    return _experiment(path, _check_vocabularies)
+
+
+def _experiment(path: Path, check: Callable[[Experiment], object]) -> Experiment:
     try:
         experiment = _checked(Experiment, read_with_bases(path))
-        experiment.runs()
+        check(experiment)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
     return experiment
 
 
+def _check_vocabularies(experiment: Experiment) -> None:
+    for folder in sorted({run.model.pretrained for run in experiment.runs() if run.model.pretrained is not None}):
+        _check_vocabulary(Path(folder), experiment.data.tokenizer)
+
+
+def _check_vocabulary(checkpoint: Path, tokenizer: TokenizerConfig) -> None:
+    """Raise ConfigError if the embeddings of a checkpoint cannot be those of the tokens of the data."""
+    if tokenizer.folder is None:
+        raise ConfigError(
+            f"model.pretrained {checkpoint}: its embeddings are of its own tokenizer's tokens, not of one that is "
+            f"trained here; give its own as data.tokenizer.folder, such as {checkpoint}"
+        )
+    try:
+        tokens, rows = tokens_of(Path(tokenizer.folder)), embedded_tokens(checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer.folder: {error}") from None
+    if tokens > rows:
+        raise ConfigError(
+            f"data.tokenizer.folder {tokenizer.folder}: has {tokens} tokens, but the checkpoint in {checkpoint} "
+            f"(model.pretrained) embeds {rows}; give its own tokenizer"
+        )
+
+
 def load_resolved(path: Path) -> Experiment:
     """Read an experiment as `dump` wrote it. This and what follows raise ValueError for a file that is damaged."""
     check_seal(path)
-    return load_experiment(path)
+    # What was checked then may be gone by now: results stand without it.
+    return _experiment(path, Experiment.runs)
 
 
 def load_run(path: Path) -> RunConfig:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers.activations import ACT2FN
 
 import ssd_lit
@@ -20,13 +21,14 @@ from ssd_lit.checkpoint_folder import (
     stored_tensors,
     weight_files,
 )
-from ssd_lit.config import ModelConfig, MoEConfig
+from ssd_lit.config import ConfigError, ModelConfig, MoEConfig, dump, load_experiment, load_resolved
 from ssd_lit.data.index import Specials
 from ssd_lit.files import read_json
 from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.training.moefy_folder import moefy_folder
+from tests.conftest import tiny_experiment
 from tests.models.conftest import MODELS, VOCABULARY, D, F, change_settings, change_weights, outputs, save_model, untie
 
 SPECIALS = Specials(vocab_size=VOCABULARY, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
@@ -328,3 +330,47 @@ def test_weights_of_several_precisions_get_the_highest(tmp_path: Path, tokens: t
     change_weights(tmp_path, lambda weights: {k: v.to(torch.int8) if "c_fc" in k else v for k, v in weights.items()})
     with pytest.raises(ValueError, match=r"c_fc\.\w+ is kept as I8; allowed: F64, F32, BF16, F16"):
         family("gpt2").open(tmp_path)
+
+
+def test_a_checkpoint_is_trained_with_the_tokens_that_it_embeds(tmp_path: Path) -> None:
+    """Said before anything starts, and never of an experiment that is done."""
+    checkpoint = tmp_path / "checkpoint"
+    save_model(checkpoint, "gpt2")
+
+    def experiment(tokenizer: dict[str, Any]) -> Path:
+        data = {"name": "grammar", "sources": [{"kind": "files", "paths": ["text.txt"]}],
+                "tokenizer": tokenizer, "sequence_length": 16}  # fmt: skip
+        model = {"pretrained": str(checkpoint)}
+        return tiny_experiment(tmp_path, data=data, model=model, arms={"dense": {"method": "dense"}})
+
+    own = {"folder": str(checkpoint)}
+    with pytest.raises(
+        ConfigError, match=f"model.pretrained .* give its own as data.tokenizer.folder, such as {checkpoint}"
+    ):
+        load_experiment(experiment({"vocab_size": 300}))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.folder: no tokenizer\.json in folder"):
+        load_experiment(experiment(own))
+    for tokenizer in (models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"),
+                      models.Unigram([(f"w{i}", 0.0) for i in range(VOCABULARY)], 0)):  # fmt: skip
+        words = Tokenizer(tokenizer)
+        words.save(str(checkpoint / "tokenizer.json"))
+        checked = load_experiment(experiment(own))
+        words.add_special_tokens(["<one more>"])
+        words.save(str(checkpoint / "tokenizer.json"))
+        with pytest.raises(ConfigError, match=r"has 51 tokens, but the checkpoint in .* embeds 50"):
+            load_experiment(experiment(own))
+    (checkpoint / "tokenizer.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: not a tokenizer"):
+        load_experiment(experiment(own))
+    (checkpoint / "tokenizer.json").unlink()
+    (tmp_path / "done.yaml").write_text(dump(checked))
+    assert load_resolved(tmp_path / "done.yaml") == checked
+
+
+def test_an_experiment_whose_checkpoint_lacks_weights_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "checkpoint", "gpt2")
+    change_weights(
+        tmp_path / "checkpoint", lambda weights: {key: value for key, value in weights.items() if "h.1" not in key}
+    )
+    with pytest.raises(ConfigError, match=r"model: .*the weights lack h\.1\.mlp\.c_fc\.weight"):
+        load_experiment(tiny_experiment(tmp_path, model={"pretrained": str(tmp_path / "checkpoint")}))
