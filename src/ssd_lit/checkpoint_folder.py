@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ def model_settings(folder: Path) -> dict[str, Any]:
     if content.get("quantization_config") is not None:
         raise ValueError(f"{folder}: its weights are quantized; give the model they were made from")
     if content.get("mlp_bias"):
-        raise ValueError(f"{folder}: mlp_bias true; only LLaMA's own FFNs, without biases, are supported")
+        raise ValueError(f"{folder}: mlp_bias true; FFNs with biases beside a gate are not supported")
     places = content.get("position_embedding_type")
     if places not in (None, "absolute"):
         raise ValueError(f"{folder}: position_embedding_type {places!r}; allowed: absolute")
@@ -213,6 +213,10 @@ def find_tensor(tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor 
     return next((tensor for key, tensor in tensors.items() if name in (key, key.partition(".")[2])), None)
 
 
+def _first(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> StoredTensor | None:
+    return next((tensor for name in names if (tensor := find_tensor(tensors, name))), None)
+
+
 def check_weights(folder: Path) -> None:
     """Raise ValueError where weights have not the shape that config.json says, as far as headers show.
 
@@ -224,7 +228,7 @@ def check_weights(folder: Path) -> None:
     names, dimension = FFN_INPUTS[family]
     for layer in range(shape["layers"]):
         at = [name.format(layer) for name in names]
-        ffn = next((tensor for name in at if (tensor := find_tensor(tensors, name))), None)
+        ffn = _first(tensors, at)
         if ffn is None:
             raise ValueError(f"{folder}: the weights lack {' or '.join(at)}")
         if len(ffn.shape) != 2 or ffn.shape[dimension] != shape["d_ff"]:
@@ -241,8 +245,23 @@ def has_tied_head(folder: Path) -> bool:
     differ cannot be shared.
     """
     settings, tensors = model_settings(folder), stored_tensors(folder)
-    pairs = [[find_tensor(tensors, name) for name in pair] for pair in TIED[settings["model_type"]].items()]
-    return _says_tied(settings) and all(a is None or b is None or a.same_as(b) for a, b in pairs)
+    if not _says_tied(settings):
+        return False
+    for target, source in TIED[settings["model_type"]].items():
+        names = EMBEDDINGS[settings["model_type"]]
+        shared = _first(tensors, names if source in names else (source,))
+        own = find_tensor(tensors, target)
+        if own is not None and shared is not None and not own.same_as(shared):
+            return False
+    return True
+
+
+def check_shared_embeddings(folder: Path) -> None:
+    """Raise ValueError if a family that has embeddings under several names has them with several values."""
+    family, tensors = model_settings(folder)["model_type"], stored_tensors(folder)
+    first, *others = _embeddings(folder, family, tensors)
+    if any(not other.same_as(first) for other in others):
+        raise ValueError(f"{folder}: {', '.join(EMBEDDINGS[family])} differ; they are one tensor in every T5")
 
 
 def _says_tied(settings: Mapping[str, Any]) -> bool:
@@ -276,8 +295,6 @@ def tokens_of(folder: Path) -> int:
 
 def _check_embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> None:
     found = _embeddings(folder, family, tensors)
-    if any(not other.same_as(found[0]) for other in found[1:]):
-        raise ValueError(f"{folder}: {', '.join(EMBEDDINGS[family])} differ; they are one tensor in every T5")
     told = model_settings(folder).get("vocab_size")
     if told is not None and found[0].shape[0] != told:
         raise ValueError(f"{folder}: embeds {found[0].shape[0]} tokens, but config.json says vocab_size {told}")

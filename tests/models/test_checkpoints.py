@@ -67,6 +67,38 @@ def test_of_weights_that_are_one_the_head_may_be_the_one_that_is_kept(tmp_path: 
     torch.testing.assert_close(outputs(family("gpt2").open(tmp_path), tokens), outputs(original, tokens))
 
 
+@pytest.mark.parametrize("kept", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_a_t5_may_have_its_embeddings_under_any_of_their_names(tmp_path: Path, kept: str, tokens: torch.Tensor) -> None:
+    """Beside a head of its own, of which its settings say nothing."""
+    save_model(tmp_path, "t5")
+    untie(tmp_path, "t5")
+    change_settings(tmp_path, tie_word_embeddings=None)
+    original = family("t5").open(tmp_path)
+    change_weights(tmp_path, lambda weights: {kept if k == "shared.weight" else k: v for k, v in weights.items()})
+    assert not has_tied_head(tmp_path)
+    torch.testing.assert_close(outputs(family("t5").open(tmp_path), tokens), outputs(original, tokens))
+    change_weights(tmp_path, lambda weights: {**weights, "shared.weight": weights[kept] + 1})
+    with pytest.raises(ValueError, match="differ; they are one tensor in every T5"):
+        family("t5").open(tmp_path)
+
+
+def test_norms_may_have_the_names_of_the_first_bert(tmp_path: Path, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path / "dense", "bert")
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def renamed(key: str) -> str:
+        layer, _, last = key.partition("LayerNorm")
+        return layer + names.get(f"LayerNorm{last}", f"LayerNorm{last}") if last else key
+
+    change_weights(tmp_path / "dense", lambda weights: {renamed(key): value for key, value in weights.items()})
+    moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+    opened = ssd_lit.load(tmp_path / "out")
+    torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+    opened.save_pretrained(tmp_path / "again")
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "again", dtype="auto").eval()
+    torch.testing.assert_close(outputs(again, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
 def test_headers_tell_a_shape_that_is_not_that_of_the_settings(tmp_path: Path, name: str) -> None:
     save_model(tmp_path, name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssd_lit.checkpoint_folder import (
     SAME_ACTIVATION,
     WRAPPERS,
+    check_shared_embeddings,
     check_weights,
     has_tied_head,
     model_settings,
@@ -186,6 +187,7 @@ class Family:
     def _read(self, folder: Path, model_class: Any, dtype: torch.dtype, may_lack: str | None = None) -> nn.Module:
         """From safetensors only, running nothing of the folder."""
         check_weights(folder)
+        check_shared_embeddings(folder)
         loaded, report = model_class.from_pretrained(
             folder,
             config=self._config_of(folder),
