@@ -12,7 +12,7 @@ reproduce: install
 	snakemake
 
 # Files of tests share what is dear to build, so each stays with one process.
-PYTEST := pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

@@ -25,6 +25,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: side by side, what takes longest must not begin last."""
+    items.sort(key=lambda item: item.get_closest_marker("whole_run") is None)
+
+
 @cache
 def sentences(documents: int) -> str:
     """Sentences of a small grammar: there is something to learn."""
