@@ -387,9 +387,7 @@ def serve(results: Path, port: int) -> list[str]:
     # One worker and no job runner start in a third of the time and a sixth of the memory.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # Not an argument: everyone on the machine may read those, and a URI may hold a password.
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        follow_results(results)
-    os.environ["MLFLOW_BACKEND_STORE_URI"] = tracking_uri(results)
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = _store_uri(results)
     return [
         sys.executable, "-m", "mlflow", "server",
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
@@ -404,9 +402,14 @@ def _client(results: Path) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
+    return MlflowClient(_store_uri(results))
+
+
+def _store_uri(results: Path) -> str:
+    """The tracking URI, to be used at once: our own store knows by then where the results lie."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         follow_results(results)
-    return MlflowClient(tracking_uri(results))
+    return tracking_uri(results)
 
 
 def _experiment(client: "MlflowClient", results: Path, name: str) -> str:
