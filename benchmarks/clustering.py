@@ -27,9 +27,9 @@ from machine import RESULTS, machine, medians, seconds_in_turns
 from torch import Tensor
 
 from ssd_lit.config import MoEConfig, SwitchingConfig
-from ssd_lit.files import write_json
 from ssd_lit.moe.clustering import balanced_kmeans, balanced_kmeans_layers
 from ssd_lit.moe.similarity import PatternTracker
+from ssd_lit.support.files import write_json
 
 RESULT = RESULTS / "clustering.json"
 CLUSTERS = 32

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ssd_lit.files import write_json
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
+from ssd_lit.support.files import write_json
 
 PROCESSES, LAYERS, D, F, E, K, TOKENS = 2, 3, 256, 1024, 32, 6, 4096
 MOST = 1e-4

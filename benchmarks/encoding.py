@@ -27,7 +27,7 @@ from ssd_lit.data.documents import prepare_documents, read_split
 from ssd_lit.data.encode import encode_documents
 from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
-from ssd_lit.files import write_json
+from ssd_lit.support.files import write_json
 
 LEAST_RATIO = 0.80
 MEMORY_BOUND = 200.0

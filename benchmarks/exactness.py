@@ -17,9 +17,9 @@ import torch
 from machine import RESULTS, machine
 from torch import Tensor
 
-from ssd_lit.files import write_json
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, choose_backend
-from ssd_lit.moe.selection import Choice
+from ssd_lit.moe.routing import Choice
+from ssd_lit.support.files import write_json
 
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 SHAPES = {  # tokens, width, experts, neurons of one, experts a token

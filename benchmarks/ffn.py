@@ -21,9 +21,9 @@ import torch
 from machine import RESULTS, machine
 from torch import Tensor, nn
 
-from ssd_lit.files import write_json
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
+from ssd_lit.support.files import write_json
 
 E, K = 32, 6
 SHAPES = [(32768, 768, 3072), (32768, 1024, 4096), (16384, 2048, 8192), (8192, 4096, 16384)]  # T, D, F

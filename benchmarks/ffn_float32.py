@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from machine import RESULTS, machine, medians, seconds_in_turns
 
-from ssd_lit.files import write_json
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
+from ssd_lit.support.files import write_json
 
 E, K = 32, 6
 WANTED = 3.0

@@ -25,13 +25,13 @@ from machine import RESULTS, machine, medians, seconds_in_turns
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ssd_lit.config import MoEConfig
-from ssd_lit.files import write_json
-from ssd_lit.models import generate
+from ssd_lit.huggingface.folder import open_folder, set_mode
+from ssd_lit.models import generation
 from ssd_lit.models.families import family
-from ssd_lit.models.folder import open_folder, set_mode
-from ssd_lit.models.generate import Generator
+from ssd_lit.models.generation import Generator
 from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.support.files import write_json
 
 E, K = 32, 6
 WANTED = 2.0
@@ -135,14 +135,14 @@ def decoder(model: Any, mode: Any, setting: str, prompt: torch.Tensor, new: int)
     generator = Generator(model, compiled=setting == "compiled graph")
     set_mode(model, mode)
     generator.start(prompt, new)
-    blocks = generate.row_products
+    blocks = generation.row_products
 
     def run() -> None:
         set_mode(model, mode)
-        generate.row_products = blocks if setting == "blocks" else nullcontext
+        generation.row_products = blocks if setting == "blocks" else nullcontext
         generator.rewind(PROMPT)
         generator.advance(new - 1)
-        generate.row_products = blocks
+        generation.row_products = blocks
 
     return run
 

@@ -31,11 +31,11 @@ import yaml
 
 from ssd_lit.config import Experiment, RunConfig, load_experiment
 from ssd_lit.data.packages import package_documents
-from ssd_lit.files import read_json, read_sealed, sha256, write_json, write_sealed
 from ssd_lit.paths import run_dir, stage_path, write_configs
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of, training_stages
-from ssd_lit.reporting.names import figure_names
+from ssd_lit.report.names import figure_names
 from ssd_lit.run import Run
+from ssd_lit.support.files import read_json, read_sealed, sha256, write_json, write_sealed
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "load.json"
@@ -320,7 +320,7 @@ def store(results: Path, runs: int) -> dict[str, Any]:
     """Seconds of a batch of 1000 points, sent as the tracker does, while the store fills and once it is full."""
     from mlflow.entities import Metric
 
-    from ssd_lit.tracking import BATCH, _client, ensure_store
+    from ssd_lit.tracking.client import BATCH, _client, ensure_store
 
     ensure_store(results)
     client = _client(results)

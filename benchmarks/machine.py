@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ssd_lit.provenance import git_commit, processor
+from ssd_lit.support.provenance import git_commit, processor
 
 RESULTS = Path(__file__).parent / "results"
 

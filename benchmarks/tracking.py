@@ -26,8 +26,8 @@ import numpy as np
 import yaml
 from machine import RESULTS, machine
 
-from ssd_lit.files import read_json, write_json
-from ssd_lit.tracking import ensure_store
+from ssd_lit.support.files import read_json, write_json
+from ssd_lit.tracking.client import ensure_store
 
 ROOT = Path(__file__).parents[1]
 RESULT = RESULTS / "tracking.json"

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.data.objectives import Batch
-from ssd_lit.files import read_json, write_json
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.moe.ffn import Mode
 from ssd_lit.moe.statistics import expert_load
+from ssd_lit.support.files import read_json, write_json
 
 RESULT = RESULTS / "training_step.json"
 MODES: tuple[Mode, ...] = ("dense", "sparse")

@@ -9,11 +9,11 @@ import torch
 
 from ssd_lit.cli import main
 from ssd_lit.config import load_run
-from ssd_lit.files import archive_digest, read_sealed, write_sealed
-from ssd_lit.points import read_points
 from ssd_lit.records import PhaseRecord
-from ssd_lit.reporting.analyses import read_table
-from ssd_lit.reporting.runs import load_results
+from ssd_lit.report.analyses import read_table
+from ssd_lit.report.runs import load_results
+from ssd_lit.support.files import archive_digest, read_sealed, write_sealed
+from ssd_lit.tracking.metrics_log import read_points
 from ssd_lit.training.checkpoint import read_checkpoint, write_checkpoint
 from tests.conftest import Bench
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssd_lit.cli import main
-from ssd_lit.points import read_points
+from ssd_lit.tracking.metrics_log import read_points
 from ssd_lit.training.checkpoint import read_checkpoint
 from tests.conftest import Bench, tiny_experiment
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ssd_lit.files import archive_digest, read_json
 from ssd_lit.run import Run
+from ssd_lit.support.files import archive_digest, read_json
 from tests.conftest import Bench
 from tests.tiny import tiny
 

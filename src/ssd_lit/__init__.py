@@ -24,7 +24,7 @@ def load(
     model's `save_pretrained` writes such a folder again. Reads safetensors only and runs nothing of the folder. Raises
     ValueError for a mode, top_k or backend that the folder does not have.
     """
-    from ssd_lit.models.folder import open_folder
+    from ssd_lit.huggingface.folder import open_folder
 
     return open_folder(Path(folder), mode=mode, top_k=top_k, backend=backend)
 
@@ -34,6 +34,6 @@ def set_mode(model: "nn.Module", mode: Literal["dense", "sparse"], top_k: int | 
 
     With None it keeps the number it had. Raises ValueError for a model without experts, or a top_k it does not have.
     """
-    from ssd_lit.models.folder import set_mode
+    from ssd_lit.huggingface.folder import set_mode
 
     set_mode(model, mode, top_k)

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from ssd_lit import stopping
 from ssd_lit.config import ConfigError, Construction, TrainedRouter
 from ssd_lit.pipeline import data, exchange, publish, train
 from ssd_lit.records import ALL_STAGES
+from ssd_lit.support import signals
 
 Stage = Callable[[argparse.Namespace], str]
 
@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         _say(f"{title}: failed: {error}")
         return 1
-    except stopping.Stopped as asked:
+    except signals.Stopped as asked:
         _say(f"{title}: stopped by {asked}; start it again to go on")
-        return stopping.STATUS
+        return signals.STATUS
     except KeyboardInterrupt:
         _say(f"{title}: interrupted")
         return 130
@@ -176,7 +176,7 @@ def run() -> NoReturn:
     # The libraries make a million objects that live to the end. Traced seldom while they are imported, and not taken
     # apart one by one as the interpreter ends, they cost two seconds less a stage.
     gc.set_threshold(100_000, 50, 50)
-    stopping.obey()
+    signals.obey()
     status = main()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

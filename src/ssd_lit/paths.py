@@ -14,7 +14,7 @@ results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl
 from pathlib import Path
 
 from ssd_lit.config import DataConfig, Experiment, RunConfig, dump
-from ssd_lit.files import write_if_changed
+from ssd_lit.support.files import write_if_changed
 
 
 def data_dir(results: Path, data: DataConfig) -> Path:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ssd_lit.config import RunConfig
-from ssd_lit.files import archive_digest, read_sealed, write_sealed
 from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
+from ssd_lit.support.files import archive_digest, read_sealed, write_sealed
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -78,7 +78,7 @@ class PhaseRecord:
     inputs: dict[str, str | None] = field(default_factory=dict)
     """What the run is made from: see `Run.made_from`."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Code, packages, machine, seed: see `ssd_lit.provenance`."""
+    """Code, packages, machine, seed: see `ssd_lit.support.provenance`."""
 
     @property
     def name(self) -> str:

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 from ssd_lit.config import RunConfig, load_run
 from ssd_lit.data.index import Specials, load_index
-from ssd_lit.files import read_sealed, sha256
 from ssd_lit.paths import checkpoint_path, data_dir, results_of, stage_path
 from ssd_lit.records import (
     MEASUREMENTS,
@@ -18,6 +17,7 @@ from ssd_lit.records import (
     read_phases,
     training_stages,
 )
+from ssd_lit.support.files import read_sealed, sha256
 
 Inputs = dict[str, str | None]
 

@@ -12,7 +12,7 @@ import pytest
 
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.documents import SPLITS, normalise, prepare_documents, read_split, split_of
-from ssd_lit.files import read_json, sha256
+from ssd_lit.support.files import read_json, sha256
 
 SHARES = {"validation_share": 0.2, "test_share": 0.1}
 

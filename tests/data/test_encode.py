@@ -12,7 +12,7 @@ from ssd_lit.config import ConfigError, TokenizerConfig
 from ssd_lit.data.documents import SPLITS, read_split
 from ssd_lit.data.encode import encode_documents
 from ssd_lit.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
-from ssd_lit.files import read_sealed, sha256
+from ssd_lit.support.files import read_sealed, sha256
 
 
 def one_by_one(documents: Path, tokenizer_dir: Path, split: str) -> list[int]:

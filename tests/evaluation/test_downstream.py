@@ -18,11 +18,11 @@ from ssd_lit.evaluation import glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
 from ssd_lit.evaluation.classifier import Classifier, Texts, encode, fine_tune, outputs_for
 from ssd_lit.evaluation.pieces import Pieces
-from ssd_lit.files import read_sealed
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.routers import expert_centers
-from ssd_lit.reporting.downstream import write_downstream
-from ssd_lit.tracking import tracking_uri
+from ssd_lit.report.downstream import write_downstream
+from ssd_lit.support.files import read_sealed
+from ssd_lit.tracking.client import tracking_uri
 from tests.conftest import Bench
 from tests.labelled import packed, write_blimp, write_glue
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.experts import MIN_COUNT, LayerWatch, readable, several_ks
-from ssd_lit.files import read_json, write_text
-from ssd_lit.models.probe import ffn_inputs
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import Router, build_router
+from ssd_lit.support.files import read_json, write_text
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
 

@@ -14,11 +14,11 @@ from ssd_lit.data.objectives import IGNORED, Batch, build_objective
 from ssd_lit.models.families import family
 from ssd_lit.models.family import Family, FFNParts
 from ssd_lit.models.flops import forward_costs
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.models.swap import swap_ffns
-from ssd_lit.moe.order import reorder_neurons
-from tests.models.conftest import save_model
+from ssd_lit.moe.permutation import reorder_neurons
+from tests.checkpoint_folders import save_model
 
 SPECIALS = Specials(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
 MOE = MoEConfig(experts=4, top_k=1, backend="loop")

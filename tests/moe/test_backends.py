@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ssd_lit.moe.backends import BACKENDS, Activation, Experts
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter, build_router
-from ssd_lit.moe.selection import Choice
+from ssd_lit.moe.routing import Choice
 
 # T, D, E, H, K
 SHAPES = [(1, 8, 4, 16, 2), (37, 16, 8, 8, 3), (64, 32, 4, 32, 4), (5, 16, 16, 4, 1)]

@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, fused
-from ssd_lit.moe.backends.few import few
+from ssd_lit.moe.backends.decode_gpu import few
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels.grouping import group_by_expert
 from ssd_lit.moe.kernels.routing import route
 from ssd_lit.moe.routers import CenterRouter
-from ssd_lit.moe.selection import Choice
+from ssd_lit.moe.routing import Choice
 
 pytest.importorskip("triton")
 

@@ -12,7 +12,7 @@ from ssd_lit.data.objectives import Batch
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.order import moefy, reorder_neurons
+from ssd_lit.moe.permutation import moefy, reorder_neurons
 from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.training.optim import build_optimizer
 

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.order import copy_into_experts
+from ssd_lit.moe.permutation import copy_into_experts
 from ssd_lit.moe.routers import build_router, gate_losses
-from ssd_lit.moe.selection import experts_above, scheduled_k, top_k_experts
+from ssd_lit.moe.routing import experts_above, scheduled_k, top_k_experts
 
 
 def ffn_with(router: str, *, copies: bool = False, top_k: int = 2, backend: str = "masked") -> ExpertFFN:

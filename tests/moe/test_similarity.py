@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssd_lit.moe.clustering import random_balanced
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.order import moefy
+from ssd_lit.moe.permutation import moefy
 from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.moe.similarity import PatternTracker, pattern_similarity
 

@@ -9,10 +9,10 @@ import torch
 
 from ssd_lit.cli import main
 from ssd_lit.data.index import Specials, load_index
-from ssd_lit.files import read_json
 from ssd_lit.models.flops import forward_costs
-from ssd_lit.points import read_points
 from ssd_lit.records import read_chain
+from ssd_lit.support.files import read_json
+from ssd_lit.tracking.metrics_log import read_points
 from ssd_lit.training.checkpoint import ROUTER
 from tests.conftest import Bench
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssd_lit.cli import main
 from ssd_lit.data.objectives import Batch
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.points import read_points
+from ssd_lit.tracking.metrics_log import read_points
 from ssd_lit.training.module import Pretraining
 from tests.conftest import Bench
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from ssd_lit.cli import main
-from ssd_lit.files import read_json
-from ssd_lit.moe import order
+from ssd_lit.moe import permutation
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.points import read_points
 from ssd_lit.records import PhaseRecord
-from ssd_lit.stopping import STATUS
+from ssd_lit.support.files import read_json
+from ssd_lit.support.signals import STATUS
+from ssd_lit.tracking.metrics_log import read_points
 from ssd_lit.training import checkpointing
 from tests.conftest import Bench, tiny_experiment
 from tests.forked import Forked, run_forked
@@ -148,7 +148,7 @@ def half_written(content: object, path: Path) -> None:
     path.write_bytes(b"PK half of a checkpoint")
 
 
-KILLS = {"permuting": (order, "reorder_neurons", half_permuted), "writing": (checkpointing, "save", half_written)}
+KILLS = {"permuting": (permutation, "reorder_neurons", half_permuted), "writing": (checkpointing, "save", half_written)}
 
 
 def kill_while(where: str, call: int) -> None:

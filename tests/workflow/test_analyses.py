@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssd_lit.config import load_experiment
-from ssd_lit.reporting.names import OF_ANALYSES
+from ssd_lit.report.names import OF_ANALYSES
 from tests.conftest import tiny_experiment
 
 pytestmark = pytest.mark.whole_run

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ssd_lit.tracking import tracking_uri
+from ssd_lit.tracking.client import tracking_uri
 from tests.conftest import Bench, tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.whole_run
 def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path: Path) -> None:
     """First all its processes die at once, as when a machine goes down; then snakemake alone, and its job works on.
 
-    The long form, for every stage and signal, is tests/campaigns/kills.py.
+    The long form, for every stage and signal, is tests/stress/kills.py.
     """
     training = {"steps": 120, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
                 "checkpoint_every": 4}  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ssd_lit.files import read_json
-from tests.campaigns.same_results import differences
+from ssd_lit.support.files import read_json
 from tests.conftest import Bench
+from tests.stress.same_results import differences
 from tests.tiny import tiny
 from tests.workflow.running import snakemake
 

@@ -16,12 +16,12 @@ from mlflow import MlflowClient
 
 from ssd_lit.cli import main
 from ssd_lit.config import load_experiment
-from ssd_lit.files import read_json
 from ssd_lit.paths import data_dir
-from ssd_lit.reporting.names import figure_names
-from ssd_lit.tracking import tracking_uri
-from tests.campaigns.same_results import run_differences
+from ssd_lit.report.names import figure_names
+from ssd_lit.support.files import read_json
+from ssd_lit.tracking.client import tracking_uri
 from tests.conftest import tiny_experiment
+from tests.stress.same_results import run_differences
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 
 pytestmark = pytest.mark.whole_run

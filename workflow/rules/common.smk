@@ -5,7 +5,7 @@ from pathlib import Path
 from ssd_lit.config import ConfigError, load_experiment
 from ssd_lit.paths import write_configs
 from ssd_lit.pipeline.plan import Plan
-from ssd_lit.reporting.names import caption_name, figure_names
+from ssd_lit.report.names import caption_name, figure_names
 
 # Who stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
 # Snakemake removes a job's log when it starts it again; under a second name beside it the file stays, and grows.

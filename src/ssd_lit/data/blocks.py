@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssd_lit.data.index import load_index
-from ssd_lit.files import check_digests
+from ssd_lit.support.files import check_digests
 
 
 @cache

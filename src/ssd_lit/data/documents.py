@@ -26,7 +26,7 @@ import pyarrow.parquet
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.readers import read_text
 from ssd_lit.data.sources import check_sources, describe, describe_file, documents
-from ssd_lit.files import naming, write_sealed, write_text
+from ssd_lit.support.files import naming, write_sealed, write_text
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str], None]

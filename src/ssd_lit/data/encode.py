@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from ssd_lit.config import ConfigError
 from ssd_lit.data.documents import SPLITS, Progress, read_split, silent
 from ssd_lit.data.tokenizer import check_tokenizer, end_of_text_id, load_tokenizer, mask_id, sentinel_ids
-from ssd_lit.files import whole_file, write_sealed
+from ssd_lit.support.files import whole_file, write_sealed
 
 _REPORT_TOKENS = 10_000_000
 

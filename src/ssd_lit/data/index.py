@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.files import read_sealed
+from ssd_lit.support.files import read_sealed
 
 
 def load_index(tokens_dir: Path) -> dict[str, Any]:

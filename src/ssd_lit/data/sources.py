@@ -11,7 +11,7 @@ from ssd_lit.data.hub import check_hub, hub_documents
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
 from ssd_lit.data.readers import FORMATS, check_format, has_format, read_documents
 from ssd_lit.file_patterns import matching_paths
-from ssd_lit.files import sha256
+from ssd_lit.support.files import sha256
 
 
 def documents(source: Source) -> Iterator[str]:

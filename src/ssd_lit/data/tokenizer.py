@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from ssd_lit.config import ConfigError, TokenizerConfig
 from ssd_lit.data.coverage import Coverage
 from ssd_lit.data.documents import read_split
-from ssd_lit.files import (
+from ssd_lit.support.files import (
     check_digests,
     read_json,
     read_sealed,

@@ -7,10 +7,10 @@ import pandas as pd
 
 from ssd_lit.config import AnalysisConfig
 from ssd_lit.evaluation.experts import MIN_COUNT, watch_experts
-from ssd_lit.evaluation.pattern import compare_snapshots, fitting_experts
-from ssd_lit.files import write_text
+from ssd_lit.evaluation.snapshots import compare_snapshots, fitting_experts
 from ssd_lit.paths import snapshots
 from ssd_lit.run import Run
+from ssd_lit.support.files import write_text
 
 PATTERN = ("similarity.csv",)
 EXPERTS = ("load.csv", "routing.csv", "tokens.csv")

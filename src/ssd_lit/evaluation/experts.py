@@ -20,8 +20,8 @@ from ssd_lit.data.index import Specials
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.data.scoring import BATCH, scoring_batches
 from ssd_lit.data.tokenizer import load_tokenizer
+from ssd_lit.models.hooks import ffn_inputs, ffn_tokens
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.probe import ffn_inputs, ffn_tokens
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import chosen_mask, load_entropy
 from ssd_lit.run import Run

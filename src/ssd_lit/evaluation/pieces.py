@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.files import read_sealed, write_sealed
+from ssd_lit.support.files import read_sealed, write_sealed
 
 
 class Pieces:

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssd_lit.checkpoint_folder import (
+from ssd_lit.config import ModelConfig
+from ssd_lit.config.pretrained import (
     SAME_ACTIVATION,
     WRAPPERS,
     check_shared_embeddings,
@@ -20,7 +21,6 @@ from ssd_lit.checkpoint_folder import (
     model_settings,
     stored_tensors,
 )
-from ssd_lit.config import ModelConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.moe.ffn import ExpertFFN
 

@@ -16,8 +16,8 @@ from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.families import family
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.probe import ffn_inputs
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {

@@ -7,7 +7,7 @@ import torch
 from ssd_lit.config import MoEConfig
 from ssd_lit.models.family import Family, FFNParts
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.order import copy_into_experts
+from ssd_lit.moe.permutation import copy_into_experts
 from ssd_lit.moe.routers import Router, build_router
 
 

@@ -2,7 +2,7 @@
 
 from ssd_lit.moe.clustering import balanced_kmeans
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.order import moefy, reorder_neurons
+from ssd_lit.moe.permutation import moefy, reorder_neurons
 from ssd_lit.moe.similarity import pattern_similarity
 
 __all__ = ["ExpertFFN", "balanced_kmeans", "moefy", "pattern_similarity", "reorder_neurons"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
 from ssd_lit.moe.routers import Router, gate_losses
-from ssd_lit.moe.selection import Choice, experts_above, top_k_experts, top_k_products
+from ssd_lit.moe.routing import Choice, experts_above, top_k_experts, top_k_products
 
 Mode = Literal["dense", "sparse"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssd_lit.moe.activations import EXACT_ZEROS
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.selection import Choice, top_k_experts
+from ssd_lit.moe.routing import Choice, top_k_experts
 
 NORM_SHARE = 0.95
 """The active neurons of a smooth activation hold at least this share of the norm of all contributions."""

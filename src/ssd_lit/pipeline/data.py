@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ssd_lit.config import load_data, load_experiment
-from ssd_lit.holding import alone
 from ssd_lit.paths import data_dir, write_configs
+from ssd_lit.support.locks import alone
 
 
 def configs(experiment: Path, results: Path) -> str:

@@ -10,7 +10,7 @@ from ssd_lit.run import Run
 
 def export(folder: Path, out: Path) -> str:
     """Write the final model of a run as a checkpoint folder, with the tokenizer of its data."""
-    from ssd_lit.training.export import export_run
+    from ssd_lit.huggingface.export import export_run
 
     run = Run.open(folder)
     if export_run(run, out):
@@ -34,7 +34,7 @@ def moefy(
         raise ConfigError(f"--top-k {top_k} is more than --experts {experts}; allowed: 1 to {experts}")
     import torch
 
-    from ssd_lit.training.moefy_folder import moefy_folder
+    from ssd_lit.huggingface.moefy import moefy_folder
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     chosen: Any = {"trained_router" if router in get_args(TrainedRouter) else "router": router}

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssd_lit.config import load_analysis, load_downstream, load_evaluation
-from ssd_lit.files import sha256, write_sealed
 from ssd_lit.records import MEASUREMENTS
 from ssd_lit.run import Run
-from ssd_lit.tracking import RunTracker
+from ssd_lit.support.files import sha256, write_sealed
+from ssd_lit.tracking.client import RunTracker
 
 
 class Found(NamedTuple):
@@ -24,7 +24,7 @@ class Found(NamedTuple):
 
 def measure(run: Run, measurement: str) -> str:
     """Measure the final model and write the result last. Raises ValueError if the run is not trained to its end."""
-    from ssd_lit.provenance import stage_provenance
+    from ssd_lit.support.provenance import stage_provenance
 
     work = {"evaluate": _evaluate, "analyse": _analyse, "downstream": _downstream}[measurement]
     last_step, inputs = run.chain()[-1].last_step, run.measured_from(measurement)
@@ -39,7 +39,7 @@ def measure(run: Run, measurement: str) -> str:
 
 
 def _evaluate(run: Run) -> Found:
-    from ssd_lit.evaluation.run import evaluate_run, outcome
+    from ssd_lit.evaluation.evaluate import evaluate_run, outcome
 
     content = evaluate_run(run, load_evaluation(run.folder / "evaluation.yaml"))
     figures = outcome(content)

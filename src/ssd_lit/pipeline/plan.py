@@ -13,10 +13,10 @@ from pathlib import Path
 from ssd_lit.config import Experiment
 from ssd_lit.data.downstream import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
-from ssd_lit.files import read_sealed
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.records import MEASUREMENTS, training_stages
 from ssd_lit.run import Run
+from ssd_lit.support.files import read_sealed
 
 
 class Plan:

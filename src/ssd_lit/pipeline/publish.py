@@ -4,15 +4,15 @@ import os
 from pathlib import Path
 
 from ssd_lit.config import ConfigError, load_resolved
-from ssd_lit.holding import alone
 from ssd_lit.paths import data_dir, results_of
 from ssd_lit.run import Run
+from ssd_lit.support.locks import alone
 
 
 def summarise(exp_dir: Path) -> str:
-    from ssd_lit.reporting.arms_table import write_arms
-    from ssd_lit.reporting.downstream import write_downstream
-    from ssd_lit.reporting.summary import write_summary
+    from ssd_lit.report.arms_table import write_arms
+    from ssd_lit.report.downstream import write_downstream
+    from ssd_lit.report.summary import write_summary
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     with alone(exp_dir, "summarise"):
@@ -23,7 +23,7 @@ def summarise(exp_dir: Path) -> str:
 
 
 def figures(exp_dir: Path) -> str:
-    from ssd_lit.reporting.figures import write_figures
+    from ssd_lit.report.figures import write_figures
 
     with alone(exp_dir, "figures"):
         written = write_figures(exp_dir, load_resolved(exp_dir / "experiment.yaml"))
@@ -31,10 +31,10 @@ def figures(exp_dir: Path) -> str:
 
 
 def report(exp_dir: Path) -> str:
-    from ssd_lit.provenance import provenance
-    from ssd_lit.reporting.report import write_report
-    from ssd_lit.reporting.summary import check_summary
-    from ssd_lit.tracking import REPORT_SECONDS, try_for
+    from ssd_lit.report.report import write_report
+    from ssd_lit.report.summary import check_summary
+    from ssd_lit.support.provenance import provenance
+    from ssd_lit.tracking.client import REPORT_SECONDS, try_for
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
@@ -49,7 +49,7 @@ def report(exp_dir: Path) -> str:
 
 def send(place: Path) -> str:
     """Tell MLflow what it has not got yet of a run, or of an experiment's runs with the report."""
-    from ssd_lit.tracking import send_runs
+    from ssd_lit.tracking.client import send_runs
 
     if (place / "experiment.yaml").exists():
         count = _send_experiment(place)
@@ -62,7 +62,7 @@ def send(place: Path) -> str:
 
 def _send_experiment(exp_dir: Path) -> int:
     """Send what waits in the runs of an experiment, and its report if there is one; returns the number of runs."""
-    from ssd_lit.tracking import send_report, send_runs
+    from ssd_lit.tracking.client import send_report, send_runs
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
@@ -85,7 +85,7 @@ def verify(folder: Path) -> str:
 
 
 def store(results: Path) -> str:
-    from ssd_lit.tracking import ensure_store, masked, tracking_uri
+    from ssd_lit.tracking.client import ensure_store, masked, tracking_uri
 
     ensure_store(results)
     return masked(tracking_uri(results))
@@ -94,7 +94,7 @@ def store(results: Path) -> str:
 def ui(results: Path, port: int) -> str:
     import socket
 
-    from ssd_lit.tracking import serve
+    from ssd_lit.tracking.client import serve
 
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:

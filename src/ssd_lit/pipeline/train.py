@@ -6,17 +6,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from ssd_lit import stopping
 from ssd_lit.config import ConfigError
-from ssd_lit.files import read_sealed, whole_file, write_sealed
-from ssd_lit.gpus import take_gpus
-from ssd_lit.holding import alone
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
-from ssd_lit.points import read_points
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, stage_of
 from ssd_lit.run import Run
-from ssd_lit.tracking import RunTracker
+from ssd_lit.support import signals
+from ssd_lit.support.devices import take_gpus
+from ssd_lit.support.files import read_sealed, whole_file, write_sealed
+from ssd_lit.support.locks import alone
+from ssd_lit.tracking.client import RunTracker
+from ssd_lit.tracking.metrics_log import read_points
 
 
 def train(folder: Path, *, until: str | None = None, start: str | None = None, threads: int | None = None) -> str:
@@ -91,7 +91,7 @@ def _is_first_process() -> bool:
 
 def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
     """Do the training stages that are not done, in order."""
-    from ssd_lit.provenance import stage_provenance
+    from ssd_lit.support.provenance import stage_provenance
 
     provenance = stage_provenance(run.config, run.tokens_digest)
     with RunTracker.of(run, missing[0], resume_step) as tracker:
@@ -130,7 +130,7 @@ def _train_beside(run: Run, wanted: tuple[str, ...]) -> str:
     training = [stage for stage in wanted if stage in run.training_stages and stage != "route"]
     try:
         fit(run, training[-1], recorder=None, provenance={})
-    except stopping.Stopped:
+    except signals.Stopped:
         # The first process answers for all; Lightning would kill it, were the status of another not 0.
         return "stopped with the first process"
     return "trained beside the first process, which keeps the records"

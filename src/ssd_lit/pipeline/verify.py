@@ -10,12 +10,12 @@ from ssd_lit.data.documents import read_split
 from ssd_lit.data.index import load_index
 from ssd_lit.data.sources import described_files
 from ssd_lit.data.tokenizer import check_tokenizer
-from ssd_lit.files import archive_digest, check_digests, check_seal, read_sealed, sha256
 from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
-from ssd_lit.points import read_points
 from ssd_lit.records import MEASUREMENTS, PhaseRecord
-from ssd_lit.reporting.summary import check_summary
+from ssd_lit.report.summary import check_summary
 from ssd_lit.run import Run
+from ssd_lit.support.files import archive_digest, check_digests, check_seal, read_sealed, sha256
+from ssd_lit.tracking.metrics_log import read_points
 from ssd_lit.training.checkpoint import check_checkpoint
 
 Check = tuple[str, Callable[[], str]]

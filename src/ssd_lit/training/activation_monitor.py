@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ssd_lit.data.objectives import Batch
-from ssd_lit.models.probe import ffn_inputs
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining

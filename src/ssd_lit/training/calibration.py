@@ -11,8 +11,8 @@ from ssd_lit.data.index import Specials
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.data.order import spread_blocks
 from ssd_lit.data.scoring import scoring_batches
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.probe import ffn_inputs
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.index import Specials
-from ssd_lit.files import whole_file
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.run import Run
+from ssd_lit.support.files import whole_file
 
 PREFIX = "model."  # The model is `Pretraining.model`, so its weights carry this prefix in a checkpoint.
 

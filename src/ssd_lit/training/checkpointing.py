@@ -15,12 +15,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from ssd_lit import stopping
 from ssd_lit.config import TrainingConfig
-from ssd_lit.files import whole_file
 from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint
 from ssd_lit.records import PhaseRecord, close_stage
 from ssd_lit.run import Run
+from ssd_lit.support import signals
+from ssd_lit.support.files import whole_file
 from ssd_lit.training.checkpoint import read_checkpoint, save
 from ssd_lit.training.module import Pretraining
 
@@ -189,7 +189,7 @@ class RollingCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         # Takes the place of Lightning's own handler, which ends in the middle of a validation, has processes talk to
         # each other while they may be talking already, and knows SIGUSR1 only as a wish to requeue a Slurm job.
-        stopping.defer()
+        signals.defer()
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             self._writer.prepare(module.state_dict().values(), [p for p in module.parameters() if p.requires_grad])
@@ -203,12 +203,12 @@ class RollingCheckpoint(Callback):
             self._close_step(trainer, agree=True)
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
-        stopping.obey()
+        signals.obey()
 
     def _close_step(self, trainer: Trainer, *, agree: bool) -> None:
         training, several = self._training, trainer.world_size > 1
         self._overdue |= trainer.global_step % training.checkpoint_every == 0
-        stop, due = stopping.asked() is not None, self._overdue or self._is_late()
+        stop, due = signals.asked() is not None, self._overdue or self._is_late()
         if several:
             if not agree:
                 return
@@ -218,7 +218,7 @@ class RollingCheckpoint(Callback):
             self._checkpoints.roll(trainer)
             self._saved_at, self._overdue = time.monotonic(), False
         if stop:
-            raise stopping.Stopped(f"{stopping.asked() or 'a signal'} after step {trainer.global_step}, which is saved")
+            raise signals.Stopped(f"{signals.asked() or 'a signal'} after step {trainer.global_step}, which is saved")
 
     def _is_late(self) -> bool:
         minutes = self._training.checkpoint_minutes

@@ -6,13 +6,13 @@ import signal
 import torch
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.module import TokenData
+from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
 from ssd_lit.run import Run
-from ssd_lit.stopping import Stopped
+from ssd_lit.support.signals import Stopped
 from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint
 from ssd_lit.training.checkpointing import Checkpoints
 from ssd_lit.training.logger import Recorder

@@ -12,9 +12,9 @@ from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
-from ssd_lit.training.running_mean import RunningMean
 from ssd_lit.training.schedule import top_k_at
 from ssd_lit.training.update_guard import UpdateGuard
+from ssd_lit.training.weighted_mean import RunningMean
 
 COMPILE_MODE = "reduce-overhead"
 """Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them

@@ -12,7 +12,7 @@ from ssd_lit.config import RunConfig
 from ssd_lit.data.index import Specials
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
-from ssd_lit.moe.order import copy_into_experts, moefy
+from ssd_lit.moe.permutation import copy_into_experts, moefy
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.records import PhaseRecord
 from ssd_lit.training.calibration import layer_activations

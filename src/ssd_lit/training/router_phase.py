@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.module import TokenData
+from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.flops import forward_costs
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.probe import ffn_inputs
 from ssd_lit.paths import checkpoint_path
 from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run

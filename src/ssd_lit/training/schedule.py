@@ -15,7 +15,7 @@ from typing import Literal
 
 from ssd_lit.config import RunConfig
 from ssd_lit.models.flops import Costs
-from ssd_lit.moe.selection import scheduled_k
+from ssd_lit.moe.routing import scheduled_k
 from ssd_lit.paths import phase_name
 from ssd_lit.records import PhaseRecord, Totals
 

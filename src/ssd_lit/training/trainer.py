@@ -16,12 +16,12 @@ from ssd_lit.run import Run
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpointing import RollingCheckpoint
 from ssd_lit.training.logger import Recorder, RecorderLogger, StageTeller
-from ssd_lit.training.loss_jump import LossJump
 from ssd_lit.training.meter import Meter
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
 from ssd_lit.training.snapshots import Snapshots
+from ssd_lit.training.switch_loss import LossJump
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ssd_lit.moe import kernels
-from ssd_lit.moe.backends.contract import Activation, Backend, Experts
+from ssd_lit.moe.backends.decode_cpu import views
+from ssd_lit.moe.backends.grouped import grouped, loop
+from ssd_lit.moe.backends.interface import Activation, Backend, Experts
 from ssd_lit.moe.backends.reference import masked
-from ssd_lit.moe.backends.sorted import grouped, loop
-from ssd_lit.moe.backends.views import views
 
 __all__ = ["BACKENDS", "NAMES", "Activation", "Backend", "Experts", "choose_backend", "fastest_backend"]
 
@@ -36,7 +36,7 @@ def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
         return BACKENDS[name]
     if not kernels.runs_on(x):
         raise ValueError(f"backend {name!r}: needs a CUDA device and triton; allowed here are {', '.join(BACKENDS)}")
-    from ssd_lit.moe.backends.few import few
+    from ssd_lit.moe.backends.decode_gpu import few
     from ssd_lit.moe.backends.fused import fused
 
     return {"fused": fused, "few": few}[name]

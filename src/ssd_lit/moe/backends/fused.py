@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 
 from ssd_lit.moe.activations import ACTIVATIONS
-from ssd_lit.moe.backends.contract import Activation, Experts
+from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.kernels import products
 from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradients
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
-from ssd_lit.moe.selection import Choice
+from ssd_lit.moe.routing import Choice
 
 
 def fused(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ssd_lit.moe.backends.contract import Activation, Experts
-from ssd_lit.moe.selection import Choice
+from ssd_lit.moe.backends.interface import Activation, Experts
+from ssd_lit.moe.routing import Choice
 
 
 def masked(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:

@@ -1,0 +1,310 @@
+"""What a folder with a Hugging Face checkpoint says about itself, found without loading or running any of it."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssd_lit.support.files import read_json
+
+# Our names for a shape, and those of each family's config.json.
+KEYS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "layers": "n_layer", "d_model": "n_embd", "heads": "n_head", "d_ff": "n_inner",
+        "activation": "activation_function",
+    },
+    "bert": {
+        "layers": "num_hidden_layers", "d_model": "hidden_size", "heads": "num_attention_heads",
+        "d_ff": "intermediate_size", "activation": "hidden_act",
+    },
+    "t5": {"layers": "num_layers", "d_model": "d_model", "heads": "num_heads", "d_ff": "d_ff"},
+    "llama": {
+        "layers": "num_hidden_layers", "d_model": "hidden_size", "heads": "num_attention_heads",
+        "d_ff": "intermediate_size", "activation": "hidden_act",
+    },
+}  # fmt: skip
+
+# Where the base model of each family keeps its token embeddings; T5 may have them under more than one name.
+EMBEDDINGS = {
+    "gpt2": ("wte.weight",),
+    "bert": ("embeddings.word_embeddings.weight",),
+    "t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    "llama": ("embed_tokens.weight",),
+}
+
+# The tensors of a head that are shared where the head is tied to the embeddings, and what each is shared with.
+TIED = {
+    "gpt2": {"lm_head.weight": "wte.weight"},
+    "bert": {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+             "cls.predictions.decoder.bias": "cls.predictions.bias"},
+    "t5": {"lm_head.weight": "shared.weight"},
+    "llama": {"lm_head.weight": "embed_tokens.weight"},
+}  # fmt: skip
+
+# The matrices of an FFN that read its input, of which any may be there, and the dimension that counts neurons.
+FFN_INPUTS = {
+    "gpt2": (("h.{}.mlp.c_fc.weight",), 1),
+    "bert": (("encoder.layer.{}.intermediate.dense.weight",), 0),
+    "t5": (("encoder.block.{}.layer.1.DenseReluDense.wi.weight",
+            "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"), 0),
+    "llama": (("layers.{}.mlp.up_proj.weight",), 0),
+}  # fmt: skip
+
+# Further names of activations, each with the one that we have for its function.
+SAME_ACTIVATION = {
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "swish": "silu",
+}
+
+CODE_KEYS = frozenset({"auto_map", "attn_implementation", "_attn_implementation", "transformers_weights"})
+"""What a config.json could have code fetched by, or other weights read."""
+
+
+def checkpoint_shape(folder: Path) -> dict[str, Any]:
+    """Family, layers, d_model, heads, d_ff and activation of the checkpoint in a folder.
+
+    Raises ValueError if the folder has no config.json of a supported family or no weights as safetensors; weights
+    that are pickled could run code when they are read, and are refused.
+    """
+    content = model_settings(folder)
+    family = content["model_type"]
+    weight_files(folder)
+    shape = {ours: content[theirs] for ours, theirs in KEYS[family].items() if content.get(theirs) is not None}
+    if family == "gpt2" and "d_model" in shape:
+        shape.setdefault("d_ff", 4 * shape["d_model"])
+    if family == "t5":
+        projection = content.get("feed_forward_proj", "relu")
+        shape["activation"] = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
+    if "activation" in shape:
+        shape["activation"] = SAME_ACTIVATION.get(shape["activation"], shape["activation"])
+    unknown = [theirs for ours, theirs in KEYS[family].items() if ours not in shape]
+    if unknown:
+        raise ValueError(f"{folder}: config.json does not say {', '.join(unknown)}")
+    if family != "t5" and shape["d_model"] % shape["heads"]:
+        names = KEYS[family]
+        raise ValueError(
+            f"{folder}: {names['heads']} {shape['heads']} does not divide {names['d_model']} {shape['d_model']}; "
+            "Transformers builds no such model"
+        )
+    return {"family": family, **shape}
+
+
+def model_settings(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, without what could lead to code.
+
+    Raises ValueError if there is none, or none of a whole model of a supported family in plain weights.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in folder {str(folder)!r}" + ("" if folder.is_dir() else ": no such folder"))
+    content = read_json(folder / "config.json")
+    family = content.get("model_type") if isinstance(content, Mapping) else None
+    if family not in KEYS:
+        raise ValueError(f"{folder}: model_type {family!r}; allowed: {', '.join(KEYS)}")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder}: holds an adapter; merge it into the model first")
+    if content.get("quantization_config") is not None:
+        raise ValueError(f"{folder}: its weights are quantized; give the model they were made from")
+    if content.get("mlp_bias"):
+        raise ValueError(f"{folder}: mlp_bias true; FFNs with biases beside a gate are not supported")
+    places = content.get("position_embedding_type")
+    if places not in (None, "absolute"):
+        raise ValueError(f"{folder}: position_embedding_type {places!r}; allowed: absolute")
+    return {key: value for key, value in content.items() if key not in CODE_KEYS}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, by name: one, or the shards that its index names.
+
+    Raises ValueError if there are none as safetensors, or if a shard is missing.
+    """
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        why = f"; pickled weights ({', '.join(pickled)}) are not read" if pickled else ""
+        raise ValueError(f"no weights (model.safetensors) in folder {str(folder)!r}{why}")
+    content = read_json(index)
+    names = set(content["weight_map"].values()) if isinstance(content, Mapping) and "weight_map" in content else set()
+    bad = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
+    if bad or not names or not all(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{index}: names shards that are missing or no safetensors: {', '.join(bad or sorted(names))}")
+    return [folder / name for name in sorted(names)]
+
+
+WRAPPERS = r"^(?:module\.|_orig_mod\.)+"
+"""What a model that was compiled, or trained by several processes, puts before the names of its weights."""
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight has without such a wrapper."""
+    return re.sub(WRAPPERS, "", name)
+
+
+class StoredTensor(NamedTuple):
+    """What the header of a weight file says of a tensor, and where its bytes are."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it: F32, BF16, ..."""
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def same_as(self, other: "StoredTensor") -> bool:
+        return self[1:3] == other[1:3] and self._bytes() == other._bytes()
+
+    def _bytes(self) -> bytes:
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.stop - self.start)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's weight files by their plain names; their headers are read, nothing else.
+
+    Raises ValueError for a file that is no safetensors or is cut off, and for shards that do not hold what their index
+    says.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, tensor in _header(file).items():
+            name = plain_name(name)
+            if name in found:
+                raise ValueError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}")
+            found[name] = tensor
+    if not (folder / "model.safetensors").is_file():
+        index = folder / "model.safetensors.index.json"
+        told = {plain_name(name): file for name, file in read_json(index)["weight_map"].items()}
+        for name in sorted(told.keys() | found.keys()):
+            place = found[name].file.name if name in found else "no shard"
+            if told.get(name) != place:
+                raise ValueError(f"{index}: puts {name} into {told.get(name, 'no shard')}, but it is in {place}")
+    return found
+
+
+def _header(file: Path) -> dict[str, StoredTensor]:
+    with file.open("rb") as opened:
+        size = file.stat().st_size
+        begin = 8 + int.from_bytes(opened.read(8), "little")
+        try:
+            content = json.loads(opened.read(begin - 8) if begin <= size else b"")
+            entries = {name: entry for name, entry in content.items() if name != "__metadata__"}
+            tensors = {
+                name: StoredTensor(
+                    file, entry["dtype"], tuple(entry["shape"]), *(begin + n for n in entry["data_offsets"])
+                )
+                for name, entry in entries.items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{file}: not a safetensors file, or damaged") from None
+    if max((tensor.stop for tensor in tensors.values()), default=begin) != size:
+        raise ValueError(f"{file}: cut off, or longer than its header says")
+    return tensors
+
+
+def find_tensor(tensors: Mapping[str, StoredTensor], name: str) -> StoredTensor | None:
+    """A tensor by its name in the base model, which a model with a head puts a prefix before."""
+    return next((tensor for key, tensor in tensors.items() if name in (key, key.partition(".")[2])), None)
+
+
+def _first(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> StoredTensor | None:
+    return next((tensor for name in names if (tensor := find_tensor(tensors, name))), None)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ValueError where weights have not the shape that config.json says, as far as headers show.
+
+    Looks at what is most often changed by hand: the token embeddings, and the width of every FFN.
+    """
+    shape, tensors = checkpoint_shape(folder), stored_tensors(folder)
+    family = shape["family"]
+    _check_embeddings(folder, family, tensors)
+    names, dimension = FFN_INPUTS[family]
+    for layer in range(shape["layers"]):
+        at = [name.format(layer) for name in names]
+        ffn = _first(tensors, at)
+        if ffn is None:
+            raise ValueError(f"{folder}: the weights lack {' or '.join(at)}")
+        if len(ffn.shape) != 2 or ffn.shape[dimension] != shape["d_ff"]:
+            raise ValueError(
+                f"{folder}: the FFN of layer {layer} is of shape {list(ffn.shape)}, but config.json says "
+                f"{shape['d_ff']} neurons ({KEYS[family]['d_ff']}) for every layer"
+            )
+
+
+def has_tied_head(folder: Path) -> bool:
+    """Whether the head for the family's objective shares its weights with the embeddings, in this checkpoint.
+
+    config.json decides, but a head of its own in the weight files is one, whatever config.json says: two tensors that
+    differ cannot be shared.
+    """
+    settings, tensors = model_settings(folder), stored_tensors(folder)
+    if not _says_tied(settings):
+        return False
+    for target, source in TIED[settings["model_type"]].items():
+        names = EMBEDDINGS[settings["model_type"]]
+        shared = _first(tensors, names if source in names else (source,))
+        own = find_tensor(tensors, target)
+        if own is not None and shared is not None and not own.same_as(shared):
+            return False
+    return True
+
+
+def check_shared_embeddings(folder: Path) -> None:
+    """Raise ValueError if a family that has embeddings under several names has them with several values."""
+    family, tensors = model_settings(folder)["model_type"], stored_tensors(folder)
+    first, *others = _embeddings(folder, family, tensors)
+    if any(not other.same_as(first) for other in others):
+        raise ValueError(f"{folder}: {', '.join(EMBEDDINGS[family])} differ; they are one tensor in every T5")
+
+
+def _says_tied(settings: Mapping[str, Any]) -> bool:
+    told = settings.get("tie_word_embeddings")
+    return settings["model_type"] != "llama" if told is None else bool(told)
+
+
+def embedded_tokens(folder: Path) -> int:
+    """How many tokens the checkpoint in a folder has embeddings of. Raises ValueError if it has none."""
+    family, tensors = model_settings(folder)["model_type"], stored_tensors(folder)
+    return _embeddings(folder, family, tensors)[0].shape[0]
+
+
+def tokens_of(folder: Path) -> int:
+    """How many entries the tokenizer.json of a folder has, special tokens included.
+
+    Raises ValueError if there is none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"no tokenizer.json in folder {str(folder)!r}")
+    content = read_json(path)
+    try:
+        vocabulary = content["model"]["vocab"]
+        # Unigram models list their entries in order.
+        ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else list(range(len(vocabulary)))
+        return 1 + max(ids + [token["id"] for token in content.get("added_tokens") or ()])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a tokenizer") from None
+
+
+def _check_embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> None:
+    found = _embeddings(folder, family, tensors)
+    told = model_settings(folder).get("vocab_size")
+    if told is not None and found[0].shape[0] != told:
+        raise ValueError(f"{folder}: embeds {found[0].shape[0]} tokens, but config.json says vocab_size {told}")
+
+
+def _embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    found = [tensor for name in EMBEDDINGS[family] if (tensor := find_tensor(tensors, name))]
+    if not found and _says_tied(model_settings(folder)):
+        # Of tensors that are one, some programs keep that of the head.
+        found = [tensor for name in list(TIED[family])[:1] if (tensor := find_tensor(tensors, name))]
+    if not found or any(len(tensor.shape) != 2 for tensor in found):
+        raise ValueError(f"{folder}: the weights lack {EMBEDDINGS[family][0]}, the embeddings of the tokens")
+    return found

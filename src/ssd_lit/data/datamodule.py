@@ -1,0 +1,102 @@
+"""The tokens as Lightning sees them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from ssd_lit.config import RunConfig
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
+from ssd_lit.support import signals
+
+Batches = DataLoader[dict[str, Tensor]]
+
+
+class TokenData(LightningDataModule):
+    """Blocks for training, from the trainer's global step on, and for validation.
+
+    A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which
+    reads its own part. For validation it has "noise" [B, S, draws] too where an objective wants `draws` numbers a
+    token. Reading begins `skipped_steps` batches into the data. The trainer needs use_distributed_sampler=False and,
+    as one training batch belongs to one global step, no gradient accumulation.
+    """
+
+    def __init__(
+        self,
+        tokens_dir: Path,
+        *,
+        batch_size: int,
+        validation_blocks: int,
+        seed: int,
+        workers: int,
+        draws: int = 0,
+        skipped_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokens_dir = tokens_dir
+        self.batch_size = batch_size
+        self.validation_blocks = validation_blocks
+        self.seed = seed
+        self.workers = workers
+        self.draws = draws
+        self.skipped_steps = skipped_steps
+
+    @classmethod
+    def of_run(cls, config: RunConfig, tokens_dir: Path, draws: int, *, skipped_steps: int = 0) -> "TokenData":
+        """The data as a run's config has it read."""
+        return cls(
+            tokens_dir,
+            batch_size=config.training.batch_size,
+            validation_blocks=config.training.validation_blocks,
+            seed=config.seed,
+            workers=config.training.workers,
+            draws=draws,
+            skipped_steps=skipped_steps,
+        )
+
+    def train_dataloader(self) -> Batches:
+        """Endless; starts at the step the trainer stands at. Raises ValueError if devices do not divide B."""
+        blocks = TokenBlocks(self.tokens_dir, "train")
+        rank, world_size = self._place()
+        start = self.skipped_steps + (self.trainer.global_step if self.trainer else 0)
+        return self._loader(blocks, StepBatches(len(blocks), self.batch_size, self.seed, start, rank, world_size))
+
+    def train_batch(self, step: int) -> dict[str, Tensor]:
+        """The batch of a global step, or this device's part of it, read anew."""
+        blocks = TokenBlocks(self.tokens_dir, "train")
+        order = StepBatches(len(blocks), self.batch_size, self.seed, 0, *self._place())
+        found: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(self.skipped_steps + step)))
+        return found
+
+    def val_dataloader(self) -> Batches:
+        """The same evenly spaced blocks each time, every block read by one device.
+
+        Raises ValueError if there are more devices than blocks.
+        """
+        blocks = TokenBlocks(self.tokens_dir, "validation", self.draws)
+        rank, world_size = self._place()
+        chosen = spread_blocks(len(blocks), self.validation_blocks)
+        if len(chosen) < world_size:
+            raise ValueError(f"{len(chosen)} validation blocks are too few for {world_size} devices")
+        return self._loader(blocks, in_batches(chosen[rank::world_size], max(1, self.batch_size // world_size)))
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, world size) of this process."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _loader(self, blocks: TokenBlocks, batches: Iterable[list[int]]) -> Batches:
+        return DataLoader(
+            blocks,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+            worker_init_fn=signals.ignore,
+            # Its own: a new iterator would otherwise draw a number from the global generator, and a run that was
+            # interrupted makes more iterators than one that was not.
+            generator=torch.Generator(),
+        )

@@ -1,0 +1,177 @@
+"""A MoEfied model as a Hugging Face checkpoint folder: Transformers opens it densely, ssd_lit in either mode.
+
+The folder holds a whole dense checkpoint whose neurons stand in expert order, which no dense model minds. Beside it lie
+experts.safetensors, each layer's router and neuron ids, and experts.json, which is written last.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ssd_lit.config import MoEConfig
+from ssd_lit.config.pretrained import checkpoint_shape
+from ssd_lit.huggingface.weights import save_dense
+from ssd_lit.models.families import family
+from ssd_lit.models.family import Family
+from ssd_lit.models.swap import swap_ffns
+from ssd_lit.moe.backends import NAMES
+from ssd_lit.moe.ffn import ExpertFFN, Mode
+from ssd_lit.support.files import read_json, write_json
+
+FORMAT = 1
+"""Goes up when an older version could no longer read the folder."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """experts.json: how the neurons of a folder were grouped, and what chooses among the groups."""
+
+    experts: int
+    """E: experts of one FFN."""
+    top_k: int
+    """K: experts a token in sparse mode, unless told otherwise."""
+    construction: str
+    router: str
+    router_hidden: int
+    """Width of a trained router."""
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple["Experts", str]:
+        """What a folder says, and the fingerprint of its neurons.
+
+        Raises ValueError if it was written by a later version.
+        """
+        path = folder / "experts.json"
+        content = read_json(path)
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            raise ValueError(f"{path}: not of format {FORMAT}, the one that this version of ssd_lit reads")
+        try:
+            told = {key: value for key, value in content.items() if key not in ("format", "fingerprint")}
+            return cls(**told), content["fingerprint"]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path}: not a record of experts ({error})") from None
+
+
+def open_folder(folder: Path, *, mode: Mode = "dense", top_k: int | None = None, backend: str = "auto") -> nn.Module:
+    """The Transformers model of a folder, ready for inference; with experts, an ExpertFFN stands for every FFN.
+
+    Weights have the precision that they are kept in, routers float32 at least; a T5 in float16, of which Transformers
+    itself keeps parts in float32, becomes float32 as a whole. Raises ValueError for what is no checkpoint folder of a
+    supported family, or not the one that its experts were made for, and for a mode, top_k or backend it does not have.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode {mode!r}: allowed are {', '.join(get_args(Mode))}")
+    if backend not in NAMES:
+        raise ValueError(f"backend {backend!r}: allowed are {', '.join(NAMES)}")
+    if (folder / "experts.json").is_file():
+        return _open_experts(folder, mode, top_k, backend)
+    if mode == "sparse" or top_k is not None:
+        raise ValueError(
+            f"mode {mode!r}, top_k {top_k}: no experts.json in folder {str(folder)!r}, so it is dense only; "
+            "`ssd-lit moefy --model` makes one with experts"
+        )
+    return _open_backbone(folder)
+
+
+def _open_experts(folder: Path, mode: Mode, top_k: int | None, backend: str) -> nn.Module:
+    told, fingerprint = Experts.read(folder)
+    if top_k is not None and not 1 <= top_k <= told.experts:
+        raise ValueError(f"top_k {top_k}: allowed are 1 to {told.experts}")
+    backbone: Any = _open_backbone(folder)
+    moe = MoEConfig(experts=told.experts, top_k=told.top_k, router_hidden=told.router_hidden)
+    ffns = swap_ffns(backbone, _family_of(folder), moe, router=told.router)
+    if fingerprint != _fingerprint(ffns):
+        raise ValueError(f"{folder}: experts.json was made for other weights, or another order of neurons")
+    _read_routers(folder / "experts.safetensors", ffns)
+    for ffn in ffns:
+        ffn.backend = backend
+    set_mode(backbone, mode, top_k)
+    # The class's own would write FFNs under names that nothing reads. Unlike a method, this is copied with the model.
+    backbone.save_pretrained = partial(save_folder, backbone, told)
+    opened: nn.Module = backbone
+    return opened
+
+
+def _open_backbone(folder: Path) -> nn.Module:
+    backbone = _family_of(folder).open(folder)
+    if len({parameter.dtype for parameter in backbone.parameters()}) > 1:
+        backbone.float()
+    return backbone
+
+
+def _family_of(folder: Path) -> Family:
+    return family(checkpoint_shape(folder)["family"])
+
+
+def save_folder(
+    model: Any, told: Experts, save_directory: str | PathLike[str], *, max_shard_size: int | str = "50GB"
+) -> None:
+    """Write a model that `open_folder` gave as such a folder, with the weights and routers that it has now.
+
+    Takes the place of the model's own `save_pretrained`, of whose options the size of shards is left.
+    """
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What an earlier save left would be read instead of shards, or beside other weights.
+    for name in ("experts.json", "model.safetensors", "model.safetensors.index.json"):
+        (folder / name).unlink(missing_ok=True)
+    ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
+    save_dense(folder, model, family(model.config.model_type), ffns, max_shard_size=max_shard_size)
+    write_experts(folder, ffns, told)
+
+
+def set_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> None:
+    """Put every ExpertFFN of a model into dense mode, or sparse mode with `top_k` experts a token.
+
+    With None each keeps the number it had. Raises ValueError if there is none.
+    """
+    ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
+    if not ffns:
+        raise ValueError(f"this {type(model).__name__} has no FFNs with experts; open its folder with ssd_lit.load")
+    for ffn in ffns:
+        ffn.set_mode(mode, top_k)
+
+
+def write_experts(folder: Path, ffns: Sequence[ExpertFFN], told: Experts) -> None:
+    """Add the experts of `ffns`, in the family's order, to a folder that holds their weights already."""
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in _beside_weights(ffns).items()},
+        folder / "experts.safetensors",
+    )
+    write_json(folder / "experts.json", {"format": FORMAT, **asdict(told), "fingerprint": _fingerprint(ffns)})
+
+
+def _read_routers(path: Path, ffns: Sequence[ExpertFFN]) -> None:
+    found, expected = load_file(path), _beside_weights(ffns)
+    if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in expected.items()}:
+        raise ValueError(f"{path}: its routers are not of the kind that experts.json tells of")
+    with torch.no_grad():
+        for name, value in expected.items():
+            value.copy_(found[name])
+
+
+def _beside_weights(ffns: Sequence[ExpertFFN]) -> dict[str, Tensor]:
+    """What an ExpertFFN has and a dense FFN has not: the tensors themselves, named `LAYER.name`."""
+    return {
+        f"{layer}.{name}": value
+        for layer, ffn in enumerate(ffns)
+        for name, value in ffn.state_dict().items()
+        if name == "neuron_ids" or name.startswith("router.")
+    }
+
+
+def _fingerprint(ffns: Sequence[ExpertFFN]) -> str:
+    """Hexadecimal digits that change with the weights or with the order of the neurons; one weight of each is read."""
+    digest = hashlib.sha256()
+    for ffn in ffns:
+        column: Any = ffn.key_rows[:, 0].detach().cpu().double().numpy()
+        digest.update(column.tobytes())
+    return digest.hexdigest()[:16]

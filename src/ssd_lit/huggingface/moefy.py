@@ -1,0 +1,109 @@
+"""MoEfication of a Hugging Face checkpoint folder, whoever trained it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_lit.config import MoEConfig
+from ssd_lit.config.pretrained import checkpoint_shape
+from ssd_lit.data.documents import Progress, silent
+from ssd_lit.huggingface.calibration import check_text, text_inputs
+from ssd_lit.huggingface.folder import Experts, write_experts
+from ssd_lit.huggingface.weights import copy_in_new_order
+from ssd_lit.models.families import family
+from ssd_lit.models.swap import swap_ffns
+from ssd_lit.moe.activations import ACTIVATIONS
+from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.permutation import moefy
+from ssd_lit.support.files import check_unfilled, whole_folder
+from ssd_lit.training.router_loss import contributions, router_loss
+
+TOKENS_A_STEP = 1024
+"""Tokens that a router is trained on in one step."""
+
+
+def moefy_folder(
+    source: Path,
+    target: Path,
+    moe: MoEConfig,
+    *,
+    seed: int = 0,
+    text: Path | None = None,
+    calibration_tokens: int = 8192,
+    progress: Progress = silent,
+) -> None:
+    """Write the model of a checkpoint folder into a new one, its neurons grouped into experts.
+
+    `moe` says how many experts, how they are made and what chooses them. Its trained_router is fitted to the first
+    `calibration_tokens` tokens of a text file, on which activations are taken too. Everything is computed in float32
+    (float64 for a model in float64); weights keep the values and the precision they had. Raises ValueError before any
+    long work for what cannot be done.
+    """
+    check_folders(source, target, moe, text)
+    kind = family(checkpoint_shape(source)["family"])
+    torch.manual_seed(seed)
+    backbone: Any = kind.open(source)
+    backbone.to(torch.promote_types(backbone.dtype, torch.float32))
+    backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+    router = moe.trained_router or moe.router
+    ffns = swap_ffns(backbone, kind, moe, router=router)
+    seen: Sequence[Tensor | None] = [None] * len(ffns)
+    if text is not None and needs_text(moe):
+        seen = text_inputs(backbone, ffns, source, text, calibration_tokens)
+        progress(f"read {len(seen[0])} tokens of {text}")
+
+    orders = []
+    for layer, (ffn, x) in enumerate(zip(ffns, seen, strict=True)):
+        activations = ffn.activations(x).detach() if x is not None and moe.construction in NEEDS_ACTIVATIONS else None
+        labels = construct(
+            moe.construction, ffn.key_rows, moe.experts, seed=1000 * seed + layer, activations=activations
+        )
+        orders.append(moefy(ffn, labels))
+        if moe.trained_router is not None and x is not None:
+            fit_router(ffn, x, moe, seed=1000 * seed + layer)
+        progress(f"layer {layer + 1} of {len(ffns)}")
+
+    with whole_folder(target) as part:
+        copy_in_new_order(source, part, backbone, kind, orders)
+        write_experts(part, ffns, Experts(moe.experts, moe.top_k, moe.construction, router, moe.router_hidden))
+
+
+def check_folders(source: Path, target: Path, moe: MoEConfig, text: Path | None) -> None:
+    """Raise ValueError for what can be known to fail without loading the model."""
+    shape = checkpoint_shape(source)
+    if shape["d_ff"] % moe.experts:
+        raise ValueError(f"experts {moe.experts}: does not divide the {shape['d_ff']} neurons of an FFN of {source}")
+    if shape["activation"] not in ACTIVATIONS:
+        raise ValueError(f"{source}: activation {shape['activation']!r}; allowed: {', '.join(ACTIVATIONS)}")
+    check_unfilled(target)
+    if text is not None:
+        check_text(text, source)
+    elif needs_text(moe):
+        name = moe.trained_router or moe.construction
+        raise ValueError(f"{name} needs text to look at the model's activations: give a file of it with --text")
+
+
+def needs_text(moe: MoEConfig) -> bool:
+    """Whether the construction or the router is made from what the model does on text."""
+    return moe.construction in NEEDS_ACTIVATIONS or moe.trained_router is not None
+
+
+def fit_router(ffn: ExpertFFN, x: Tensor, moe: MoEConfig, *, seed: int) -> None:
+    """Train the router of an FFN, and nothing else, on inputs x [T, D], for moe.router_steps steps."""
+    kind = moe.trained_router
+    assert kind is not None
+    ffn.router.begin(ffn.key_rows)
+    wanted = contributions(ffn, x, kind)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(ffn.router.parameters(), lr=moe.router_lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moe.router_steps)
+    for _ in range(moe.router_steps):
+        rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator).to(x.device)
+        optimizer.zero_grad()
+        router_loss(ffn.router(x[rows]), wanted[rows], kind).backward()
+        optimizer.step()
+        schedule.step()

@@ -1,0 +1,43 @@
+"""The sparse FFN for one token or a few on the CPU: products of a row with views of the chosen experts' weights.
+
+For generation. It learns correctly too, but slowly: each view has a gradient of full size.
+"""
+
+import torch
+from torch import Tensor
+
+from ssd_lit.moe.backends.interface import Activation, Experts
+from ssd_lit.moe.routing import Choice
+
+BLOCK = 16
+"""Neurons of one product: MKL computes a matrix-vector product on one core, but a batch of them on all."""
+
+
+def views(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+    """Token by token, expert by expert: reads the chosen experts' weights where they lie, and no others.
+
+    torch.compile breaks its graph here, where the chosen experts become numbers.
+    """
+    n_experts, n_neurons, width = experts.w_in.shape
+    block = BLOCK if n_neurons % BLOCK == 0 else n_neurons
+    blocks = n_neurons // block
+    w_in, b_in, w_gate = (
+        None if part is None else part.view(n_experts, blocks, block, -1).transpose(2, 3)
+        for part in (experts.w_in, experts.b_in, experts.w_gate)
+    )  # [E, blocks, D or 1, block]
+    assert w_in is not None
+    w_out = experts.w_out.view(n_experts, blocks, block, width)
+    sums = []
+    for t, chosen in enumerate(choice.experts.tolist()):
+        row = x[t].expand(blocks, 1, width)
+        y = x.new_zeros(blocks, 1, width)
+        for k, e in enumerate(chosen):
+            if e == n_experts:  # stands where a token has fewer than K experts
+                continue
+            pre = torch.bmm(row, w_in[e]) if b_in is None else torch.baddbmm(b_in[e], row, w_in[e])
+            hidden = activation(pre, None if w_gate is None else torch.bmm(row, w_gate[e]))
+            if choice.weights is not None:
+                hidden = hidden * choice.weights[t, k].to(x.dtype)
+            y = torch.baddbmm(y, hidden, w_out[e])
+        sums.append(y.sum(0))
+    return torch.cat(sums)

@@ -1,0 +1,48 @@
+"""What every way of computing the sparse FFN takes and gives.
+
+Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T*K.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_lit.moe.activations import ACTIVATIONS
+from ssd_lit.moe.routing import Choice
+
+
+class Experts(NamedTuple):
+    """The neurons of all experts; every part is a view of the FFN's weights."""
+
+    w_in: Tensor
+    """[E, H, D]"""
+    w_out: Tensor
+    """[E, H, D]"""
+    b_in: Tensor | None
+    """[E, H]"""
+    w_gate: Tensor | None
+    """[E, H, D], for a gated FFN."""
+
+
+# Compared by identity: torch.compile would hash one that it has not built yet.
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """From a neuron's inputs to its activation."""
+
+    name: str
+    """One of `moe.activations`."""
+    dropout: float = 0.0
+    """The probability with which an activation is dropped; zero outside training."""
+
+    def __call__(self, pre: Tensor, gate: Tensor | None) -> Tensor:
+        """Of x @ w_in + b_in, and x @ w_gate for a gated FFN; all of one shape."""
+        act = ACTIVATIONS[self.name]
+        hidden = act(pre) if gate is None else act(gate) * pre
+        return F.dropout(hidden, self.dropout) if self.dropout else hidden
+
+
+Backend = Callable[[Tensor, Choice, Experts, Activation], Tensor]
+"""From x [T, D] to the sum of the chosen experts' outputs, [T, D], without the output bias."""

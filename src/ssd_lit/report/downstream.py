@@ -1,0 +1,171 @@
+"""What the final models are worth on other tasks: the table of all scores, and what the report shows of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ssd_lit.config import RunConfig
+from ssd_lit.data.glue import TASKS
+from ssd_lit.report.analyses import RUN
+from ssd_lit.report.arms import Measure
+from ssd_lit.report.formatting import percent
+from ssd_lit.report.runs import RunResult
+from ssd_lit.support.files import read_sealed, write_text
+
+METRICS = {"accuracy": "accuracy", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
+"""Metrics as they are called in tables."""
+COLUMNS = ["run", "arm", "method", "seed", "benchmark", "task", "field", "mode", "tuning_seed", *METRICS]
+MODES: dict[str, dict[str, tuple[str, ...]]] = {
+    "glue": {"dense": ("dense", "dense"), "dense_to_sparse": ("dense", "sparse"), "sparse": ("sparse", "sparse")},
+    "blimp": {"dense": ("dense",), "sparse": ("sparse",)},
+}
+"""How a model was fine-tuned, if it was, and how it was scored."""
+ALL_SETS = "all sets"
+
+
+Row = tuple[Sequence[str], Sequence[str]]
+"""How a model was run, and its scores."""
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The rows of each arm by its label, what stands above them, and what a reader must know of them."""
+
+    headings: Sequence[str]
+    arms: Sequence[tuple[str, Sequence[Row]]]
+    remark: str
+
+
+def write_downstream(exp_dir: Path, runs: Sequence[RunConfig]) -> Path:
+    """Write downstream.csv: one row a run, task, mode and seed of the fine-tuning; of BLiMP one a run, set and mode.
+
+    Raises ValueError naming the first file amiss.
+    """
+    rows = [row for run in runs for row in _rows(run, _read(exp_dir / "runs" / run.name))]
+    # Object columns keep a whole number whole where another row has none.
+    table = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
+    path = exp_dir / "downstream.csv"
+    write_text(path, table.to_csv(index=False, lineterminator="\n"))
+    return path
+
+
+def scores(results: Sequence[RunResult], benchmark: str) -> pd.DataFrame:
+    """Every score on a benchmark, one a row: run, arm, seed, part, mode, metric, value.
+
+    A part is a task of GLUE, or a field of BLiMP and all its sets, of which it is the mean.
+    """
+    rows = [row for result in filter(_tried, results) for row in _rows(result.config, _read(result.folder))]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = table[table["benchmark"] == benchmark]
+    if benchmark == "blimp":
+        fields = pd.concat([table.assign(part=ALL_SETS), table[table["field"] != ""].assign(part=table["field"])])
+        means = fields.groupby([*RUN, "part", "mode"], sort=False)["accuracy"].mean()
+        return means.reset_index(name="value").assign(metric="accuracy")
+    table = table.assign(part=table["task"]).melt([*RUN, "part", "mode"], list(METRICS), "metric")
+    return table.dropna(subset="value").astype({"value": float})
+
+
+def baselines(results: Sequence[RunResult]) -> dict[tuple[str, str], float]:
+    """What the commonest class scores on each task of GLUE, by task and metric."""
+    known = {task: one for found in _all(results, "glue") for task, one in found["baseline"].items()}
+    return {(task, metric): value for task, one in known.items() for metric, value in one.items()}
+
+
+def parts(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (part, metric) pairs of a table of scores: tasks in their order, or fields as they come."""
+    found = list(table[["part", "metric"]].drop_duplicates().itertuples(index=False, name=None))
+    order = [*TASKS]
+    return sorted(found, key=lambda one: (order.index(one[0]) if one[0] in order else 0, [*METRICS].index(one[1])))
+
+
+def part_name(part: str) -> str:
+    """A task or a field as a reader knows it."""
+    return TASKS[part].title if part in TASKS else part.replace("_", "-")
+
+
+def glue_table(results: Sequence[RunResult]) -> ScoreTable | None:
+    """GLUE in the report, the commonest class first; None if no run was tried on it."""
+    table = scores(results, "glue")
+    if table.empty:
+        return None
+    known, columns = baselines(results), parts(table)
+    first: Row = ("-", "-"), [_percent(known[one]) for one in columns]
+    headings = [f"{part_name(part)}, {METRICS[metric]}" for part, metric in columns]
+    counts = [one for found in _all(results, "glue") for one in found["examples"].values()]
+    remark = _cut(sum(one["cut"] for one in counts), sum(one["train"] + one["dev"] for one in counts), "examples")
+    return ScoreTable(headings, [("Commonest class", [first]), *_arms(results, table, columns, "glue")], remark)
+
+
+def blimp_table(results: Sequence[RunResult]) -> ScoreTable | None:
+    """BLiMP in the report; None if no run was tried on it."""
+    table = scores(results, "blimp")
+    if table.empty:
+        return None
+    columns = parts(table)
+    counts = [one for found in _all(results, "blimp") for one in found["scores"]]
+    remark = _cut(sum(one["cut"] for one in counts), sum(one["pairs"] for one in counts), "pairs")
+    return ScoreTable([part_name(part) for part, _ in columns], _arms(results, table, columns, "blimp"), remark)
+
+
+def measure(table: pd.DataFrame, arm: str, mode: str, part: str, metric: str) -> Measure | None:
+    """The scores of an arm over all its seeds; None if it has none."""
+    mine = table[(table["arm"] == arm) & (table["mode"] == mode) & (table["part"] == part)]
+    values = tuple(float(value) for value in mine[mine["metric"] == metric]["value"])
+    return Measure(values) if values else None
+
+
+def _arms(
+    results: Sequence[RunResult], table: pd.DataFrame, columns: Sequence[tuple[str, str]], benchmark: str
+) -> list[tuple[str, list[Row]]]:
+    found = []
+    for arm, label in {result.arm: result.label for result in results}.items():
+        rows: list[Row] = []
+        for mode, names in MODES[benchmark].items():
+            cells = [measure(table, arm, mode, *column) for column in columns]
+            if any(cell is not None for cell in cells):
+                rows.append((names, ["-" if cell is None else cell.text(_percent) for cell in cells]))
+        if rows:
+            found.append((label, rows))
+    return found
+
+
+def _cut(count: int, whole: int, what: str) -> str:
+    """A sentence on texts that were longer than the models read; empty if there were none."""
+    return f"{percent(count / whole)} of the {what} were longer than the model reads, and were cut." if count else ""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _tried(result: RunResult) -> bool:
+    # What was found stays where an experiment does not ask for it any more.
+    files = ("downstream.yaml", "downstream/downstream.json")
+    return all((result.folder / name).is_file() for name in files)
+
+
+def _all(results: Sequence[RunResult], benchmark: str) -> list[dict[str, Any]]:
+    """What every run found on the benchmark that was tried on it."""
+    found = [_read(result.folder)[benchmark] for result in filter(_tried, results)]
+    return [one for one in found if one is not None]
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    return read_sealed(run_dir / "downstream" / "downstream.json")
+
+
+def _rows(run: RunConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """All scores of a run as rows of downstream.csv; a cell that does not apply is left out."""
+    mine: dict[str, Any] = {"run": run.name, "arm": run.arm, "method": run.method, "seed": run.seed}
+    glue = [
+        {"benchmark": "glue", "tuning_seed": one["seed"], **{key: one[key] for key in one if key != "seed"}, **mine}
+        for one in (found["glue"] or {"scores": []})["scores"]
+    ]
+    blimp = [
+        {"benchmark": "blimp", "task": one["set"], **{key: one[key] for key in ("field", "mode", "accuracy")}, **mine}
+        for one in (found["blimp"] or {"scores": []})["scores"]
+    ]
+    return glue + blimp

@@ -1,0 +1,90 @@
+"""The settings of an experiment's arms, what they mean, and where arms differ."""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from ssd_lit.config import RunConfig, Section
+from ssd_lit.report.runs import RunResult, by_arm
+
+SECTIONS = ("model", "moe", "optim", "training", "switching")
+AFTERWARDS = frozenset(f"moe.{key}" for key in ("trained_router", "router_hidden", "router_steps", "router_lr"))
+"""Settings of a router that is trained when all else is done."""
+ROUTER = AFTERWARDS | {"moe.router", "moe.balance_weight", "moe.z_weight"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key and its value in each arm, in the arms' order."""
+
+    key: str
+    meaning: str
+    values: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        return len(set(self.values)) > 1
+
+
+def settings(results: Sequence[RunResult]) -> list[Setting]:
+    """Every setting of every section; seeds of an arm share theirs."""
+    configs = [runs[0].config for runs in by_arm(results).values()]
+    return [
+        Setting(f"{section}.{key}", meaning, tuple(shown(getattr(getattr(one, section), key)) for one in configs))
+        for section in SECTIONS
+        for key, meaning in _meanings(section).items()
+    ]
+
+
+def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[str, str]]:
+    """The settings in which two runs differ, by dotted key: the value in one, the value in the other."""
+    found = {}
+    for section in SECTIONS:
+        mine, theirs = getattr(one, section), getattr(other, section)
+        for key in type(mine).model_fields:
+            values = getattr(mine, key), getattr(theirs, key)
+            if values[0] != values[1]:
+                found[f"{section}.{key}"] = shown(values[0]), shown(values[1])
+    return found
+
+
+def alike_but(one: RunConfig, other: RunConfig, keys: Set[str]) -> bool:
+    """Whether two runs share method, origin and every setting but those of `keys`."""
+    origins = [(run.method, run.start_from, run.match_flops) for run in (one, other)]
+    return origins[0] == origins[1] and differences(one, other).keys() <= keys
+
+
+def shown(value: Any) -> str:
+    """A setting as a reader sees it."""
+    match value:
+        case None:
+            return "-"
+        case Section():
+            return shown(value.model_dump())
+        case Mapping():
+            return ", ".join(f"{key} {shown(one)}" for key, one in value.items())
+        case list() | tuple():
+            return ", ".join(shown(item) for item in value)
+        case _:
+            return str(value)
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested names and values as a list of dotted names and texts."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            pairs += flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            pairs += flat({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", shown(value)))
+    return pairs
+
+
+def _meanings(section: str) -> dict[str, str]:
+    """The keys of a section of a run's config, with the docstring of each."""
+    kind = RunConfig.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, Section)
+    return {key: field.description or "" for key, field in kind.model_fields.items()}

@@ -1,0 +1,95 @@
+"""The points of a run's curves, in a file that only grows: the record that MLflow and the report are fed from.
+
+metrics.jsonl holds lines {"step", "time", "values"}: optimiser step, milliseconds since 1970, names to numbers.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssd_lit.support.files import naming, write_text
+
+
+class PointLog:
+    """Appends points to a run's metrics.jsonl.
+
+    Steps that are trained again after an interruption bring the same points again; a name already recorded at a
+    step is left out.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _whole_lines(path)
+        if path.exists() and path.stat().st_size != sum(map(len, lines)):
+            # A kill cut the last line short; nothing may be appended to half a line.
+            write_text(path, b"".join(lines).decode())
+        self._seen = {(name, point["step"]) for point in map(json.loads, lines) for name in point["values"]}
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values at a step."""
+        fresh = {name: float(value) for name, value in values.items() if (name, step) not in self._seen}
+        if not fresh:
+            return
+        self._seen.update((name, step) for name in fresh)
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, "time": time.time_ns() // 1_000_000, "values": fresh}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with naming(Path(self._file.name)):  # what a full disk did not take is tried again
+            self._file.close()
+
+
+def read_points(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves of a run: name to (step, value), by step. Raises ValueError if there is no such file."""
+    if not path.exists():
+        raise ValueError(f"{path}: not found; run the stage that writes it first")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in _whole_lines(path):
+        point = json.loads(line)
+        for name, value in point["values"].items():
+            curves.setdefault(name, []).append((point["step"], value))
+    return {name: sorted(curve) for name, curve in curves.items()}
+
+
+def points_from(path: Path, offset: int, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The points behind a byte offset, and the offset behind them; all, or those of the first `most` values.
+
+    At least one point if there is one, however many values it has.
+    """
+    points: list[dict[str, Any]] = []
+    values = 0
+    if not path.exists():
+        return points, offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            point = json.loads(line)
+            values += len(point["values"])
+            if points and most is not None and values > most:
+                break
+            points.append(point)
+            offset += len(line)
+    return points, offset
+
+
+def drop_points_after(path: Path, step: int) -> bool:
+    """Drop all points beyond a step, which is about to be trained on from anew; says whether there were any."""
+    lines = _whole_lines(path)
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    if len(kept) == len(lines):
+        return False
+    write_text(path, b"".join(kept).decode())
+    return True
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]

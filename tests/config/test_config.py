@@ -1,0 +1,130 @@
+"""Every shipped config is valid; configs are laid over others, and become runs."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ssd_lit.cli import main
+from ssd_lit.config import ConfigError, dump, load_experiment, load_run
+from ssd_lit.config.yaml_file import read_with_bases
+from ssd_lit.paths import write_configs
+from tests.conftest import Bench
+
+ROOT = Path(__file__).parents[2]
+# sizes/ holds what experiments are laid over.
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sizes")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_shipped_configs_are_valid_and_survive_writing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What large runs read is not part of the project. Their text is not looked for, their tasks are.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpora").mkdir()
+    for name in ("BLiMP.zip", "glue.tar.xz"):
+        (tmp_path / "corpora" / name).touch()
+    experiment = load_experiment(path)
+    assert experiment.experiment == path.stem + {"small": "_small", "h100": "_h100"}.get(path.parent.name, "")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(experiment), encoding="utf-8")
+    assert load_experiment(again) == experiment
+    for run in write_configs(experiment, tmp_path):
+        assert load_run(tmp_path / experiment.experiment / "runs" / run.name / "config.yaml") == run
+
+
+def test_settings_of_a_measurement_go_when_it_is_not_asked_for(tmp_path: Path) -> None:
+    experiment = load_experiment(ROOT / "configs/analysis.yaml")
+    write_configs(experiment, tmp_path)
+    here = tmp_path / "analysis/runs"
+    assert len(list(here.glob("*/analysis.yaml"))) == len(experiment.runs())
+    write_configs(experiment.model_copy(update={"analysis": None}), tmp_path)
+    assert not list(here.glob("*/analysis.yaml"))
+    assert len(list(here.glob("*/evaluation.yaml"))) == len(experiment.runs())
+
+
+def test_a_config_is_laid_over_its_bases_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text("model: {layers: 2, d_ff: 64}\nseeds: [1, 2]\na: 1", encoding="utf-8")
+    (tmp_path / "mid.yaml").write_text("base: low.yaml\nmodel: {layers: 3}\nb: {c: 1}", encoding="utf-8")
+    (tmp_path / "size.yaml").write_text("seeds: [0]\nb: {d: 2}", encoding="utf-8")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/top.yaml").write_text("base: [../mid.yaml, ../size.yaml]\na: 5", encoding="utf-8")
+    assert read_with_bases(tmp_path / "sub/top.yaml") == {
+        "model": {"layers": 3, "d_ff": 64}, "seeds": [0], "a": 5, "b": {"c": 1, "d": 2},
+    }  # fmt: skip
+
+
+def test_a_base_that_builds_on_its_user_is_told(tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("base: other.yaml", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("base: wrong.yaml", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"other\.yaml: base: wrong\.yaml builds on itself"):
+        load_experiment(tmp_path / "wrong.yaml")
+
+
+def test_a_grid_becomes_an_arm_for_every_combination(tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "configs/quick.yaml").read_text(encoding="utf-8"))
+    content["optim"]["lr"] = 3e-3
+    content["arms"] = {
+        "ssd": {
+            "method": "ssd",
+            "grid": {
+                "moe.top_k": [2, 4],
+                "switching": [{"sparse_steps": 10, "dense_min_steps": 2}, {"sparse_steps": 20, "dense_min_steps": 4}],
+            },
+        }
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    runs = load_experiment(path).runs()
+    assert [run.arm for run in runs] == [
+        "ssd.top_k_2.sparse_steps_10", "ssd.top_k_2.sparse_steps_20",
+        "ssd.top_k_4.sparse_steps_10", "ssd.top_k_4.sparse_steps_20",
+    ]  # fmt: skip
+    assert runs[0].label == "ssd, top_k 2, sparse_steps 10"
+    assert runs[1].grid == {"moe.top_k": 2, "switching.sparse_steps": 20}
+    assert [(r.moe.top_k, r.switching.sparse_steps, r.switching.dense_min_steps) for r in runs] == [
+        (2, 10, 2), (2, 20, 4), (4, 10, 2), (4, 20, 4),
+    ]  # fmt: skip
+    # Their first phases are the same one.
+    assert [run.shares_warmup for run in runs] == [None, *[runs[0].name] * 3]
+
+
+def test_empty_text_is_told_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n \n", encoding="utf-8")
+    content = yaml.safe_load((ROOT / "configs/quick.yaml").read_text(encoding="utf-8"))
+    content["data"]["sources"] = [{"kind": "files", "paths": [str(tmp_path / "empty.txt")]}]
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["configs", str(tmp_path / "e.yaml"), "--results", str(tmp_path / "r")]) == 1
+    assert "data.sources: no text in" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_text_need_not_be_there_once_its_tokens_are(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.results.parent
+    (folder / "text.txt").unlink()
+    bench.stage("configs", folder / "tiny.yaml", "--results", bench.results)
+    (bench.data / "tokens/index.json").unlink()
+    assert main(["configs", str(folder / "tiny.yaml"), "--results", str(bench.results)]) == 1
+    assert "data.sources.0.files: no file matches" in capsys.readouterr().err
+
+
+def test_an_unchanged_config_is_not_touched(tmp_path: Path) -> None:
+    experiment = load_experiment(ROOT / "configs/quick.yaml")
+    write_configs(experiment, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.yaml")}
+    write_configs(experiment, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.yaml")}
+
+
+def test_conda_and_pip_users_get_the_same_pins_of_all_that_the_project_asks_for() -> None:
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
+    assert conda == ["-r requirements.lock"]
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pinned = {canonicalize_name(Requirement(line).name) for line in lock if line[:1] != "#"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert {canonicalize_name(Requirement(one).name) for one in asked} <= pinned

@@ -1,0 +1,113 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.index import load_index
+from ssd_lit.data.tokenizer import load_tokenizer
+from ssd_lit.support.files import read_json
+from ssd_lit.training.checkpoint import final_model
+from tests.conftest import Bench
+
+ARMS = {
+    "dense": {"method": "dense"},
+    "posthoc": {"method": "posthoc", "start_from": "dense"},
+    "ssd": {"method": "ssd"},
+    "routed": {"method": "posthoc", "start_from": "dense", "moe": {"trained_router": "norm", "router_steps": 30}},
+    "upcycle": {"method": "upcycle", "start_from": "dense", "moe": {"router": "learned", "top_k": 2}},
+}
+
+
+OTHER = "the engine praises the river 7. nobody moves here.\n\n" * 40
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "other.txt").write_text(OTHER, encoding="utf-8")
+    data = {
+        "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
+        "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
+        "held_out": {"other": str(folder / "other.txt")},
+    }  # fmt: skip
+    bench = Bench(
+        folder,
+        data=data,
+        arms=ARMS,
+        evaluation={"blocks": 8, "top_k_curve": [1, 2, 4], "thresholds": [0.0, 0.5, 1.0]},
+    )
+    for arm in ARMS:
+        bench.phases(arm)
+        bench.stage("evaluate", bench.dir(arm))
+    return bench
+
+
+def test_losses_are_the_mean_over_the_same_validation_tokens(done: Bench) -> None:
+    found = read_json(done.dir("ssd") / "evaluation.json")
+    model = final_model(done.open("ssd")).eval()
+    blocks = TokenBlocks(done.data / "tokens", "validation")
+    assert found["tokens"] == 8 * 16
+    for mode, k in (("dense", 1), ("sparse", 2)):
+        model.set_mode(mode, k)  # type: ignore[arg-type]
+        with torch.no_grad():
+            losses = [model.loss({name: x[None] for name, x in blocks[i].items()}).item() for i in range(8)]
+        assert found[f"loss_{mode}"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+
+
+def test_with_all_experts_every_curve_ends_at_the_dense_loss(done: Bench) -> None:
+    for arm in ("ssd", "posthoc", "routed"):
+        found = read_json(done.dir(arm) / "evaluation.json")
+        for curve in ("curve", "oracle_curve"):
+            assert [point["top_k"] for point in found[curve]] == [1, 2, 4]
+            assert found[curve][-1]["loss"] == pytest.approx(found["loss_dense"], rel=1e-5)
+        assert found["loss_sparse"] == found["curve"][1]["loss"]
+        assert all(0 < recall <= 1 for recall in found["routing_recall"])
+
+
+def test_dynamic_k_goes_from_all_experts_to_one_as_the_threshold_rises(done: Bench) -> None:
+    found = read_json(done.dir("routed") / "evaluation.json")
+    assert found["router"] == "norm"
+    all_on, some, best = found["threshold_curve"]
+    assert all_on["mean_k"] == 4
+    assert all_on["loss"] == pytest.approx(found["loss_dense"], rel=1e-5)
+    assert 1 <= best["mean_k"] <= some["mean_k"] <= 4
+    assert best["mean_k"] == pytest.approx(1, abs=0.2)
+    assert best["loss"] == pytest.approx(found["curve"][0]["loss"], rel=1e-2)
+    assert read_json(done.dir("ssd") / "evaluation.json")["threshold_curve"] == []
+
+
+def test_posthoc_is_the_dense_model_and_a_dense_model_has_no_sparse_mode(done: Bench) -> None:
+    dense, posthoc = (read_json(done.dir(arm) / "evaluation.json") for arm in ("dense", "posthoc"))
+    assert posthoc["loss_dense"] == pytest.approx(dense["loss_dense"], rel=1e-5)
+    assert posthoc["active_neurons"] == pytest.approx(dense["active_neurons"], rel=1e-4)
+    assert (dense["loss_sparse"], dense["top_k"], dense["curve"], dense["router"]) == (None, None, [], None)
+    assert dense["loss_dense"] < math.log(300)
+
+
+def test_experts_that_are_copies_have_no_dense_mode(done: Bench) -> None:
+    found = read_json(done.dir("upcycle") / "evaluation.json")
+    assert (found["loss_dense"], found["active_ratio"], found["active_neurons"]) == (None, None, None)
+    assert found["loss_sparse"] < read_json(done.dir("dense") / "evaluation.json")["loss_dense"] + 0.1
+
+
+def test_a_text_that_is_held_out_is_one_document_and_is_scored_like_validation(done: Bench) -> None:
+    index = load_index(done.data / "tokens")
+    assert index["splits"]["other"]["documents"] == 1
+    stream = np.fromfile(done.data / "tokens/other.bin", index["dtype"])
+    assert load_tokenizer(done.data / "tokenizer").decode(stream[:-1].tolist()) == OTHER.strip()
+    model = final_model(done.open("ssd")).eval()
+    blocks = TokenBlocks(done.data / "tokens", "other")
+    found = read_json(done.dir("ssd") / "evaluation.json")["held_out"]["other"]
+    count = min(8, len(blocks))
+    assert found["blocks"] == count
+    for told, mode, k in [
+        (found["loss_dense"], "dense", 1),
+        *((p["loss"], "sparse", p["top_k"]) for p in found["curve"]),
+    ]:
+        model.set_mode(mode, k)
+        with torch.no_grad():
+            losses = [model.loss({name: x[None] for name, x in blocks[i].items()}).item() for i in range(count)]
+        assert told == pytest.approx(sum(losses) / count, rel=1e-5)
+    assert [point["top_k"] for point in found["curve"]] == [1, 2, 4]

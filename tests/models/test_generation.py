@@ -1,0 +1,92 @@
+"""Greedy generation gives the tokens that Transformers gives, in both modes."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from ssd_lit.config import MoEConfig
+from ssd_lit.huggingface.folder import set_mode
+from ssd_lit.models.families import family
+from ssd_lit.models.generation import Generator
+from ssd_lit.models.row_products import linear, product, row_products
+from ssd_lit.models.swap import swap_ffns
+from tests.checkpoint_folders import MODELS
+
+E, K, PROMPT, NEW = 8, 3, 5, 12
+
+
+def sparse_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    class_name, config, _ = MODELS[name]
+    model = getattr(transformers, class_name)(copy.deepcopy(config)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    for ffn in swap_ffns(model, family(name), MoEConfig(experts=E, top_k=K), router="center"):
+        ffn.router.follow(ffn.key_rows)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_those_of_transformers_in_both_modes(name: str, batch: int) -> None:
+    model = sparse_model(name)
+    generator = Generator(model)
+    found = {}
+    for number, mode in enumerate(("dense", "sparse", "dense")):  # the generator follows a change of mode
+        set_mode(model, mode)  # type: ignore[arg-type]
+        prompt = torch.randint(50, (batch, PROMPT), generator=torch.Generator().manual_seed(3 * number))
+        expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        assert torch.equal(generator(prompt, NEW), expected)
+        # The places of an earlier text are overwritten.
+        assert torch.equal(generator(expected[:, -PROMPT:], NEW)[:, :PROMPT], expected[:, -PROMPT:])
+        assert torch.equal(generator(prompt, NEW), expected)
+        found[mode] = generator(prompt[:1].expand(batch, -1), 1)
+        assert found[mode].shape == (batch, PROMPT + 1)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_compiled_step_is_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sparse_model(name)
+    set_mode(model, "sparse")
+    prompt = torch.randint(50, (2, PROMPT), generator=torch.Generator().manual_seed(0))
+    expected = Generator(model)(prompt, NEW)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
+    assert torch.equal(Generator(model, compiled=True)(prompt, NEW), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("size", [(64, 96), (64, 50), (50, 64)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 3), ()])
+def test_products_in_blocks_are_products(size: tuple[int, int], rows: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    w, b_in, b_out = (torch.randn(*shape, generator=g) for shape in (size, size[:1], size[1:]))
+    x, h = torch.randn(*rows, size[1], generator=g), torch.randn(*rows, size[0], generator=g)
+    for bias in (None, b_in):
+        torch.testing.assert_close(linear(x, w, bias), F.linear(x, w, bias), rtol=1e-4, atol=1e-4)
+    for bias in (None, b_out):
+        torch.testing.assert_close(product(h, w, bias), h @ w + (0 if bias is None else bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_in_blocks_gives_its_outputs_and_is_left_as_it_was(name: str) -> None:
+    model = sparse_model(name, torch.float32)
+    token = torch.tensor([[7]])
+    before = dict(vars(model.lm_head))
+    with torch.inference_mode():
+        expected = model(token).logits
+        with row_products(model):
+            found = model(token).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert vars(model.lm_head) == before
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"20 \+ 13 tokens: this model has 32 positions"):
+        Generator(sparse_model("gpt2"))(torch.zeros(1, 20, dtype=torch.long), 13)
