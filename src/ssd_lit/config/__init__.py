@@ -5,10 +5,21 @@ arms, each a method with its own changes to those sections; it may be laid over 
 `load_experiment` reads and checks one; `Experiment.runs` resolves it to one `RunConfig` for each arm and seed.
 """
 
+from ssd_lit.config.experiment import Experiment as Experiment
+from ssd_lit.config.experiment import cells as cells
+from ssd_lit.config.loading import dump as dump
+from ssd_lit.config.loading import load_analysis as load_analysis
+from ssd_lit.config.loading import load_data as load_data
+from ssd_lit.config.loading import load_downstream as load_downstream
+from ssd_lit.config.loading import load_evaluation as load_evaluation
+from ssd_lit.config.loading import load_experiment as load_experiment
+from ssd_lit.config.loading import load_resolved as load_resolved
+from ssd_lit.config.loading import load_run as load_run
+from ssd_lit.config.run_config import Arm as Arm
+from ssd_lit.config.run_config import RunConfig as RunConfig
 from ssd_lit.config.sections import (
     AnalysisConfig as AnalysisConfig,
 )
-from ssd_lit.config.sections import Arm as Arm
 from ssd_lit.config.sections import (
     BlimpConfig as BlimpConfig,
 )
@@ -24,7 +35,6 @@ from ssd_lit.config.sections import (
 from ssd_lit.config.sections import (
     EvaluationConfig as EvaluationConfig,
 )
-from ssd_lit.config.sections import Experiment as Experiment
 from ssd_lit.config.sections import (
     Family as Family,
 )
@@ -61,7 +71,6 @@ from ssd_lit.config.sections import (
 from ssd_lit.config.sections import (
     Positive as Positive,
 )
-from ssd_lit.config.sections import RunConfig as RunConfig
 from ssd_lit.config.sections import (
     Section as Section,
 )
@@ -86,13 +95,4 @@ from ssd_lit.config.sections import (
 from ssd_lit.config.sections import (
     TrainingConfig as TrainingConfig,
 )
-from ssd_lit.config.sections import cells as cells
-from ssd_lit.config.sections import dump as dump
-from ssd_lit.config.sections import load_analysis as load_analysis
-from ssd_lit.config.sections import load_data as load_data
-from ssd_lit.config.sections import load_downstream as load_downstream
-from ssd_lit.config.sections import load_evaluation as load_evaluation
-from ssd_lit.config.sections import load_experiment as load_experiment
-from ssd_lit.config.sections import load_resolved as load_resolved
-from ssd_lit.config.sections import load_run as load_run
 from ssd_lit.config.yaml_file import ConfigError as ConfigError

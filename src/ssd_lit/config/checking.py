@@ -1,0 +1,55 @@
+"""Settings checked against their types; a mistake is told by key, value given and values allowed."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from ssd_lit.config.sections import Section, T
+from ssd_lit.config.yaml_file import ConfigError, shown
+
+
+def checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str, ...]], str] = ".".join) -> T:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, one, where) for one in error.errors()[:2])) from None
+
+
+def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]], str]) -> str:
+    location = tuple(str(part) for part in error["loc"])
+    key = where(location)
+    if len(key) > 200 or not key.isprintable():
+        key = shown(key)
+    match error["type"]:
+        case "extra_forbidden":
+            known = _known_keys(kind, location[:-1])
+            close = difflib.get_close_matches(location[-1], known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+            return f"{key}: unknown key; {hint}"
+        case "missing":
+            return f"{key}: missing; it must be given"
+        case "value_error":
+            message = str(error["ctx"]["error"])
+            return f"{key}: {message}" if location else message
+        case _:
+            return f"{key}: given {shown(error['input'])}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(kind: type[Section], location: tuple[str, ...]) -> list[str]:
+    """Keys allowed at `location`, found by walking the field types down from `kind`."""
+    fields = kind.model_fields
+    for part in location:
+        if part in fields:
+            annotation = fields[part].annotation
+            found = _sections_in(annotation)
+            if found:
+                fields = {name: field for section in found for name, field in section.model_fields.items()}
+    return list(fields)
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _sections_in(inner)]

@@ -1,0 +1,169 @@
+"""One run, arm x seed, with all its settings resolved; and an arm, from which runs come."""
+
+import json
+from itertools import pairwise
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from ssd_lit.config.sections import (
+    DataConfig,
+    Method,
+    ModelConfig,
+    MoEConfig,
+    Name,
+    OptimConfig,
+    Section,
+    Seed,
+    SwitchingConfig,
+    TrainingConfig,
+)
+
+
+class Arm(Section):
+    """One method or setting compared, with its changes to the experiment's sections."""
+
+    method: Method
+    label: str | None = None
+    """Name in figures and tables; the arm's key if left out."""
+    start_from: str | None = None
+    """posthoc: the arm whose final model is MoEfied; sparse: the dense arm whose neurons become experts before the
+    training; upcycle: the dense arm whose FFNs are copied."""
+    match_flops: str | None = None
+    """dense: train for as many steps as the FLOPs of this arm pay for, instead of training.steps."""
+    downstream: bool = True
+    """Whether its models are tried on the other tasks of the experiment, where it has some."""
+    grid: dict[str, list[Any]] = {}
+    """Settings by dotted key, such as moe.top_k, each with its values: the arm becomes one for every combination. By
+    the name of a section, mappings of settings that change together; the first names the cell."""
+    model: dict[str, Any] = {}
+    moe: dict[str, Any] = {}
+    optim: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    switching: dict[str, Any] = {}
+
+
+class RunConfig(Section):
+    """One run, arm x seed, fully resolved: all that decides its weights."""
+
+    experiment: Name
+    arm: Name
+    method: Method
+    label: str
+    seed: Seed
+    start_from: str | None = None
+    match_flops: str | None = None
+    shares_warmup: str | None = None
+    """The run whose first phase is this one's too, step for step: it is trained once."""
+    grid: dict[str, Any] = {}
+    """The settings that set this arm apart from others of its grid."""
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig
+    switching: SwitchingConfig = SwitchingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.model.d_ff % self.moe.experts:
+            raise ValueError(f"model.d_ff {self.model.d_ff} is not divisible by moe.experts {self.moe.experts}")
+        if self.optim.warmup_steps >= self.training.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps}: must be below training.steps {self.training.steps}"
+            )
+        if self.training.batch_size % self.training.devices:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} is not divisible by "
+                f"training.devices {self.training.devices}"
+            )
+        self._check_experts()
+        self._check_objective()
+        if self.method == "ssd":
+            self._check_switching()
+        return self
+
+    def _check_experts(self) -> None:
+        moe, method = self.moe, self.method
+        if moe.router == "learned" and method in ("ssd", "posthoc"):
+            raise ValueError(f"moe.router 'learned': not with method {method}; allowed: center, random")
+        if moe.router == "learned" and moe.top_k == 1:
+            raise ValueError("moe.top_k 1: a learned router weighs the chosen by a softmax; allowed: 2 and more")
+        if moe.router == "center" and method == "upcycle":
+            raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: learned, random")
+        if moe.trained_router is not None and method not in ("ssd", "posthoc"):
+            raise ValueError(f"moe.trained_router: only methods ssd and posthoc train one afterwards, not {method}")
+        if self.from_scratch and moe.construction not in ("random", "contiguous"):
+            raise ValueError(
+                f"moe.construction {moe.construction!r}: fresh weights have no pattern to group by; "
+                "allowed: random, contiguous"
+            )
+
+    def _check_objective(self) -> None:
+        tokenizer, family = self.data.tokenizer, self.model.family
+        if tokenizer.folder is not None:
+            return
+        if family == "bert" and not tokenizer.mask_token:
+            raise ValueError("model.family bert: needs data.tokenizer.mask_token: true")
+        spans = max(1, round(round(0.15 * self.data.sequence_length) / 3))
+        if family == "t5" and tokenizer.sentinels < spans:
+            raise ValueError(
+                f"model.family t5: blocks of {self.data.sequence_length} tokens lose {spans} spans, "
+                f"so data.tokenizer.sentinels must be at least {spans}; given {tokenizer.sentinels}"
+            )
+
+    def _check_switching(self) -> None:
+        s, steps = self.switching, self.training.steps
+        if s.switch_points is not None:
+            points = [0, *s.switch_points, steps]
+            if len(s.switch_points) % 2 or any(a >= b for a, b in pairwise(points)):
+                raise ValueError(
+                    f"switching.switch_points {s.switch_points}: expected an even number of growing steps "
+                    f"below training.steps {steps}, so that the last phase is dense"
+                )
+            return
+        if s.warmup_min_steps > s.warmup_max_steps:
+            raise ValueError(
+                f"switching.warmup_min_steps {s.warmup_min_steps}: "
+                f"at most switching.warmup_max_steps ({s.warmup_max_steps})"
+            )
+        if s.dense_min_steps > s.dense_max_steps:
+            raise ValueError(
+                f"switching.dense_min_steps {s.dense_min_steps}: "
+                f"at most switching.dense_max_steps ({s.dense_max_steps})"
+            )
+        if round(s.sparse_share * steps) < 1:
+            raise ValueError(f"switching.sparse_share {s.sparse_share}: leaves no sparse step of {steps}")
+        if s.warmup_max_steps + s.final_dense_steps >= steps:
+            raise ValueError(
+                f"training.steps {steps}: must exceed switching.warmup_max_steps + switching.final_dense_steps "
+                f"({s.warmup_max_steps} + {s.final_dense_steps})"
+            )
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether experts are made of weights that were never trained."""
+        return self.method == "sparse" and self.start_from is None and self.model.pretrained is None
+
+    @property
+    def name(self) -> str:
+        """Folder name of the run."""
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def starts_from(self) -> str | None:
+        """Folder name of the run whose final model this one starts from."""
+        return None if self.start_from is None else f"{self.start_from}-seed{self.seed}"
+
+    @property
+    def matches(self) -> str | None:
+        """Folder name of the run whose FLOPs this one may spend."""
+        return None if self.match_flops is None else f"{self.match_flops}-seed{self.seed}"
+
+    def warmup(self) -> str:
+        """All that decides the first phase of an ssd run: two runs with the same text train it alike."""
+        s = self.switching
+        keys = (s.tau, s.check_every, s.warmup_min_steps, s.warmup_max_steps)
+        ends = keys if s.switch_points is None else (s.check_every, s.switch_points[0])
+        sections = [part.model_dump() for part in (self.data, self.model, self.optim, self.training)]
+        return json.dumps([self.seed, sections, self.moe.experts, self.moe.router, ends], sort_keys=True)
