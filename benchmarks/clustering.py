@@ -148,11 +148,11 @@ def check(rounds: int) -> dict[str, Any]:
 
     def cold() -> None:
         trackers["cold"] = PatternTracker(moe.experts, seed=0)
-        trackers["cold"].update([ffn.key_rows for ffn in model.ffns])
+        trackers["cold"].update([ffn.gating_weight for ffn in model.ffns])
 
     def warm() -> None:
         tracker = trackers.setdefault("warm", PatternTracker(moe.experts, seed=0))
-        similarity.append(tracker.update([ffn.key_rows for ffn in model.ffns]))
+        similarity.append(tracker.update([ffn.gating_weight for ffn in model.ffns]))
 
     seconds = seconds_in_turns({"steps": steps, "cold": cold, "warm": warm}, rounds, warmup=2)
     median = medians(seconds)

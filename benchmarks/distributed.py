@@ -39,7 +39,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(LAYERS):
             ffn = ExpertFFN(D, F, experts=E, top_k=K, router=CenterRouter(D, E), backend="fused")
-            ffn.router.follow(ffn.key_rows)
+            ffn.router.on_permuted(ffn.gating_weight)
             ffn.set_mode("sparse")
             self.layers.append(ffn)
 

@@ -18,7 +18,7 @@ from machine import RESULTS, machine
 from torch import Tensor
 
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, choose_backend
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 from ssd_lit.support.files import write_json
 
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -75,7 +75,7 @@ def check(shape: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     errors = {name: error(first[name], reference[name]) for name in reference}
     if len(x) <= 64:
         with torch.no_grad():
-            y = choose_backend("few", x, activation)(x, choice, experts, activation)
+            y = choose_backend("decode_gpu", x, activation)(x, choice, experts, activation)
         errors["y of few"] = error(y, reference["y"])
     worst = max(errors.values())
     same = all(torch.equal(first[name], second[name]) for name in first)
@@ -86,7 +86,7 @@ def check(shape: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Choice, Experts, Activation]:
+def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Routing, Experts, Activation]:
     (tokens, d, e, h, k), (gated, bias, weighted, ragged, name) = SHAPES[shape], KINDS[kind]
 
     def fresh(*size: int, scale: float = 1.0) -> Tensor:
@@ -97,7 +97,7 @@ def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Choice, E
         chosen = torch.full_like(chosen, 3)
     if ragged:
         chosen = torch.where(torch.rand(chosen.shape, device="cuda") < 0.4, e, chosen)
-    choice = Choice(chosen, torch.rand(tokens, k, device="cuda") if weighted else None, ragged)
+    choice = Routing(chosen, torch.rand(tokens, k, device="cuda") if weighted else None, ragged)
     experts = Experts(
         fresh(e, h, d, scale=d**-0.5), fresh(e, h, d, scale=(k * h) ** -0.5),
         fresh(e, h) if bias else None, fresh(e, h, d, scale=d**-0.5) if gated else None,
@@ -105,7 +105,9 @@ def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Choice, E
     return fresh(tokens, d), choice, experts, Activation(name)
 
 
-def outcome(backend: Backend, x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> dict[str, Tensor]:
+def outcome(
+    backend: Backend, x: Tensor, choice: Routing, experts: Experts, activation: Activation
+) -> dict[str, Tensor]:
     """The output, and the gradients of everything that has one."""
     leaves = {"x": x, "weights": choice.weights, **experts._asdict()}
     leaves = {name: value.detach().requires_grad_() for name, value in leaves.items() if value is not None}

@@ -63,7 +63,7 @@ def build(width: int, device: str) -> list[ExpertFFN]:
     layers = []
     for _ in range(min(count, 24)):
         ffn = ExpertFFN(width, 4 * width, top_k=K, experts=E, router=CenterRouter(width, E)).to(device)
-        ffn.router.follow(ffn.key_rows)
+        ffn.router.on_permuted(ffn.gating_weight)
         layers.append(ffn)
     return layers
 
@@ -74,7 +74,7 @@ def measure(layers: list[ExpertFFN], width: int, tokens: int, backward: bool, ro
     device = layers[0].w_in.device
     x = torch.randn(tokens, width, device=device, requires_grad=backward)
     dy = torch.randn(tokens, width, device=device)
-    names = ["dense", "loop", "grouped", *(["views"] if tokens <= MOST_TOKENS_OF_VIEWS else [])]
+    names = ["dense", "loop", "grouped", *(["decode_cpu"] if tokens <= MOST_TOKENS_OF_VIEWS else [])]
     if device.type == "cuda":
         names = ["dense", "masked", "loop", "grouped", "fused"]
     seconds = medians(seconds_in_turns({name: way(used, name, x, dy, backward) for name in names}, rounds))

@@ -92,7 +92,7 @@ def build(shape: str, device: str) -> Any:
     with torch.device(device):
         model = GPT2LMHeadModel(config).to(dtype_on(device)).eval()
         for ffn in swap_ffns(model, family("gpt2"), MoEConfig(experts=E, top_k=K), router="center"):
-            ffn.router.follow(ffn.key_rows)
+            ffn.router.on_permuted(ffn.gating_weight)
     return model.requires_grad_(False)
 
 

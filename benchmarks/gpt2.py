@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ModelConfig, MoEConfig, OptimConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.flops import PEAK_FLOPS, Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
@@ -41,11 +41,11 @@ class Shape:
         )
 
     @property
-    def specials(self) -> Specials:
-        return Specials(self.vocabulary, eos_id=0)
+    def vocab(self) -> VocabInfo:
+        return VocabInfo(self.vocabulary, eos_id=0)
 
     def costs(self, moe: MoEConfig) -> Costs:
-        return forward_costs(self.model(), moe, self.specials, self.sequence)
+        return forward_costs(self.model(), moe, self.vocab, self.sequence)
 
 
 SHAPES = {
@@ -63,9 +63,9 @@ def build(shape: Shape, moe: MoEConfig, activation: str = "relu") -> LanguageMod
     """A model with fresh weights on the device, whose neurons are experts as they stand."""
     torch.manual_seed(0)
     with DEVICE:
-        model = LanguageModel(shape.model(activation), moe, shape.specials, context=shape.sequence)
+        model = LanguageModel(shape.model(activation), moe, shape.vocab, context=shape.sequence)
     for ffn in model.ffns:
-        ffn.router.follow(ffn.key_rows)
+        ffn.router.on_permuted(ffn.gating_weight)
     return model
 
 
@@ -98,7 +98,7 @@ def stepper(model: LanguageModel, batch: Batch) -> Callable[[], Tensor]:
 
 
 def mfu(flops: float, seconds: float) -> float | None:
-    """Share of the GPU's dense bf16 peak; None where that is not known."""
+    """Fraction of the GPU's dense bf16 peak; None where that is not known."""
     peak = PEAK_FLOPS.get(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     return None if peak is None else flops / seconds / peak
 

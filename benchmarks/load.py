@@ -35,7 +35,7 @@ from ssd_lit.paths import run_dir, stage_path, write_configs
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of, training_stages
 from ssd_lit.report.names import figure_names
 from ssd_lit.run import Run
-from ssd_lit.support.files import read_json, read_sealed, sha256, write_json, write_sealed
+from ssd_lit.support.files import read_json, read_json_checked, sha256, write_json, write_json_checked
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "load.json"
@@ -62,7 +62,7 @@ TINY: dict[str, Any] = {
         "snapshot_every": 100,
     },
     "switching": {
-        "tau": 0.95, "check_every": 20, "sparse_share": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 120,
+        "tau": 0.95, "check_every": 20, "sparse_fraction": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 120,
         "sparse_steps": 60, "dense_min_steps": 20, "dense_max_steps": 40, "final_dense_steps": 100,
     },
     "evaluation": {"blocks": 8, "top_k_curve": [1, 2, 3, 4, 6, 8]},
@@ -72,7 +72,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "label": "Dense"},
     "ssd": {"method": "ssd", "label": "SSD"},
     "sparse": {"method": "sparse", "label": "MoE from scratch"},
-    "posthoc": {"method": "posthoc", "label": "Post-hoc MoEfication", "start_from": "dense"},
+    "posthoc": {"method": "posthoc", "label": "Post-hoc MoEfication", "parent_arm": "dense"},
 }
 PARTS = ("dag", "store", "report", "corpus")
 Measured = dict[str, float]
@@ -171,7 +171,7 @@ def many(folder: Path, shape: str, runs: int) -> Path:
         for number in range(count):
             name, arm = list(ARMS.items())[number % len(ARMS)]
             rate = {"optim": {"lr": round(1e-3 + 1e-5 * number, 6)}}
-            origin = {"start_from": f"dense{number // len(ARMS)}"} if "start_from" in arm else {}
+            origin = {"parent_arm": f"dense{number // len(ARMS)}"} if "parent_arm" in arm else {}
             arms[f"{name}{number // len(ARMS)}"] = {**arm, **rate, **origin, "label": f"{arm['label']} {number}"}
     else:
         taus = [round(0.5 + 0.02 * number, 2) for number in range((count - len(ARMS)) // 8)]
@@ -186,8 +186,8 @@ def write_experiment(folder: Path, name: str, seeds: list[int], arms: dict[str, 
         words = np.random.default_rng(0).choice(["river", "moves", "senate", "the", "harvest", "praises"], (300, 60))
         text.write_text("\n\n".join(" ".join(row) for row in words), encoding="utf-8")
     data = {
-        "name": "words", "sources": [{"kind": "files", "paths": [str(text)]}], "validation_share": 0.1,
-        "test_share": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
+        "name": "words", "sources": [{"kind": "files", "paths": [str(text)]}], "validation_fraction": 0.1,
+        "test_fraction": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
     }  # fmt: skip
     content = {"experiment": name, "description": "Load.", "seeds": seeds, "data": data, **TINY, "arms": arms}
     path = folder / f"{name}.yaml"
@@ -221,15 +221,18 @@ def make_run(run: Run, like: Path, number: int) -> None:
                 if name in point["values"]:
                     point["values"][name] += shift + 0.01 * rng.gauss(0, 1)
             file.write(json.dumps(point) + "\n")
-    found = read_sealed(like / "evaluation.json")
+    found = read_json_checked(like / "evaluation.json")
     for name in ("loss_dense", "loss_sparse"):
         found[name] = None if found[name] is None else found[name] + shift
     for name in ("curve", "oracle_curve"):
         found[name] = [{**point, "loss": point["loss"] + shift} for point in found[name]]
     shutil.copytree(like / "analysis", folder / "analysis")
-    for measurement, content in (("evaluate", found), ("analyse", read_sealed(like / MEASUREMENTS["analyse"][1]))):
+    for measurement, content in (
+        ("evaluate", found),
+        ("analyse", read_json_checked(like / MEASUREMENTS["analyse"][1])),
+    ):
         inputs = run.measured_from(measurement)
-        write_sealed(folder / MEASUREMENTS[measurement][1], {**content, "inputs": inputs})
+        write_json_checked(folder / MEASUREMENTS[measurement][1], {**content, "inputs": inputs})
 
 
 def make_training(run: Run, like: Path) -> None:

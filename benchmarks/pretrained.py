@@ -53,10 +53,10 @@ RESULT, FIGURE = ROOT / "benchmarks/results/pretrained.json", ROOT / "docs/image
 EXPERTS = 32
 KS = (2, 4, 6, 8, 12, 16, 24, 32)
 CONSTRUCTIONS = ("kmeans", "kmeans_activations", "coactivation", "random")
-ROUTERS = ("center", "mass", "norm")
+ROUTERS = ("center", "mass_mlp", "norm_mlp")
 CALIBRATION_TOKENS = 8192
 LARGEST_ERROR = 1e-5
-RANKED = [("kmeans", "center"), *((construction, "norm") for construction in CONSTRUCTIONS)]
+RANKED = [("kmeans", "center"), *((construction, "norm_mlp") for construction in CONSTRUCTIONS)]
 """What the pairs of sentences are scored for."""
 
 Embed = Callable[[Any, Sequence[str]], Tensor]
@@ -112,7 +112,7 @@ def measure(source: Path, work: Path, arguments: argparse.Namespace) -> dict[str
     for construction in CONSTRUCTIONS:
         for router in ROUTERS:
             folder = work / f"{construction}-{router}"
-            chosen = {"router": "center"} if router == "center" else {"trained_router": router}
+            chosen = {"router": "center"} if router == "center" else {"posthoc_router": router}
             moe = MoEConfig(experts=EXPERTS, top_k=8, construction=construction, **chosen)
             moefy_folder(source, folder, moe, text=work / "text.txt", calibration_tokens=CALIBRATION_TOKENS)
             for model in (AutoModel.from_pretrained(folder).eval(), ssd_lit.load(folder)):

@@ -123,7 +123,7 @@ def prepare(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
         "experiment": "tiny", "description": "A start.",
         "data": {
             "name": "words", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-            "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
+            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
         },
         "model": {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32},
         "moe": {"experts": 4, "top_k": 2, "router_steps": 4, "calibration_blocks": 4},
@@ -133,7 +133,7 @@ def prepare(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
         "analysis": {"blocks": 4},
         "arms": {
             "dense": {"method": "dense"},
-            "posthoc": {"method": "posthoc", "start_from": "dense", "moe": {"trained_router": "mass"}},
+            "posthoc": {"method": "posthoc", "parent_arm": "dense", "moe": {"posthoc_router": "mass_mlp"}},
         },
     }  # fmt: skip
     experiment.write_text(yaml.safe_dump(content), encoding="utf-8")

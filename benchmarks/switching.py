@@ -42,7 +42,7 @@ from machine import RESULTS, machine, synchronize
 
 from ssd_lit.config import DataConfig, RunConfig, dump
 from ssd_lit.paths import data_dir
-from ssd_lit.support.files import sha256, write_json, write_sealed, write_text
+from ssd_lit.support.files import sha256, write_json, write_json_checked, write_text
 
 RESULT = RESULTS / "switching.json"
 VALIDATION_BLOCKS = 256
@@ -124,7 +124,7 @@ def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace) -> Path
                 "checkpoint_every": schedule.checkpoint_every,
             },
             "switching": {
-                "tau": 1.0, "check_every": schedule.check_every, "sparse_share": 0.5, "warmup_min_steps": warmup,
+                "tau": 1.0, "check_every": schedule.check_every, "sparse_fraction": 0.5, "warmup_min_steps": warmup,
                 "warmup_max_steps": warmup, "sparse_steps": sparse, "dense_min_steps": dense, "dense_max_steps": dense,
                 "final_dense_steps": last,
             },
@@ -145,7 +145,7 @@ def write_tokens(folder: Path, config: DataConfig, shape: Shape, source: Path) -
         part.tofile(path)
         splits[split] = {"blocks": (len(part) - 1) // shape.sequence, "sha256": sha256(path)}
     index = {"vocab_size": shape.vocabulary, "eos_id": 0, "dtype": "uint16", "sequence_length": shape.sequence}
-    write_sealed(folder / "tokens/index.json", {**index, "splits": splits, "digest": "some text"})
+    write_json_checked(folder / "tokens/index.json", {**index, "splits": splits, "digest": "some text"})
     write_text(folder / "config.yaml", dump(config))
 
 

@@ -36,11 +36,11 @@ from ssd_lit.data.objectives import Causal
 from ssd_lit.paths import run_dir
 from ssd_lit.records import Totals
 from ssd_lit.run import Run
-from ssd_lit.support.files import sha256, write_json, write_sealed, write_text
-from ssd_lit.tracking.metrics_log import PointLog
+from ssd_lit.support.files import sha256, write_json, write_json_checked, write_text
+from ssd_lit.tracking.metrics_log import MetricsLog
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint
-from ssd_lit.training.meter import Meter
+from ssd_lit.training.meter import ThroughputLogger
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
@@ -136,7 +136,7 @@ def write_tokens(folder: Path, shape: Shape) -> None:
         path = folder / f"{split}.bin"
         path.write_bytes(tokens.tobytes())
         index["splits"][split] = {"tokens": len(tokens), "blocks": blocks, "sha256": sha256(path)}
-    write_sealed(folder / "index.json", index)
+    write_json_checked(folder / "index.json", index)
 
 
 def ours(shape: Shape) -> Callable[[int], None]:
@@ -251,7 +251,7 @@ class Windows(Callback):
         turn = done // self._steps
         if turn:
             self.seconds[(ON, OFF)[(turn - 1) % 2]].append((now - self._since) / self._steps)
-        watching = (Meter, ActivationMonitor, Progress)
+        watching = (ThroughputLogger, ActivationMonitor, Progress)
         # Another list, for this one is being gone through.
         trainer.callbacks = [  # type: ignore[attr-defined]
             one for one in self._all if turn % 2 == 0 or not isinstance(one, watching)
@@ -260,7 +260,7 @@ class Windows(Callback):
         self._since = time.perf_counter()
 
 
-class Points(PointLog):
+class Points(MetricsLog):
     """Points of a run that is of one stage."""
 
     def begin(self, stage: str) -> None: ...
@@ -299,7 +299,7 @@ def all_steps(rounds: int, steps: int) -> int:
 def fit(run: Run, shape: Shape, steps: int) -> tuple[Windows, float, float | None]:
     """A fit that was timed, the share of a step in which the host fetches data, and the peak memory."""
     model, costs = build(shape, MOE, "gelu"), shape.costs(MOE)
-    data = TimedData.of_run(run.config, run.tokens, draws=0)
+    data = TimedData.of_run(run.config, run.tokens, noise_per_token=0)
     assert isinstance(data, TimedData)
     windows = Windows(steps, WARMUP)
     points = Points(run.folder / "metrics.jsonl")

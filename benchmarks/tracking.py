@@ -107,7 +107,7 @@ def prepare(folder: Path, steps: int) -> Path:
         "experiment": "tracked", "description": "One dense phase.",
         "data": {
             "name": "words", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-            "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 512}, "sequence_length": 64,
+            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"vocab_size": 512}, "sequence_length": 64,
         },
         "model": {"layers": 2, "d_model": 64, "heads": 2, "d_ff": 256},
         "moe": {"experts": 8, "top_k": 3},

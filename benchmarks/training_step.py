@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default=default, help=f"some of {', '.join(SHAPES)}, with commas ({default})")
     parser.add_argument("--experts", type=int, default=USUAL[0])
     parser.add_argument("--top-k", type=int, default=USUAL[1])
-    parser.add_argument("--router", default="center", choices=("center", "random", "learned"))
+    parser.add_argument("--router", default="center", choices=("center", "random", "gate"))
     parser.add_argument("--backend", default="auto", help="how the sparse FFN is computed (auto)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of a mode in a round (8)")

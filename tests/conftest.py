@@ -54,7 +54,7 @@ def tiny_experiment(folder: Path, **changes: Any) -> Path:
         "description": "A test.",
         "data": {
             "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-            "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
+            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
         },
         "model": {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.1},
         "moe": {"experts": 4, "top_k": 2},
@@ -64,13 +64,13 @@ def tiny_experiment(folder: Path, **changes: Any) -> Path:
             "checkpoint_every": 4,
         },
         "switching": {
-            "tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,
+            "tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,
             "sparse_steps": 8, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8,
         },
         "evaluation": {"blocks": 8, "top_k_curve": [1, 2, 4]},
         "arms": {
             "dense": {"method": "dense"}, "ssd": {"method": "ssd"}, "sparse": {"method": "sparse"},
-            "posthoc": {"method": "posthoc", "start_from": "dense"},
+            "posthoc": {"method": "posthoc", "parent_arm": "dense"},
         },
     }  # fmt: skip
     path = folder / "tiny.yaml"

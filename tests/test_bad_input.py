@@ -164,7 +164,7 @@ WORDS = b"\n\n".join(b"a document with words, number %d" % n for n in range(400)
 RUN, POSTHOC = "results/quick/runs/dense-seed0", "results/quick/runs/posthoc-seed0"
 ACCENTS = ("e" + "\u0301\u0323" * 500_000).encode()
 NO_TEXT = pyarrow.array([], pyarrow.string())
-UPCYCLED = {"method": "upcycle", "start_from": "dense"}
+UPCYCLED = {"method": "upcycle", "parent_arm": "dense"}
 ENDLESS = {"moe.top_k": [1] * 3000, "optim.lr": [1] * 3000}
 SOURCE: dict[str, Any] = {"kind": "files", "paths": ["no/such/*.txt"]}
 
@@ -241,23 +241,24 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
      "arms.ssd.method: given 'sdd'; input should be 'dense'"),
     ("an arm's own mistake", Settings({"arms.ssd.moe": {"top_k": 99}}),
      "arms.ssd.moe: top_k 99 is more than experts 8"),
-    ("an unknown arm", Settings({"arms.posthoc.start_from": "dnese"}),
-     "arms.posthoc.start_from: given 'dnese'; allowed"),
+    ("an unknown arm", Settings({"arms.posthoc.parent_arm": "dnese"}),
+     "arms.posthoc.parent_arm: given 'dnese'; allowed"),
     ("no arm to start from", Settings({"arms.posthoc": {"method": "posthoc"}}),
-     "arms.posthoc.start_from: missing; allowed"),
-    ("a gate in SSD", Settings({"arms.ssd.moe": {"router": "learned"}}),
+     "arms.posthoc.parent_arm: missing; allowed"),
+    ("a gate in SSD", Settings({"arms.ssd.moe": {"router": "gate"}}),
      "not with method ssd; allowed: center, random"),
-    ("a gate of one", Settings({"arms.sparse.moe": {"router": "learned", "top_k": 1}}),
+    ("a gate of one", Settings({"arms.sparse.moe": {"router": "gate", "top_k": 1}}),
      "moe.top_k 1: a learned router"),
     ("centres of copies", Settings({"arms.up": UPCYCLED}), "moe.router 'center': copies of one FFN share one centre"),
-    ("upcycling SSD", Settings({"arms.up": {**UPCYCLED, "start_from": "ssd"}}), "given 'ssd'; allowed: ['dense']"),
+    ("upcycling SSD", Settings({"arms.up": {**UPCYCLED, "parent_arm": "ssd"}}), "given 'ssd'; allowed: ['dense']"),
     ("experts of fresh weights", Settings({"arms.sparse.moe": {"construction": "kmeans"}}),
      "allowed: random, contiguous"),
-    ("a router nobody trains", Settings({"arms.dense.moe": {"trained_router": "mass"}}),
+    ("a router nobody trains", Settings({"arms.dense.moe": {"posthoc_router": "mass_mlp"}}),
      "only methods ssd and posthoc"),
-    ("matching oneself", Settings({"arms.dense.match_flops": "dense"}),
-     "arms.dense.match_flops: given 'dense'; allowed"),
-    ("FLOPs for SSD", Settings({"arms.ssd.match_flops": "dense"}), "arms.ssd.match_flops: only method dense"),
+    ("matching oneself", Settings({"arms.dense.match_flops_of_arm": "dense"}),
+     "arms.dense.match_flops_of_arm: given 'dense'; allowed"),
+    ("FLOPs for SSD", Settings({"arms.ssd.match_flops_of_arm": "dense"}),
+     "arms.ssd.match_flops_of_arm: only method dense"),
     ("a grid of no setting", Settings({"arms.ssd.grid": {"top_k": [1, 2]}}), "given 'top_k': 1; expected a dotted key"),
     ("a grid of no values", Settings({"arms.ssd.grid": {"moe.top_k": []}}), "arms.ssd.grid.moe.top_k: no values"),
     ("a grid's wrong value", Settings({"arms.ssd.grid": {"moe.top_k": [1, 99]}}),
@@ -448,7 +449,7 @@ def examples(count: int) -> settings:
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.integers(min_value=-3, max_value=600) | st.floats() | st.text()
     | st.dates() | st.binary(max_size=9)
-    | st.sampled_from(["dense", "ssd", "bert", "t5", "llama", "kmeans", "learned", "auto", "../..", "/", "*", "a" * 99])
+    | st.sampled_from(["dense", "ssd", "bert", "t5", "llama", "kmeans", "gate", "auto", "../..", "/", "*", "a" * 99])
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS,

@@ -12,8 +12,8 @@ from ssd_lit.config import load_run
 from ssd_lit.records import PhaseRecord
 from ssd_lit.report.analyses import read_table
 from ssd_lit.report.runs import load_results
-from ssd_lit.support.files import archive_digest, read_sealed, write_sealed
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.support.files import archive_digest, read_json_checked, write_json_checked
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import read_checkpoint, write_checkpoint
 from tests.conftest import Bench
 
@@ -131,13 +131,13 @@ def test_the_digest_of_a_checkpoint_stands_for_names_and_values(tmp_path: Path) 
 @pytest.mark.parametrize("change", [{"a": 2}, {"a": 1, "b": None}, {}])
 def test_a_sealed_file_with_other_content_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "a.json"
-    write_sealed(path, {"a": 1})
+    write_json_checked(path, {"a": 1})
     text = path.read_text()
-    assert read_sealed(path) == {"a": 1}
-    write_sealed(path, change)
+    assert read_json_checked(path) == {"a": 1}
+    write_json_checked(path, change)
     path.write_text(path.read_text().replace(path.read_text().split('"sha256"')[1], text.split('"sha256"')[1]))
     with pytest.raises(ValueError, match="checksum does not fit"):
-        read_sealed(path)
+        read_json_checked(path)
 
 
 def test_a_damaged_rolling_checkpoint_is_left_for_the_one_before_and_nothing_changes_in_the_end(
@@ -161,7 +161,7 @@ def test_a_damaged_rolling_checkpoint_is_left_for_the_one_before_and_nothing_cha
         told = capsys.readouterr().out
         for name in ("rolling", "previous"):
             assert (f"{name}.ckpt: damaged" in told) == (name in lost)
-        curves = read_points(run / "metrics.jsonl")
+        curves = read_metrics(run / "metrics.jsonl")
         timed = {name: [step for step, _ in curves.pop(name)] for name in ("train/tokens_per_second", "train/seconds")}
         found.append((read_checkpoint(bench.checkpoint("dense"))["state_dict"], curves, timed))
     (weights, *points), *others = found
@@ -199,11 +199,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_what_a_run_was_made_from_is_on_record(done: Bench) -> None:
     run = done.dir("ssd")
     record = PhaseRecord.read(run / "phases/02-sparse/phase.json")
-    evaluation = read_sealed(run / "evaluation.json")
+    evaluation = read_json_checked(run / "evaluation.json")
     for provenance in (record.provenance, evaluation["provenance"]):
         assert provenance["seed"] == load_run(run / "config.yaml").seed
         assert provenance["threads"] == 1
-        assert provenance["tokens"] == read_sealed(done.data / "tokens/index.json")["digest"]
+        assert provenance["tokens"] == read_json_checked(done.data / "tokens/index.json")["digest"]
         assert provenance["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
         assert provenance["commit"]
         assert provenance["machine"]["processor"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ssd_lit.cli import main
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import read_checkpoint
 from tests.conftest import Bench, tiny_experiment
 
@@ -74,7 +74,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     a = read_checkpoint(whole.checkpoint("sparse"))["state_dict"]
     b = read_checkpoint(run / "checkpoints/sparse_phases.ckpt")["state_dict"]
     assert all(torch.equal(a[name], b[name]) for name in a)
-    losses = [read_points(folder / "metrics.jsonl")["train/loss"] for folder in (run, whole.dir("sparse"))]
+    losses = [read_metrics(folder / "metrics.jsonl")["train/loss"] for folder in (run, whole.dir("sparse"))]
     assert losses[0] == losses[1]
 
 

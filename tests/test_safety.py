@@ -9,7 +9,7 @@ import torch
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, load_experiment
-from ssd_lit.support.files import write_sealed
+from ssd_lit.support.files import write_json_checked
 from ssd_lit.tracking.client import masked, serve
 from ssd_lit.training.checkpoint import read_checkpoint
 from tests.conftest import Bench, tiny_experiment
@@ -54,7 +54,7 @@ def test_no_stage_executes_the_checkpoint_that_it_reads(tmp_path: Path, capsys: 
     stage.unlink()
     assert main(["train", str(run), "--until", "sparse_phases"]) == 1
     (run / "checkpoints/sparse_phases.ckpt").unlink()
-    write_sealed(run / "work/made_from.json", bench.open("ssd").made_from())
+    write_json_checked(run / "work/made_from.json", bench.open("ssd").made_from())
     torch.save(evil, run / "work/rolling.ckpt")
     bench.phases("ssd")
     assert "rolling.ckpt" in capsys.readouterr().out

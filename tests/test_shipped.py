@@ -81,7 +81,7 @@ def test_every_router_chooses_otherwise_and_none_changes_the_model(tmp_path: Pat
         for arm in cells:
             assert float(rows[arm]["val_loss_dense"]) == pytest.approx(float(rows[source]["val_loss_dense"]), rel=1e-5)
         found = [evaluation(here, arm) for arm in cells]
-        assert {one["router"] for one in found} == {"center", "mass", "norm", "direction", "random"}
+        assert {one["router"] for one in found} == {"center", "mass_mlp", "norm_mlp", "centers", "random"}
         assert len({one["loss_sparse"] for one in found}) == 5
         # The oracle's choice is the model's, whatever the router.
         bounds = [one["oracle_curve"][0]["loss"] for one in found]

@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
         "checkpoint_every": 10, "compile": False,
     },
     "switching": {
-        "tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,
+        "tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,
         "sparse_steps": 16, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8,
     },
     "evaluation": {"blocks": 8, "top_k_curve": [1, 2, 4]},
@@ -31,7 +31,7 @@ def tiny(shipped: str, folder: Path, **changes: Any) -> Path:
     write_text_files(folder)
     data = {
         "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-        "validation_share": 0.1, "test_share": 0.1, "sequence_length": 16,
+        "validation_fraction": 0.1, "test_fraction": 0.1, "sequence_length": 16,
         "tokenizer": {"vocab_size": 300, "mask_token": True, "sentinels": 4},
     }  # fmt: skip
     (folder / "size.yaml").write_text(yaml.safe_dump({**TINY, "data": data}), encoding="utf-8")

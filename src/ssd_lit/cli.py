@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from ssd_lit.config import ConfigError, Construction, TrainedRouter
+from ssd_lit.config import ConfigError
+from ssd_lit.moe.names import Construction, PosthocRouter
 from ssd_lit.pipeline import data, exchange, publish, train
 from ssd_lit.records import ALL_STAGES
 from ssd_lit.support import signals
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         _say(f"{title}: failed: {error}")
         return 1
-    except signals.Stopped as asked:
+    except signals.Preempted as asked:
         _say(f"{title}: stopped by {asked}; start it again to go on")
         return signals.STATUS
     except KeyboardInterrupt:
@@ -127,7 +128,7 @@ def _add_moefy(command: argparse.ArgumentParser) -> None:
     add("--top-k", type=_positive, metavar="K", required=True, help="experts a token, unless told otherwise")
     add("--out", type=Path, metavar="DIR", required=True, help="the new folder")
     add("--construction", choices=get_args(Construction), help="how neurons are grouped (kmeans)")
-    add("--router", choices=("center", "random", *get_args(TrainedRouter)), help="what chooses experts (center)")
+    add("--router", choices=("center", "random", *get_args(PosthocRouter)), help="what chooses experts (center)")
     add("--seed", type=int, help="of construction and router (0)")
     add("--text", type=Path, metavar="FILE", help="what kmeans_activations, coactivation and trained routers look at")
     add("--calibration-tokens", type=_positive, metavar="T", help="tokens of it that are read (8192)")
@@ -176,7 +177,7 @@ def run() -> NoReturn:
     # The libraries make a million objects that live to the end. Traced seldom while they are imported, and not taken
     # apart one by one as the interpreter ends, they cost two seconds less a stage.
     gc.set_threshold(100_000, 50, 50)
-    signals.obey()
+    signals.raise_on_signal()
     status = main()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

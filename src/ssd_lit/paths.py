@@ -98,7 +98,7 @@ def config_files(experiment: Experiment, results: Path) -> dict[Path, str | None
     evaluation = dump(experiment.evaluation)
     analysis = None if experiment.analysis is None else dump(experiment.analysis)
     downstream = None if experiment.downstream is None else dump(experiment.downstream)
-    tried = {run.name for run in experiment.tried_runs()}
+    tried = {run.name for run in experiment.downstream_runs()}
     for run in experiment.runs():
         here = run_dir(results, run)
         files[here / "config.yaml"] = dump(run)

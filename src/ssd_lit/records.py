@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from ssd_lit.config import RunConfig
 from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
-from ssd_lit.support.files import archive_digest, read_sealed, write_sealed
+from ssd_lit.support.files import archive_digest, read_json_checked, write_json_checked
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -33,7 +33,7 @@ ALL_STAGES = ("warmup", "moefy", "sparse_phases", "dense", "route", *MEASUREMENT
 
 def training_stages(config: RunConfig) -> tuple[str, ...]:
     """The stages that make a run's final model, in order."""
-    return (*_STAGES[config.method], *(["route"] if config.moe.trained_router else []))
+    return (*_STAGES[config.method], *(["route"] if config.moe.posthoc_router else []))
 
 
 def stage_of(method: str, index: int, mode: str) -> str:
@@ -85,12 +85,12 @@ class PhaseRecord:
         return phase_name(self.index, self.mode)
 
     def write(self, run_dir: Path) -> None:
-        write_sealed(phase_dir(run_dir, self.index, self.mode) / "phase.json", asdict(self))
+        write_json_checked(phase_dir(run_dir, self.index, self.mode) / "phase.json", asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ValueError if the file is missing, damaged or of another shape."""
-        content = read_sealed(path)
+        content = read_json_checked(path)
         try:
             return cls(**{**content, "total": Totals(**content["total"])})
         except (TypeError, KeyError) as error:
@@ -136,12 +136,12 @@ class StageRecord:
     """What the run is made from: see `Run.made_from`."""
 
     def write(self, path: Path) -> None:
-        write_sealed(path, asdict(self))
+        write_json_checked(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ValueError if the file is missing, damaged or of another shape."""
-        content = read_sealed(path)
+        content = read_json_checked(path)
         try:
             return cls(**content)
         except TypeError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ssd_lit.config import RunConfig, load_run
-from ssd_lit.data.index import Specials, load_index
+from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.paths import checkpoint_path, data_dir, results_of, stage_path
 from ssd_lit.records import (
     MEASUREMENTS,
@@ -17,7 +17,7 @@ from ssd_lit.records import (
     read_phases,
     training_stages,
 )
-from ssd_lit.support.files import read_sealed, sha256
+from ssd_lit.support.files import read_json_checked, sha256
 
 Inputs = dict[str, str | None]
 
@@ -57,8 +57,8 @@ class Run:
         return self.data / "tokenizer"
 
     @cached_property
-    def specials(self) -> Specials:
-        return Specials.of(load_index(self.tokens))
+    def vocab(self) -> VocabInfo:
+        return VocabInfo.of(load_index(self.tokens))
 
     @cached_property
     def tokens_digest(self) -> str:
@@ -77,8 +77,8 @@ class Run:
         config, start = self.config, None
         if config.shares_warmup is not None:
             start = self.other(config.shares_warmup).stage("warmup").weights
-        elif config.starts_from is not None:
-            start = self.other(config.starts_from).final().weights
+        elif config.parent_run is not None:
+            start = self.other(config.parent_run).final().weights
         inputs: Inputs = {"config": sha256(self.folder / "config.yaml"), "tokens": self.tokens_digest, "start": start}
         if config.matches is not None:
             inputs["matched"] = self.other(config.matches).final().weights
@@ -139,7 +139,7 @@ class Run:
     @property
     def router(self) -> str:
         """What chooses the experts of the final model."""
-        return self.config.moe.trained_router or self.config.moe.router
+        return self.config.moe.posthoc_router or self.config.moe.router
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage's result is there, whole, and made from what there is now. Raises ValueError for damage."""
@@ -167,5 +167,5 @@ class Run:
         result = self.folder / MEASUREMENTS[measurement][1]
         if not result.exists() or not stage_path(self.folder, self.training_stages[-1]).exists():
             return False
-        found: Any = read_sealed(result).get("inputs")
+        found: Any = read_json_checked(result).get("inputs")
         return bool(found == self.measured_from(measurement))

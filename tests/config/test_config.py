@@ -128,3 +128,27 @@ def test_conda_and_pip_users_get_the_same_pins_of_all_that_the_project_asks_for(
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
     assert {canonicalize_name(Requirement(one).name) for one in asked} <= pinned
+
+
+def test_settings_are_read_under_the_names_they_had_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quick = yaml.safe_load((ROOT / "configs/quick.yaml").read_text(encoding="utf-8"))
+    new, old = tmp_path / "new.yaml", tmp_path / "old.yaml"
+    arms = {
+        "dense": {"method": "dense", "optim": {"schedule": "wsd", "decay_fraction": 0.3}},
+        "ssd": {"method": "ssd", "switching": {"sparse_fraction": 0.3}},
+        "routed": {"method": "posthoc", "parent_arm": "ssd", "grid": {"moe.posthoc_router": [None, "mass_mlp"]}},
+        "gate": {"method": "sparse", "moe": {"router": "gate"}},
+        "matched": {"method": "dense", "match_flops_of_arm": "ssd"},
+    }
+    new.write_text(yaml.safe_dump({**quick, "arms": arms}), encoding="utf-8")
+    text = new.read_text(encoding="utf-8")
+    for now, before in (
+        ("_fraction", "_share"), ("parent_arm", "start_from"), ("match_flops_of_arm", "match_flops"),
+        ("posthoc_router", "trained_router"), ("mass_mlp", "mass"), ("router: gate", "router: learned"),
+    ):  # fmt: skip
+        assert now in text
+        text = text.replace(now, before)
+    old.write_text(text, encoding="utf-8")
+    assert load_experiment(old) == load_experiment(new)
+    assert "start_from: called parent_arm now" in caplog.text
+    assert "mass: called mass_mlp now" in caplog.text

@@ -46,7 +46,7 @@ def prepare(tmp_path: Path) -> Prepare:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with documents/, tokenizer/ and tokens/ of 400 texts, in blocks of 16 tokens."""
     folder = tmp_path_factory.mktemp("corpus")
-    prepared = _prepare(folder / "prepared", _some_texts(400), validation_share=0.1, test_share=0.1)
+    prepared = _prepare(folder / "prepared", _some_texts(400), validation_fraction=0.1, test_fraction=0.1)
     prepared.rename(folder / "documents")
     train_tokenizer(TokenizerConfig(vocab_size=400), folder / "documents", folder / "tokenizer")
     encode_documents(folder / "documents", folder / "tokenizer", folder / "tokens", sequence_length=16)

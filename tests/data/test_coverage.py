@@ -25,7 +25,7 @@ def saved(folder: Path, tokenizer: Tokenizer) -> TokenizerConfig:
 
 
 def test_a_character_that_would_be_dropped_is_named(prepare, tmp_path: Path) -> None:
-    documents = prepare([f"some € {n}" for n in range(50)], validation_share=0.2, test_share=0.2)
+    documents = prepare([f"some € {n}" for n in range(50)], validation_fraction=0.2, test_fraction=0.2)
     with pytest.raises(ConfigError, match=r"theirs has nothing for the character '€' \(U\+20AC\) of the text"):
         train_tokenizer(saved(tmp_path / "theirs", bpe(LETTERS)), documents, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
@@ -35,13 +35,13 @@ def test_a_rare_character_of_a_text_that_is_held_out_counts(prepare, tmp_path: P
     (tmp_path / "novel.txt").write_text("caf\u00e9")
     texts = [f"some {n}" for n in range(50)]
     held_out = {"novel": str(tmp_path / "novel.txt")}
-    documents = prepare(texts, validation_share=0.2, test_share=0.2, held_out=held_out)
+    documents = prepare(texts, validation_fraction=0.2, test_fraction=0.2, held_out=held_out)
     with pytest.raises(ConfigError, match=r"nothing for the character 'é' \(U\+00E9\)"):
         train_tokenizer(saved(tmp_path / "theirs", bpe(LETTERS)), documents, tmp_path / "ours")
 
 
 def test_a_tokenizer_with_all_characters_of_the_text_will_do(prepare, tmp_path: Path) -> None:
-    documents = prepare([f"some {n}" for n in range(50)], validation_share=0.2, test_share=0.2)
+    documents = prepare([f"some {n}" for n in range(50)], validation_fraction=0.2, test_fraction=0.2)
     train_tokenizer(saved(tmp_path / "theirs", bpe(LETTERS)), documents, tmp_path / "ours")
     assert load_tokenizer(tmp_path / "ours").decode(load_tokenizer(tmp_path / "ours").encode("some 7").ids)
 
@@ -78,7 +78,7 @@ def test_half_of_the_bytes_and_a_character_that_was_added() -> None:
 
 
 def test_an_unknown_word_without_an_unk_token_is_told(prepare, tmp_path: Path) -> None:
-    documents = prepare([f"some {n}" for n in range(50)], validation_share=0.2, test_share=0.2)
+    documents = prepare([f"some {n}" for n in range(50)], validation_fraction=0.2, test_fraction=0.2)
     config = saved(tmp_path / "theirs", Tokenizer(models.WordLevel({"some": 0, END_OF_TEXT: 1})))
     train_tokenizer(config, documents, tmp_path / "ours")
     with pytest.raises(ConfigError, match=r"data\.tokenizer: cannot encode the text: .*UNK"):

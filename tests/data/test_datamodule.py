@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.datamodule import TokenData
-from ssd_lit.data.order import StepBatches, spread_blocks
+from ssd_lit.data.order import StepBatchSampler, spread_blocks
 
 
 class Recorder(LightningModule):
@@ -70,7 +70,7 @@ def test_resumed_training_reads_what_the_uninterrupted_one_did(corpus: Path, tmp
 def test_training_batches_are_those_of_the_sampler(corpus: Path) -> None:
     blocks = TokenBlocks(corpus / "tokens", "train")
     for batch, chosen in zip(
-        islice(data(corpus).train_dataloader(), 3), StepBatches(len(blocks), 4, seed=3), strict=False
+        islice(data(corpus).train_dataloader(), 3), StepBatchSampler(len(blocks), 4, seed=3), strict=False
     ):
         assert torch.equal(batch["inputs"], torch.stack([blocks[block]["inputs"] for block in chosen]))
         assert torch.equal(batch["targets"], torch.stack([blocks[block]["targets"] for block in chosen]))
@@ -102,7 +102,7 @@ def test_validation_reads_spread_blocks_each_time(corpus: Path, tmp_path: Path) 
 def test_ranks_share_each_training_batch(corpus: Path) -> None:
     parts = [next(iter(module.train_dataloader()))["inputs"] for module in ranks(corpus, 2)]
     blocks = TokenBlocks(corpus / "tokens", "train")
-    whole = StepBatches(len(blocks), 4, seed=3).batch(2)
+    whole = StepBatchSampler(len(blocks), 4, seed=3).batch(2)
     assert torch.equal(torch.cat(parts), torch.stack([blocks[block]["inputs"] for block in whole]))
 
 

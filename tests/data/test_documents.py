@@ -14,7 +14,7 @@ from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.documents import SPLITS, normalise, prepare_documents, read_split, split_of
 from ssd_lit.support.files import read_json, sha256
 
-SHARES = {"validation_share": 0.2, "test_share": 0.1}
+SHARES = {"validation_fraction": 0.2, "test_fraction": 0.1}
 
 
 def texts_in(folder: Path, split: str) -> list[str]:
@@ -112,7 +112,7 @@ def test_no_text_at_all(prepare, texts: list[str]) -> None:
 
 def test_empty_split_is_named_and_leaves_nothing(prepare, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none of 1 documents falls in the validation split"):
-        prepare(["only one"], "data", validation_share=0.001, test_share=0.001)
+        prepare(["only one"], "data", validation_fraction=0.001, test_fraction=0.001)
     assert list((tmp_path / "data" / "out").iterdir()) == []
 
 

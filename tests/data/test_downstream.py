@@ -133,7 +133,7 @@ def test_an_arm_that_is_left_out_has_no_section_in_any_of_its_runs(tmp_path: Pat
     arms = {
         "dense": {"method": "dense"},
         "sizes": {"method": "dense", "grid": {"model.d_ff": [16, 48]}, "downstream": False},
-        "posthoc": {"method": "posthoc", "start_from": "dense", "downstream": False},
+        "posthoc": {"method": "posthoc", "parent_arm": "dense", "downstream": False},
     }
     config = tiny_experiment(tmp_path, downstream=_glue(tmp_path), arms={**arms, "sizes": {"method": "dense"}})
     assert main(["configs", str(config), "--results", str(tmp_path / "results")]) == 0
@@ -142,13 +142,13 @@ def test_an_arm_that_is_left_out_has_no_section_in_any_of_its_runs(tmp_path: Pat
     assert main(["configs", str(config), "--results", str(tmp_path / "results")]) == 0
     tried = sorted(path.parent.name for path in (tmp_path / "results/tiny/runs").glob("*/downstream.yaml"))
     assert tried == ["dense-seed0", "sizes-seed0"]  # the latter of the first config only
-    assert [run.name for run in load_experiment(config).tried_runs()] == ["dense-seed0"]
+    assert [run.name for run in load_experiment(config).downstream_runs()] == ["dense-seed0"]
     # What other arms do is no reason to try a model again.
     assert (tmp_path / "results/tiny/runs/dense-seed0/downstream.yaml").read_bytes() == before
 
 
 def test_without_the_section_nothing_is_tried(tmp_path: Path) -> None:
-    assert load_experiment(tiny_experiment(tmp_path)).tried_runs() == []
+    assert load_experiment(tiny_experiment(tmp_path)).downstream_runs() == []
 
 
 def test_a_section_that_no_arm_takes_part_in_is_a_mistake(tmp_path: Path) -> None:

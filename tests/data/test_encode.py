@@ -12,7 +12,7 @@ from ssd_lit.config import ConfigError, TokenizerConfig
 from ssd_lit.data.documents import SPLITS, read_split
 from ssd_lit.data.encode import encode_documents
 from ssd_lit.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
-from ssd_lit.support.files import read_sealed, sha256
+from ssd_lit.support.files import read_json_checked, sha256
 
 
 def one_by_one(documents: Path, tokenizer_dir: Path, split: str) -> list[int]:
@@ -30,7 +30,7 @@ def test_stream_equals_encoding_one_by_one(corpus: Path, split: str) -> None:
 
 
 def test_index_describes_the_streams(corpus: Path) -> None:
-    index = read_sealed(corpus / "tokens" / "index.json")
+    index = read_json_checked(corpus / "tokens" / "index.json")
     assert (index["vocab_size"], index["dtype"], index["sequence_length"]) == (400, "uint16", 16)
     for split in SPLITS:
         path, told = corpus / "tokens" / f"{split}.bin", index["splits"][split]
@@ -43,7 +43,7 @@ def test_index_describes_the_streams(corpus: Path) -> None:
 
 
 def test_index_names_the_special_tokens(corpus: Path, tmp_path: Path) -> None:
-    index = read_sealed(corpus / "tokens" / "index.json")
+    index = read_json_checked(corpus / "tokens" / "index.json")
     assert (index["mask_id"], index["sentinel_ids"]) == (None, [])
     config = TokenizerConfig(vocab_size=400, mask_token=True, sentinels=3)
     train_tokenizer(config, corpus / "documents", tmp_path / "tokenizer")
@@ -51,14 +51,14 @@ def test_index_names_the_special_tokens(corpus: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.id_to_token(index["mask_id"]) == "[MASK]"
     assert [tokenizer.id_to_token(i) for i in index["sentinel_ids"]] == [f"<extra_id_{n}>" for n in range(3)]
-    assert read_sealed(tmp_path / "tokens" / "index.json") == index
+    assert read_json_checked(tmp_path / "tokens" / "index.json") == index
     stream = np.fromfile(tmp_path / "tokens" / "train.bin", dtype="<u2")
     assert not np.isin(stream, [index["mask_id"], *index["sentinel_ids"]]).any()
 
 
 def test_encoding_twice_gives_the_same_index(corpus: Path, tmp_path: Path) -> None:
     index = encode_documents(corpus / "documents", corpus / "tokenizer", tmp_path, sequence_length=16)
-    assert index == read_sealed(corpus / "tokens" / "index.json") == read_sealed(tmp_path / "index.json")
+    assert index == read_json_checked(corpus / "tokens" / "index.json") == read_json_checked(tmp_path / "index.json")
 
 
 def test_large_ids_take_four_bytes(corpus: Path, tmp_path: Path) -> None:

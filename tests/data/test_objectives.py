@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ConfigError
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, OBJECTIVES, Batch, Masked, Spans, build_objective
 
 EOS, MASK = 7, 150
 SENTINELS = tuple(range(299, 259, -1))  # falling, as T5's are
-SPECIALS = Specials(vocab_size=300, eos_id=EOS, mask_id=MASK, sentinel_ids=SENTINELS)
+SPECIALS = VocabInfo(vocab_size=300, eos_id=EOS, mask_id=MASK, sentinel_ids=SENTINELS)
 ORDINARY = set(range(300)) - {EOS, MASK, *SENTINELS}
 LENGTHS = [2, 3, 7, 16, 31, 100, 568]
 
@@ -28,8 +28,8 @@ def blocks(rows: int, length: int, seed: int = 0) -> Batch:
 
 
 def noise_for(name: str, batch: Batch, seed: int = 1) -> Tensor:
-    draws = build_objective(name, SPECIALS).draws
-    return torch.rand(*batch["inputs"].shape, draws, generator=torch.Generator().manual_seed(seed))
+    noise_per_token = build_objective(name, SPECIALS).noise_per_token
+    return torch.rand(*batch["inputs"].shape, noise_per_token, generator=torch.Generator().manual_seed(seed))
 
 
 def apply(name: str, batch: Batch, seed: int = 1) -> Batch:
@@ -220,27 +220,27 @@ def test_equal_numbers_are_taken_in_order(name: str) -> None:
     """Which of them a sort puts first must not depend on the device."""
     batch = blocks(4, 100)
     objective = build_objective(name, SPECIALS)
-    noise = torch.full((4, 100, objective.draws), 0.5)
+    noise = torch.full((4, 100, objective.noise_per_token), 0.5)
     rising = noise + torch.arange(100)[None, :, None] * 1e-5
     assert torch.equal(objective(batch, noise)["targets"], objective(batch, rising)["targets"])
 
 
 def test_causal_is_the_batch() -> None:
     batch = blocks(2, 16)
-    got = build_objective("causal", Specials(300, EOS))(batch, torch.empty(2, 16, 0))
+    got = build_objective("causal", VocabInfo(300, EOS))(batch, torch.empty(2, 16, 0))
     assert all(torch.equal(got[key], batch[key]) for key in ("inputs", "targets"))
 
 
 def test_specials_of_an_index() -> None:
     index: dict[str, Any] = {"vocab_size": 300, "eos_id": EOS, "dtype": "uint16"}
-    assert Specials.of(index) == Specials(300, EOS, None, ())
-    assert Specials.of({**index, "mask_id": None, "sentinel_ids": []}) == Specials(300, EOS)
-    of = Specials.of({**index, "mask_id": MASK, "sentinel_ids": list(SENTINELS)})
+    assert VocabInfo.of(index) == VocabInfo(300, EOS, None, ())
+    assert VocabInfo.of({**index, "mask_id": None, "sentinel_ids": []}) == VocabInfo(300, EOS)
+    of = VocabInfo.of({**index, "mask_id": MASK, "sentinel_ids": list(SENTINELS)})
     assert (of, hash(of)) == (SPECIALS, hash(SPECIALS))
 
 
 def test_missing_special_tokens_say_which_setting_brings_them() -> None:
-    bare = Specials(300, EOS)
+    bare = VocabInfo(300, EOS)
     with pytest.raises(ConfigError, match=r"needs a mask token .* set data\.tokenizer\.mask_token: true"):
         build_objective("masked", bare)
     with pytest.raises(ConfigError, match=r"at least 1, and .* has 0: set data\.tokenizer\.sentinels to 1 or more"):
@@ -248,7 +248,7 @@ def test_missing_special_tokens_say_which_setting_brings_them() -> None:
 
 
 def test_too_few_sentinels_for_the_blocks_are_refused() -> None:
-    few = build_objective("spans", Specials(300, EOS, sentinel_ids=SENTINELS[:4]))
+    few = build_objective("spans", VocabInfo(300, EOS, sentinel_ids=SENTINELS[:4]))
     assert few.lengths(80) == (80 - 12 + 4 + 1, 12 + 4 + 1)
     batch = blocks(1, 100)
     for refused in (lambda: few.lengths(100), lambda: few(batch, torch.rand(1, 100, 1))):

@@ -5,12 +5,12 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
+from ssd_lit.data.order import StepBatchSampler, in_batches, spread_blocks
 
 
 def steps(count: int, n_blocks: int = 23, batch_size: int = 4, **settings: int) -> list[list[int]]:
     settings.setdefault("seed", 7)
-    return list(islice(StepBatches(n_blocks, batch_size, **settings), count))
+    return list(islice(StepBatchSampler(n_blocks, batch_size, **settings), count))
 
 
 def test_every_block_once_in_each_epoch_though_batches_span_two() -> None:
@@ -32,7 +32,7 @@ def test_started_at_a_step_equals_the_tail(start: int) -> None:
 
 def test_a_step_can_be_asked_for_in_any_order() -> None:
     batches, order = steps(20), [13, 2, 19, 3]
-    sampler = StepBatches(23, 4, seed=7)
+    sampler = StepBatchSampler(23, 4, seed=7)
     assert [sampler.batch(step) for step in order] == [batches[step] for step in order]
 
 
@@ -50,7 +50,7 @@ def test_ranks_partition_each_batch() -> None:
 
 def test_has_no_length() -> None:
     with pytest.raises(TypeError):
-        len(StepBatches(23, 4, seed=7))  # type: ignore[arg-type]
+        len(StepBatchSampler(23, 4, seed=7))  # type: ignore[arg-type]
 
 
 def test_global_random_state_is_left_alone() -> None:

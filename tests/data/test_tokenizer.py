@@ -39,7 +39,7 @@ def save_foreign(folder: Path, vocabulary: list[str], **config: object) -> Token
 @pytest.fixture
 def with_specials(prepare, tmp_path: Path) -> Path:
     """A tokenizer with a mask token and two sentinels, learnt from text that is full of their names."""
-    documents = prepare([f"{i} {SPECIALS_IN_TEXT}" for i in range(100)], validation_share=0.1, test_share=0.1)
+    documents = prepare([f"{i} {SPECIALS_IN_TEXT}" for i in range(100)], validation_fraction=0.1, test_fraction=0.1)
     config = TokenizerConfig(vocab_size=300, mask_token=True, sentinels=2)
     train_tokenizer(config, documents, tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
@@ -107,7 +107,7 @@ def test_training_twice_gives_the_same_file(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_train_megabytes_limits_the_text_learnt_from(prepare, tmp_path: Path) -> None:
-    documents = prepare([f"aa{i}" for i in range(200)], validation_share=0.1, test_share=0.1)
+    documents = prepare([f"aa{i}" for i in range(200)], validation_fraction=0.1, test_fraction=0.1)
     # A few bytes: the first document alone, in which no pair is frequent enough for many merges.
     train_tokenizer(TokenizerConfig(vocab_size=400, train_megabytes=1e-6), documents, tmp_path / "little")
     train_tokenizer(TokenizerConfig(vocab_size=400), documents, tmp_path / "all")
@@ -257,7 +257,7 @@ def test_ordinary_text_is_encoded_as_without_special_tokens(tmp_path: Path) -> N
 
 def test_documents_end_once_whatever_they_say(prepare, tmp_path: Path) -> None:
     texts = [f"a</s> b</s> {n}" for n in range(50)]
-    documents = prepare(texts, validation_share=0.2, test_share=0.2)
+    documents = prepare(texts, validation_fraction=0.2, test_fraction=0.2)
     config = TokenizerConfig(folder=str(sentencepiece(tmp_path / "theirs", "unigram", marked=True)))
     train_tokenizer(config, documents, tmp_path / "tokenizer")
     index = encode_documents(documents, tmp_path / "tokenizer", tmp_path / "tokens", sequence_length=8)

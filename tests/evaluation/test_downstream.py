@@ -13,22 +13,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ssd_lit.config import GlueConfig, ModelConfig, MoEConfig
 from ssd_lit.data.blimp import Pair, PairSet
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.evaluation import glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
 from ssd_lit.evaluation.classifier import Classifier, Texts, encode, fine_tune, outputs_for
-from ssd_lit.evaluation.pieces import Pieces
+from ssd_lit.evaluation.pieces import ResumableResults
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.routers import expert_centers
 from ssd_lit.report.downstream import write_downstream
-from ssd_lit.support.files import read_sealed
+from ssd_lit.support.files import read_json_checked
 from ssd_lit.tracking.client import tracking_uri
 from tests.conftest import Bench
 from tests.labelled import packed, write_blimp, write_glue
 
 CPU = torch.device("cpu")
 EOS, LONGEST = 0, 24
-SPECIALS = Specials(vocab_size=300, eos_id=EOS, mask_id=1)
+SPECIALS = VocabInfo(vocab_size=300, eos_id=EOS, mask_id=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +49,7 @@ def small_model(family: str) -> LanguageModel:
             # Fresh weights are so small that all sentences of one length are about as likely.
             p.data.mul_(8)
     for ffn in model.ffns:
-        ffn.router.follow(ffn.key_rows)
+        ffn.router.on_permuted(ffn.gating_weight)
     return model.eval()
 
 
@@ -151,7 +151,7 @@ def test_scores_are_fitted_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     found = glue.score_on_glue(
         model, settings, tokenizer, eos_id=EOS, longest=LONGEST, modes=("dense", "sparse"),
-        pieces=Pieces(tmp_path / "pieces", {}), title="",
+        pieces=ResumableResults(tmp_path / "pieces", {}), title="",
     )  # fmt: skip
     assert [(one["mode"], one["seed"]) for one in found["scores"]] == [
         ("dense", 0), ("dense_to_sparse", 0), ("sparse", 0), ("dense", 1), ("dense_to_sparse", 1), ("sparse", 1),
@@ -172,14 +172,14 @@ def test_centres_follow_the_rows_that_were_fine_tuned_densely(
 
     def watch(classifier: Classifier, texts: Texts) -> torch.Tensor:
         ffn = classifier.model.ffns[0]
-        at_centre = torch.allclose(ffn.router.centers, expert_centers(ffn.key_rows, 4))
+        at_centre = torch.allclose(ffn.router.centers, expert_centers(ffn.gating_weight, 4))
         seen.append((ffn.mode, at_centre))
         return torch.zeros(len(texts), 2)
 
     monkeypatch.setattr(glue, "outputs_for", watch)
     glue.score_on_glue(
         small_model("bert"), settings, tokenizer, eos_id=EOS, longest=LONGEST, modes=("dense", "sparse"),
-        pieces=Pieces(tmp_path / "pieces", {}), title="",
+        pieces=ResumableResults(tmp_path / "pieces", {}), title="",
     )  # fmt: skip
     assert seen == [("dense", False), ("sparse", True), ("sparse", False)]
 
@@ -192,7 +192,7 @@ def test_pieces_of_the_same_inputs_are_not_done_twice(tmp_path: Path) -> None:
         return [*done]
 
     for inputs, expected in (({"lr": 1}, ["a"]), ({"lr": 1}, ["a"]), ({"lr": 2}, ["a", "b"])):
-        assert Pieces(tmp_path / "pieces", inputs).get("one", lambda: work("ab"[len(done)])) == expected
+        assert ResumableResults(tmp_path / "pieces", inputs).get("one", lambda: work("ab"[len(done)])) == expected
 
 
 @pytest.fixture(scope="module")
@@ -227,13 +227,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def bert_data(folder: Path) -> dict[str, Any]:
     return {
         "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-        "validation_share": 0.1, "test_share": 0.1, "sequence_length": 24,
+        "validation_fraction": 0.1, "test_fraction": 0.1, "sequence_length": 24,
         "tokenizer": {"vocab_size": 300, "mask_token": True},
     }  # fmt: skip
 
 
 def found_in(bench: Bench, arm: str) -> dict[str, Any]:
-    content = read_sealed(bench.dir(arm) / "downstream/downstream.json")
+    content = read_json_checked(bench.dir(arm) / "downstream/downstream.json")
     return {name: content[name] for name in ("glue", "blimp", "left_out", "inputs")}
 
 

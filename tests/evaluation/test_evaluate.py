@@ -13,10 +13,10 @@ from tests.conftest import Bench
 
 ARMS = {
     "dense": {"method": "dense"},
-    "posthoc": {"method": "posthoc", "start_from": "dense"},
+    "posthoc": {"method": "posthoc", "parent_arm": "dense"},
     "ssd": {"method": "ssd"},
-    "routed": {"method": "posthoc", "start_from": "dense", "moe": {"trained_router": "norm", "router_steps": 30}},
-    "upcycle": {"method": "upcycle", "start_from": "dense", "moe": {"router": "learned", "top_k": 2}},
+    "routed": {"method": "posthoc", "parent_arm": "dense", "moe": {"posthoc_router": "norm_mlp", "router_steps": 30}},
+    "upcycle": {"method": "upcycle", "parent_arm": "dense", "moe": {"router": "gate", "top_k": 2}},
 }
 
 
@@ -29,7 +29,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     (folder / "other.txt").write_text(OTHER, encoding="utf-8")
     data = {
         "name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-        "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
+        "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
         "held_out": {"other": str(folder / "other.txt")},
     }  # fmt: skip
     bench = Bench(
@@ -68,7 +68,7 @@ def test_with_all_experts_every_curve_ends_at_the_dense_loss(done: Bench) -> Non
 
 def test_dynamic_k_goes_from_all_experts_to_one_as_the_threshold_rises(done: Bench) -> None:
     found = read_json(done.dir("routed") / "evaluation.json")
-    assert found["router"] == "norm"
+    assert found["router"] == "norm_mlp"
     all_on, some, best = found["threshold_curve"]
     assert all_on["mean_k"] == 4
     assert all_on["loss"] == pytest.approx(found["loss_dense"], rel=1e-5)

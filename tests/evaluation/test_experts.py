@@ -114,7 +114,7 @@ class MassRouter(Router):
 
     def __init__(self, ffn: ExpertFFN):
         super().__init__()
-        self._mass = ffn.mass
+        self._mass = ffn.activation_mass
 
     def forward(self, x: Tensor) -> Tensor:
         return self._mass(x)

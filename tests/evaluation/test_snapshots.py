@@ -10,10 +10,10 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from ssd_lit.config import AnalysisConfig
-from ssd_lit.data.index import Specials, load_index
+from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.evaluation.snapshots import COLUMNS, compare_snapshots, fitting_experts
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.permutation import reorder_neurons
+from ssd_lit.moe.permutation import permute_neurons
 from ssd_lit.paths import snapshot_path, snapshots
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of
@@ -29,7 +29,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def model(bench: Bench) -> LanguageModel:
-    return build_model(bench.runs["ssd"], Specials.of(load_index(bench.data / "tokens")))
+    return build_model(bench.runs["ssd"], VocabInfo.of(load_index(bench.data / "tokens")))
 
 
 def balanced_labels(seed: int, experts: int = EXPERTS) -> Tensor:
@@ -54,7 +54,7 @@ def write_clusters(model: LanguageModel, run_dir: Path, step: int, labels: list[
 @torch.no_grad()
 def shuffle(model: LanguageModel) -> None:
     for ffn in model.ffns:
-        reorder_neurons(ffn, torch.randperm(D_FF))
+        permute_neurons(ffn, torch.randperm(D_FF))
 
 
 def compare(bench: Bench, run_dir: Path, **settings: object) -> pd.DataFrame:
@@ -134,7 +134,7 @@ def test_a_snapshot_compared_with_itself_and_with_what_became_of_it(tmp_path: Pa
     by_pair = means.groupby(["step_a", "step_b"])["similarity"].mean()
     assert by_pair[15, 20] > by_pair[5, 20]
     # The checkpoint of the last step is the last snapshot.
-    model = build_model(bench.runs["dense"], Specials.of(load_index(bench.data / "tokens")))
+    model = build_model(bench.runs["dense"], VocabInfo.of(load_index(bench.data / "tokens")))
     load_beside_routers(model, read_checkpoint(snapshots(bench.dir("dense"))[-1][1]))
     final = read_checkpoint(bench.checkpoint("dense"))["state_dict"]
     assert all(torch.equal(final[name], value) for name, value in weights_of(model).items())

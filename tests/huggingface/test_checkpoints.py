@@ -22,7 +22,7 @@ from ssd_lit.config.pretrained import (
     stored_tensors,
     weight_files,
 )
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.huggingface.moefy import moefy_folder
 from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
@@ -41,7 +41,7 @@ from tests.checkpoint_folders import (
 )
 from tests.conftest import tiny_experiment
 
-SPECIALS = Specials(vocab_size=VOCABULARY, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
+SPECIALS = VocabInfo(vocab_size=VOCABULARY, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
 MOE = MoEConfig(experts=4, top_k=2, backend="loop")
 
 

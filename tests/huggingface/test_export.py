@@ -11,14 +11,14 @@ from torch.nn.functional import cross_entropy
 import ssd_lit
 from ssd_lit.cli import main
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.index import Specials, load_index
+from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.data.objectives import Batch, build_objective
-from ssd_lit.data.order import StepBatches
+from ssd_lit.data.order import StepBatchSampler
 from ssd_lit.data.scoring import scoring_batches
 from ssd_lit.models.families import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.support.files import read_json
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import final_model
 from tests.checkpoint_folders import MODELS, save_model, untie
 from tests.conftest import Bench
@@ -30,9 +30,9 @@ SHAPE = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32}
 ARMS: dict[str, Any] = {
     "dense": {"method": "dense"},
     "ssd": {"method": "ssd"},
-    "gate": {"method": "sparse", "moe": {"router": "learned"}},
-    "norm": {"method": "posthoc", "start_from": "dense", "moe": {"trained_router": "norm", "router_steps": 3}},
-    "up": {"method": "upcycle", "start_from": "dense", "moe": {"router": "random", "experts": 2, "top_k": 1}},
+    "gate": {"method": "sparse", "moe": {"router": "gate"}},
+    "norm_mlp": {"method": "posthoc", "parent_arm": "dense", "moe": {"posthoc_router": "norm_mlp", "router_steps": 3}},
+    "up": {"method": "upcycle", "parent_arm": "dense", "moe": {"router": "random", "experts": 2, "top_k": 1}},
 }
 
 
@@ -54,7 +54,7 @@ def final(bench: Bench, arm: str) -> LanguageModel:
 
 
 def some_batch(bench: Bench, model: LanguageModel) -> Batch:
-    objective = build_objective(model.objective_name, Specials.of(load_index(bench.data / "tokens")))
+    objective = build_objective(model.objective_name, VocabInfo.of(load_index(bench.data / "tokens")))
     return next(scoring_batches(bench.data / "tokens", "validation", range(4), objective, torch.device("cpu")))
 
 
@@ -87,11 +87,11 @@ def check_export(bench: Bench, arm: str, folder: Path, auto: str) -> None:
         torch.testing.assert_close(logits(ours, batch), model(batch), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("arm", ["dense", "ssd", "gate", "norm"])
+@pytest.mark.parametrize("arm", ["dense", "ssd", "gate", "norm_mlp"])
 def test_an_exported_run_is_the_run_in_every_mode(gpt2: Bench, tmp_path: Path, arm: str) -> None:
     check_export(gpt2, arm, tmp_path / "out", "AutoModelForCausalLM")
     if arm != "dense":
-        router = {"ssd": "center", "gate": "learned", "norm": "norm"}[arm]
+        router = {"ssd": "center", "gate": "gate", "norm_mlp": "norm_mlp"}[arm]
         assert read_json(tmp_path / "out/experts.json")["router"] == router
 
 
@@ -106,7 +106,8 @@ def test_a_run_of_any_family_goes_out_and_comes_back(
 ) -> None:
     """The model as trained, its tokenizer as trained; the next run begins at the loss where the first one ended."""
     data = {"name": "grammar", "sources": [{"kind": "files", "paths": [str(tmp_path / "text.txt")]}],
-            "validation_share": 0.1, "test_share": 0.1, "tokenizer": tokenizer, "sequence_length": 16}  # fmt: skip
+            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": tokenizer,
+            "sequence_length": 16}  # fmt: skip
     model = {"family": family, **SHAPE}
     arms = {"ssd": {"method": "ssd"}}
     bench = Bench(tmp_path, model=model, training=TRAINING, switching=SWITCHING, arms=arms, data=data)
@@ -131,7 +132,7 @@ def test_training_goes_on_from_an_exported_folder_by_every_method(gpt2: Bench, t
     folder = tmp_path / "out"
     gpt2.stage("export", gpt2.dir("ssd"), "--out", folder)
     data = {"name": "grammar", "sources": [{"kind": "files", "paths": [str(tmp_path / "text.txt")]}],
-            "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"folder": str(folder)},
+            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"folder": str(folder)},
             "sequence_length": 16}  # fmt: skip
     arms: dict[str, Any] = {
         "dense": {"method": "dense"},
@@ -144,7 +145,7 @@ def test_training_goes_on_from_an_exported_folder_by_every_method(gpt2: Bench, t
     )
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     blocks = TokenBlocks(bench.data / "tokens", "train")
-    first = [blocks[i] for i in StepBatches(len(blocks), 4, seed=0).batch(0)]
+    first = [blocks[i] for i in StepBatchSampler(len(blocks), 4, seed=0).batch(0)]
     inputs, targets = (torch.stack([block[key] for block in first]) for key in ("inputs", "targets"))
     with torch.no_grad():
         expected = cross_entropy(exported(inputs).logits.flatten(0, 1), targets.flatten()).item()
@@ -152,7 +153,7 @@ def test_training_goes_on_from_an_exported_folder_by_every_method(gpt2: Bench, t
         assert bench.phases(arm)[-1].next is None
         bench.stage("evaluate", bench.dir(arm))
         if arm != "posthoc":
-            step, loss = read_points(bench.dir(arm) / "metrics.jsonl")["train/loss"][0]
+            step, loss = read_metrics(bench.dir(arm) / "metrics.jsonl")["train/loss"][0]
             # One of two copies of the whole FFN is that FFN, whichever it is.
             assert (step, loss) == (1, pytest.approx(expected, rel=1e-5))
     found = {arm: read_json(bench.dir(arm) / "evaluation.json") for arm in arms}
@@ -183,13 +184,14 @@ CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def data_of(folder: Path, tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {"name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-            "validation_share": 0.1, "test_share": 0.1, "tokenizer": tokenizer, "sequence_length": 16}  # fmt: skip
+            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": tokenizer,
+            "sequence_length": 16}  # fmt: skip
 
 
 def whole_loss(model: Any, bench: Bench, kind: str) -> float:
     """The mean over every target of the validation split."""
     tokens = bench.data / "tokens"
-    objective = build_objective(family(kind).objective, Specials.of(load_index(tokens)))
+    objective = build_objective(family(kind).objective, VocabInfo.of(load_index(tokens)))
     blocks = range(len(TokenBlocks(tokens, "validation")))
     losses = [
         cross_entropy(logits(model, batch).flatten(0, 1), batch["targets"].flatten(), reduction="none")
@@ -202,9 +204,9 @@ def whole_loss(model: Any, bench: Bench, kind: str) -> float:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_training_and_evaluation_and_the_exported_folder_have_one_loss(tmp_path: Path, name: str) -> None:
     """Whether its head has weights of its own or those of the embeddings."""
-    class_name, auto, changes, specials = CHECKPOINTS[name]
+    class_name, auto, changes, vocab = CHECKPOINTS[name]
     (tmp_path / "words").mkdir()
-    words = Bench(tmp_path / "words", data=data_of(tmp_path / "words", {"vocab_size": 300, **specials}))
+    words = Bench(tmp_path / "words", data=data_of(tmp_path / "words", {"vocab_size": 300, **vocab}))
     kind = name.split()[0]
     config = type(MODELS[kind][1])(**{**MODELS[kind][1].to_dict(), "vocab_size": 300, **changes})
     torch.manual_seed(0)
@@ -224,7 +226,7 @@ def test_training_and_evaluation_and_the_exported_folder_have_one_loss(tmp_path:
     bench.stage("export", bench.dir("ssd"), "--out", tmp_path / "out")
     exported = getattr(transformers, auto).from_pretrained(tmp_path / "out").eval()
     losses = [
-        read_points(bench.dir("ssd") / "metrics.jsonl")["validation/loss"][-1][1],
+        read_metrics(bench.dir("ssd") / "metrics.jsonl")["validation/loss"][-1][1],
         read_json(bench.dir("ssd") / "evaluation.json")["loss_dense"],
     ]
     losses += [whole_loss(opened, bench, kind) for opened in (exported, ssd_lit.load(tmp_path / "out"))]
@@ -236,7 +238,7 @@ def test_a_folder_that_moefy_writes_is_opened_and_trained_from(gpt2: Bench, tmp_
     text = gpt2.results.parent / "text.txt"
     gpt2.stage(
         "moefy", "--model", tmp_path / "dense", "--experts", 8, "--top-k", 3, "--out", tmp_path / "experts",
-        "--construction", "kmeans_activations", "--router", "norm", "--text", text, "--calibration-tokens", 300,
+        "--construction", "kmeans_activations", "--router", "norm_mlp", "--text", text, "--calibration-tokens", 300,
         "--seed", 5,
     )  # fmt: skip
     told = read_json(tmp_path / "experts/experts.json")
@@ -244,7 +246,7 @@ def test_a_folder_that_moefy_writes_is_opened_and_trained_from(gpt2: Bench, tmp_
         8,
         3,
         "kmeans_activations",
-        "norm",
+        "norm_mlp",
     )
     model = final(gpt2, "dense")
     batch = some_batch(gpt2, model)
@@ -298,7 +300,7 @@ def test_mistakes_are_answered_in_a_line(gpt2: Bench, tmp_path: Path, capsys: py
     assert "experts 5: does not divide the 32 neurons" in refused(dense, experts=5)
     assert refused(dense, top_k=9) == "--top-k 9 is more than --experts 8; allowed: 1 to 8"
     assert "--text" in refused(dense, "--construction", "coactivation")
-    assert "--text" in refused(dense, "--router", "mass")
+    assert "--text" in refused(dense, "--router", "mass_mlp")
     text = gpt2.results.parent / "text.txt"
     assert "no tokenizer.json in folder" in refused(dense, "--text", text)
     required = "the following arguments are required: "

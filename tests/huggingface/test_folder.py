@@ -206,7 +206,7 @@ def test_folders_that_are_no_moefied_model_are_told_apart(tmp_path: Path) -> Non
     told = read_json(folder / "experts.json")
     for change, message in (
         ({"format": 2}, "not of format 1"),
-        ({"router": "norm"}, "its routers are not of the kind"),
+        ({"router": "norm_mlp"}, "its routers are not of the kind"),
         ({"colour": "red"}, "not a record of experts"),
     ):
         write_json(folder / "experts.json", {**told, **change})

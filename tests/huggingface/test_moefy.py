@@ -94,7 +94,7 @@ def test_experts_are_those_of_the_construction(tmp_path: Path, text: Path, const
         assert labels[ids].tolist() == [expert for expert in range(E) for _ in range(F // E)]
 
 
-@pytest.mark.parametrize("router", ["mass", "norm"])
+@pytest.mark.parametrize("router", ["mass_mlp", "norm_mlp"])
 def test_a_trained_router_learns_what_its_experts_contribute(tmp_path: Path, text: Path, router: Any) -> None:
     save_model(tmp_path / "dense", "llama", dtype=torch.float32)
     add_tokenizer(tmp_path / "dense")
@@ -102,7 +102,7 @@ def test_a_trained_router_learns_what_its_experts_contribute(tmp_path: Path, tex
     unseen.write_text(text.read_text().replace("w4 ", "w5 "))
     losses = []
     for steps in (1, 60):
-        moe = MoEConfig(experts=E, top_k=1, trained_router=router, router_steps=steps, router_lr=2e-2)
+        moe = MoEConfig(experts=E, top_k=1, posthoc_router=router, router_steps=steps, router_lr=2e-2)
         target = tmp_path / str(steps)
         moefy_folder(tmp_path / "dense", target, moe, text=text, calibration_tokens=500)
         model = ssd_lit.load(target)
@@ -114,20 +114,25 @@ def test_a_trained_router_learns_what_its_experts_contribute(tmp_path: Path, tex
                     for ffn, x in zip(experts_of(model), xs, strict=True)
                 )
             )
-    least = sum(entropy_of_shares(ffn, x) for ffn, x in zip(experts_of(model), xs, strict=True)) * (router == "mass")
+    least = sum(entropy_of_shares(ffn, x) for ffn, x in zip(experts_of(model), xs, strict=True)) * (
+        router == "mass_mlp"
+    )
     assert losses[1] - least < 0.3 * (losses[0] - least)
 
 
 def entropy_of_shares(ffn: ExpertFFN, x: torch.Tensor) -> torch.Tensor:
     """What is left of a cross-entropy when every share is predicted exactly."""
-    mass = ffn.mass(x)
+    mass = ffn.activation_mass(x)
     return torch.distributions.Categorical(mass / mass.sum(-1, keepdim=True)).entropy().mean()
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "dense", "gpt2")
     add_tokenizer(tmp_path / "dense")
-    for construction, router in (("random", {"router": "random"}), ("kmeans_activations", {"trained_router": "norm"})):
+    for construction, router in (
+        ("random", {"router": "random"}),
+        ("kmeans_activations", {"posthoc_router": "norm_mlp"}),
+    ):
         files = []
         for seed in (1, 1, 2):
             target = tmp_path / f"{construction}{len(files)}"
@@ -149,7 +154,7 @@ def test_what_cannot_be_done_is_said_before_the_weights_are_read(tmp_path: Path,
 
     refused("experts 5: does not divide the 32 neurons", experts=5)
     refused("coactivation needs text .* --text", construction="coactivation")
-    refused("norm needs text .* --text", trained_router="norm")
+    refused("norm_mlp needs text .* --text", posthoc_router="norm_mlp")
     refused("no tokenizer.json in folder", text=text)
     add_tokenizer(dense)
     refused("gone.txt: no such file", text=tmp_path / "gone.txt")
@@ -159,7 +164,7 @@ def test_what_cannot_be_done_is_said_before_the_weights_are_read(tmp_path: Path,
 def test_a_text_without_words_and_a_foreign_tokenizer_are_refused(tmp_path: Path, text: Path) -> None:
     save_model(tmp_path / "dense", "gpt2")
     add_tokenizer(tmp_path / "dense", words=VOCABULARY + 5)
-    moe = MoEConfig(experts=E, top_k=1, trained_router="norm")
+    moe = MoEConfig(experts=E, top_k=1, posthoc_router="norm_mlp")
     text.write_text("w4 w52")
     with pytest.raises(ValueError, match="the tokenizer has token 52, the model only 50"):
         moefy_folder(tmp_path / "dense", tmp_path / "out", moe, text=text)

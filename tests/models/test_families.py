@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
 from ssd_lit.models.families import family
 from ssd_lit.models.family import Family, FFNParts
@@ -17,10 +17,10 @@ from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.swap import swap_ffns
-from ssd_lit.moe.permutation import reorder_neurons
+from ssd_lit.moe.permutation import permute_neurons
 from tests.checkpoint_folders import save_model
 
-SPECIALS = Specials(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
+SPECIALS = VocabInfo(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
 MOE = MoEConfig(experts=4, top_k=1, backend="loop")
 CONTEXT = 8
 FAMILIES = ("gpt2", "bert", "t5", "llama")
@@ -47,7 +47,7 @@ def backbone(kind: Family, settings: ModelConfig, **hf: Any) -> Any:
 def batch(name: str, blocks: int = 3) -> Batch:
     objective = build_objective(family(name).objective, SPECIALS)
     tokens = torch.randint(5, 50, (blocks, CONTEXT + 1), generator=torch.Generator().manual_seed(1))
-    noise = torch.rand(blocks, CONTEXT, objective.draws, generator=torch.Generator().manual_seed(2))
+    noise = torch.rand(blocks, CONTEXT, objective.noise_per_token, generator=torch.Generator().manual_seed(2))
     return objective({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, noise)
 
 
@@ -116,7 +116,7 @@ def test_a_probe_sees_what_the_ffns_see_and_leaves_the_model_as_it_was(name: str
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flops_agree_with_those_that_torch_counts(name: str) -> None:
     # Its products are torch's own, one by one: those within an operator of ours would not be seen.
-    visible = MOE.model_copy(update={"backend": "views"})
+    visible = MOE.model_copy(update={"backend": "decode_cpu"})
     model = LanguageModel(config(name), visible, SPECIALS, context=CONTEXT).eval()
     # Masked attention would be counted at half in some kernels; the plain one computes the square.
     model.backbone.set_attn_implementation("eager")
@@ -150,7 +150,7 @@ def test_weights_go_back_under_the_names_they_came_from(name: str, hf: dict[str,
     assert before.keys() - written.keys() == {key for key in ours.state_dict() if key in before}
 
     for ffn in ffns:
-        reorder_neurons(ffn, torch.randperm(32))
+        permute_neurons(ffn, torch.randperm(32))
     moved = {key: value for site, ffn in zip(kind.sites(ours), ffns, strict=True)
              for key, value in site.state(FFNParts.of(ffn)).items()}  # fmt: skip
     assert any(not torch.equal(value, before[key]) for key, value in moved.items())

@@ -27,7 +27,7 @@ def sparse_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     for ffn in swap_ffns(model, family(name), MoEConfig(experts=E, top_k=K), router="center"):
-        ffn.router.follow(ffn.key_rows)
+        ffn.router.on_permuted(ffn.gating_weight)
     model.generation_config.eos_token_id = None
     return model
 

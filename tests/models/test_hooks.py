@@ -2,7 +2,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.hooks import ffn_inputs, ffn_tokens
 from ssd_lit.models.language_model import LanguageModel
 
@@ -11,8 +11,8 @@ SHAPE = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32}
 
 def model(family: str) -> LanguageModel:
     config = ModelConfig.model_validate({"family": family, **SHAPE})
-    specials = Specials(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3))
-    return LanguageModel(config, MoEConfig(experts=4, top_k=2), specials, context=12)
+    vocab = VocabInfo(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3))
+    return LanguageModel(config, MoEConfig(experts=4, top_k=2), vocab, context=12)
 
 
 def test_every_row_of_an_ffn_has_its_token() -> None:

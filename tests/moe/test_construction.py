@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
-from ssd_lit.moe.construction import CONSTRUCTIONS, NEEDS_ACTIVATIONS, construct, leading_components
+from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct, leading_components
+from ssd_lit.moe.names import Construction
 
 F, T, E, D = 96, 400, 8, 16
 KMEANS = ("kmeans", *sorted(NEEDS_ACTIVATIONS))
@@ -37,13 +40,13 @@ def inertia(points: Tensor, labels: Tensor) -> float:
 
 
 def share_within(activations: Tensor, labels: Tensor) -> float:
-    """Share of the co-activation weight between different neurons that stays within parts, by its definition."""
+    """Fraction of the co-activation weight between different neurons that stays within parts, by its definition."""
     strength = activations.abs()
     weights = torch.einsum("ti,tj->ij", strength, strength).fill_diagonal_(0)
     return float(weights[labels[:, None] == labels].sum() / weights.sum())
 
 
-@pytest.mark.parametrize("name", CONSTRUCTIONS)
+@pytest.mark.parametrize("name", get_args(Construction))
 def test_experts_are_equal_and_the_same_arguments_give_the_same_ones(name: str) -> None:
     _, rows, activations = planted(1)
     torch_state = torch.get_rng_state()
@@ -60,8 +63,8 @@ def test_experts_are_equal_and_the_same_arguments_give_the_same_ones(name: str) 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_planted_groups_are_found_but_not_by_chance(seed: int, smooth: bool) -> None:
     groups, rows, activations = planted(seed, smooth)
-    found = {name: construct(name, rows, E, seed=seed, activations=activations) for name in CONSTRUCTIONS}
-    assert {name for name in CONSTRUCTIONS if agreement(found[name], groups) > 0.95} == set(KMEANS)
+    found = {name: construct(name, rows, E, seed=seed, activations=activations) for name in get_args(Construction)}
+    assert {name for name in get_args(Construction) if agreement(found[name], groups) > 0.95} == set(KMEANS)
     assert agreement(found["random"], groups) < 0.1
 
 
@@ -221,7 +224,7 @@ def test_what_cannot_be_constructed_is_refused() -> None:
     rows, activations = torch.randn(12, 3), torch.randn(5, 12)
     with pytest.raises(ValueError, match=r"'metis' is unknown; allowed: kmeans, kmeans_activations, coactivation"):
         construct("metis", rows, 3, seed=0)
-    for name in CONSTRUCTIONS:
+    for name in get_args(Construction):
         with pytest.raises(ValueError, match="12 neurons do not divide into 5 experts"):
             construct(name, rows, 5, seed=0, activations=activations)
         with pytest.raises(ValueError, match="rows hold values that are not finite"):

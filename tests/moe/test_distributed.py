@@ -23,7 +23,7 @@ def model() -> nn.Module:
     ffns = []
     for _ in range(2):
         ffn = ExpertFFN(16, 32, experts=4, top_k=1, router=CenterRouter(16, 4), backend="loop")
-        ffn.router.follow(ffn.key_rows)
+        ffn.router.on_permuted(ffn.gating_weight)
         ffn.set_mode("sparse")
         ffns.append(ffn)
     return nn.Sequential(*ffns).double()

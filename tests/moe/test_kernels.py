@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, fused
-from ssd_lit.moe.backends.decode_gpu import few
+from ssd_lit.moe.backends.decode_gpu import decode_gpu
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels.grouping import group_by_expert
 from ssd_lit.moe.kernels.routing import route
 from ssd_lit.moe.routers import CenterRouter
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 pytest.importorskip("triton")
 
@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 def problem(
     tokens: int, width: int, experts: int, neurons: int, k: int, *,
     gated: bool = False, bias: bool = True, weighted: bool = False, load: str = "random", seed: int = 0,
-) -> tuple[Tensor, Choice, Experts, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Routing, Experts, list[Tensor]]:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
 
     def fresh(*size: int) -> Tensor:
@@ -38,10 +38,12 @@ def problem(
     if load == "ragged":
         chosen = torch.where(torch.rand(tokens, k, generator=g) < 0.4, experts, chosen)
     leaves = [p for p in (x, w_in, w_out, b_in, w_gate, weights) if p is not None]
-    return x, Choice(chosen, weights, load == "ragged"), Experts(w_in, w_out, b_in, w_gate), leaves
+    return x, Routing(chosen, weights, load == "ragged"), Experts(w_in, w_out, b_in, w_gate), leaves
 
 
-def outcome(backend: Backend, parts: tuple[Tensor, Choice, Experts, Sequence[Tensor]], activation: str) -> list[Tensor]:
+def outcome(
+    backend: Backend, parts: tuple[Tensor, Routing, Experts, Sequence[Tensor]], activation: str
+) -> list[Tensor]:
     x, choice, experts, leaves = parts
     y = backend(x, choice, experts, Activation(activation))
     weight = torch.linspace(-1, 1, y.numel()).view_as(y)
@@ -91,13 +93,13 @@ def test_few_agrees_with_the_masked_reference(case: str) -> None:
     x, choice, experts, _ = problem(*CASES[case], **KINDS.get(case, {}))
     with torch.no_grad():
         expected = BACKENDS["masked"](x, choice, experts, Activation("relu"))
-        torch.testing.assert_close(few(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decode_gpu(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
 
 
 def layer(backend: str) -> ExpertFFN:
     torch.manual_seed(0)
     ffn = ExpertFFN(16, 32, experts=4, top_k=2, router=CenterRouter(16, 4), backend=backend)
-    ffn.router.follow(ffn.key_rows)
+    ffn.router.on_permuted(ffn.gating_weight)
     ffn.set_mode("sparse")
     return ffn
 
@@ -121,8 +123,8 @@ def test_fused_compiles_as_one_graph_and_can_be_checkpointed(how: str) -> None:
 
 def test_few_refuses_a_gradient() -> None:
     x, choice, experts, _ = problem(3, 16, 4, 8, 2)
-    with pytest.raises(ValueError, match=r"'few'.*no gradient.*'fused'"):
-        few(x, choice, experts, Activation("relu"))
+    with pytest.raises(ValueError, match=r"'decode_gpu'.*no gradient.*'fused'"):
+        decode_gpu(x, choice, experts, Activation("relu"))
 
 
 def test_fused_refuses_dropout_of_activations() -> None:
@@ -139,7 +141,7 @@ def test_parts_of_a_busy_expert_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _, experts, leaves = problem(200, 16, 5, 8, 1)
     # Of 40 rows in an even share, one expert gets 150, one 49, one 1, and two none.
     chosen = torch.tensor([1] * 150 + [3] * 49 + [4])[torch.randperm(200, generator=g), None]
-    parts = (x, Choice(chosen), experts, leaves)
+    parts = (x, Routing(chosen), experts, leaves)
     for reference, got in zip(*(outcome(b, parts, "relu") for b in (BACKENDS["masked"], fused.fused)), strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ssd_lit.config import ModelConfig, MoEConfig, OptimConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.permutation import moefy, reorder_neurons
+from ssd_lit.moe.permutation import moefy, permute_neurons
 from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.training.optim import build_optimizer
 
@@ -24,7 +24,7 @@ def language_model(seed: int = 0, top_k: int = 3) -> LanguageModel:
     model = LanguageModel(
         ModelConfig(layers=2, d_model=16, heads=2, d_ff=64),
         MoEConfig(experts=EXPERTS, top_k=top_k),
-        Specials(V, eos_id=0),
+        VocabInfo(V, eos_id=0),
         context=12,
     ).double()  # fmt: skip
     for parameter in model.parameters():  # biases too, which start at zero
@@ -64,7 +64,7 @@ def test_with_all_experts_on_sparse_equals_dense(backend: str) -> None:
         ffn.backend = backend
         # Every expert holds at least none of the activation mass. (With top_k = E the dense FFN itself is run.)
         ffn.oracle, ffn.threshold = True, 0.0
-        assert ffn.choose(torch.randn(5, 16, dtype=ffn.w_in.dtype)).experts.unique().tolist() == list(range(EXPERTS))
+        assert ffn.route(torch.randn(5, 16, dtype=ffn.w_in.dtype)).experts.unique().tolist() == list(range(EXPERTS))
     assert (model(batch(4)) - dense).abs().max() < (1e-4 if backend == "grouped" else 1e-12)
     for ffn in model.ffns:
         ffn.oracle, ffn.threshold = False, None
@@ -88,7 +88,7 @@ def test_an_optimiser_step_after_a_round_trip_equals_one_without_it_up_to_the_or
     train(moved, moved_optimizer, seeds=(4,))
 
     for ffn, order in zip(plain.ffns, orders, strict=True):
-        reorder_neurons(ffn, order)
+        permute_neurons(ffn, order)
     for (name, a), b in zip(plain.named_parameters(), moved.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
 
@@ -104,7 +104,7 @@ def test_moments_left_behind_would_be_noticed() -> None:
     orders = moefy_all(moved)
     train(plain, optimizer, seeds=(4,))
     train(moved, moved_optimizer, seeds=(4,))
-    reorder_neurons(plain.ffns[0], orders[0])
+    permute_neurons(plain.ffns[0], orders[0])
     assert (plain.ffns[0].w_in - moved.ffns[0].w_in).abs().max() > 1e-6
 
 
@@ -120,5 +120,5 @@ def test_labels_of_unequal_clusters_are_refused() -> None:
     with pytest.raises(ValueError, match="4 of 8 neurons into each of 2 experts"):
         moefy(ffn, torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]))
     with pytest.raises(ValueError, match="permutation"):
-        reorder_neurons(ffn, torch.tensor([0, 0, 1, 2, 3, 4, 5, 6]))
+        permute_neurons(ffn, torch.tensor([0, 0, 1, 2, 3, 4, 5, 6]))
     moefy(ffn, random_balanced(8, 2, seed=0))

@@ -3,21 +3,21 @@ import torch
 import torch.nn.functional as F
 
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.permutation import copy_into_experts
+from ssd_lit.moe.permutation import upcycle_into
 from ssd_lit.moe.routers import build_router, gate_losses
 from ssd_lit.moe.routing import experts_above, scheduled_k, top_k_experts
 
 
-def ffn_with(router: str, *, copies: bool = False, top_k: int = 2, backend: str = "masked") -> ExpertFFN:
+def ffn_with(router: str, *, upcycled: bool = False, top_k: int = 2, backend: str = "masked") -> ExpertFFN:
     torch.manual_seed(1)
     return ExpertFFN(
-        8, 96 if copies else 24, experts=4, top_k=top_k, router=build_router(router, 8, 4, 5), copies=copies,
+        8, 96 if upcycled else 24, experts=4, top_k=top_k, router=build_router(router, 8, 4, 5), upcycled=upcycled,
         backend=backend,
     ).double()  # fmt: skip
 
 
 def test_a_learned_router_weighs_experts_by_a_softmax_over_the_chosen_that_adds_up_to_k() -> None:
-    ffn = ffn_with("learned")
+    ffn = ffn_with("gate")
     ffn.set_mode("sparse")
     x = torch.randn(7, 8, dtype=torch.double)
     logits = x @ ffn.router.gate.T
@@ -50,7 +50,7 @@ def test_the_load_balancing_loss_is_one_when_even_and_grows_with_collapse() -> N
 
 def test_a_gate_trained_on_its_balance_loss_alone_evens_the_load() -> None:
     torch.manual_seed(3)
-    router = build_router("learned", 8, 4, 1)
+    router = build_router("gate", 8, 4, 1)
     x = torch.randn(512, 8) + 1.5 * F.normalize(router.gate.detach()[0], dim=0)
     router.gate.data *= 20
 
@@ -70,9 +70,9 @@ def test_a_gate_trained_on_its_balance_loss_alone_evens_the_load() -> None:
 
 
 def test_copies_with_weights_that_add_up_to_one_compute_what_the_single_ffn_did() -> None:
-    source = ffn_with("learned")
-    target = ffn_with("learned", copies=True)
-    copy_into_experts(source, target)
+    source = ffn_with("gate")
+    target = ffn_with("gate", upcycled=True)
+    upcycle_into(source, target)
     x = torch.randn(5, 8, dtype=torch.double)
     for k in (1, 3, 4):
         target.set_mode("sparse", k)
@@ -81,13 +81,13 @@ def test_copies_with_weights_that_add_up_to_one_compute_what_the_single_ffn_did(
     with pytest.raises(ValueError, match="no dense mode"):
         target(x)
     with pytest.raises(ValueError, match="4 copies of 96 neurons do not make 96"):
-        copy_into_experts(target, target)
+        upcycle_into(target, target)
 
 
 def test_dynamic_k_takes_the_experts_near_the_best_one() -> None:
     scores = torch.tensor([[4.0, 3.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.1, 0.0]])
     assert experts_above(scores, 0.5).tolist() == [[0, 1, 4, 4], [0, 1, 2, 3], [4, 4, 2, 4]]
-    ffn = ffn_with("norm", backend="loop")
+    ffn = ffn_with("norm_mlp", backend="loop")
     # Tokens for which no hidden unit of the router fires shall not tie.
     torch.nn.init.normal_(ffn.router.b_out)
     ffn.set_mode("sparse")
@@ -103,35 +103,35 @@ def test_dynamic_k_takes_the_experts_near_the_best_one() -> None:
 
 
 def test_the_oracle_changes_what_a_gate_chooses_and_not_how_it_weighs() -> None:
-    ffn = ffn_with("learned")
+    ffn = ffn_with("gate")
     ffn.set_mode("sparse")
     ffn.oracle = True
     x = torch.randn(20, 8, dtype=torch.double)
-    choice = ffn.choose(x)
-    assert choice.experts.sort().values.equal(top_k_experts(ffn.mass(x), 2).sort().values)
+    choice = ffn.route(x)
+    assert choice.experts.sort().values.equal(top_k_experts(ffn.activation_mass(x), 2).sort().values)
     expected = 2 * ffn.router(x).gather(1, choice.experts).softmax(-1)
     torch.testing.assert_close(choice.weights, expected)
 
 
 def test_directions_begin_as_the_centres_and_learn_to_find_more_mass() -> None:
-    tuned, plain = ffn_with("direction"), ffn_with("center")
+    tuned, plain = ffn_with("centers"), ffn_with("center")
     with torch.no_grad():  # An expert of long rows contributes more, which centres of one length do not tell.
         tuned.w_in[:6] *= 3
         plain.w_in[:6] *= 3
-    plain.router.follow(plain.key_rows)
-    tuned.router.begin(tuned.key_rows)
+    plain.router.on_permuted(plain.gating_weight)
+    tuned.router.init_trainable(tuned.gating_weight)
     x, unseen = torch.randn(2, 500, 8, dtype=torch.double)
 
     def found(ffn: ExpertFFN) -> torch.Tensor:
         ffn.set_mode("sparse", 1)
-        return ffn.mass(unseen).gather(1, ffn.choose(unseen).experts).sum()
+        return ffn.activation_mass(unseen).gather(1, ffn.route(unseen).experts).sum()
 
     before = found(tuned)
     assert before == found(plain)
     optimizer = torch.optim.Adam(tuned.router.parameters(), lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
-        F.cross_entropy(tuned.router(x).log(), F.normalize(tuned.mass(x).detach(), p=1)).backward()
+        F.cross_entropy(tuned.router(x).log(), F.normalize(tuned.activation_mass(x).detach(), p=1)).backward()
         optimizer.step()
     assert found(tuned) > 1.05 * before
 
@@ -139,15 +139,15 @@ def test_directions_begin_as_the_centres_and_learn_to_find_more_mass() -> None:
 def test_a_frozen_router_has_nothing_to_train_and_the_oracle_beats_it() -> None:
     for name in ("center", "random"):
         ffn = ffn_with(name)
-        ffn.router.follow(ffn.key_rows)
+        ffn.router.on_permuted(ffn.gating_weight)
         assert not list(ffn.router.parameters())
         ffn.set_mode("sparse")
         x = torch.randn(200, 8, dtype=torch.double)
-        mass = ffn.mass(x)
-        found = mass.gather(1, ffn.choose(x).experts).sum()
+        mass = ffn.activation_mass(x)
+        found = mass.gather(1, ffn.route(x).experts).sum()
         ffn.oracle = True
-        assert found < mass.gather(1, ffn.choose(x).experts).sum()
-    with pytest.raises(ValueError, match="allowed are center, random, learned, mass, norm, direction"):
+        assert found < mass.gather(1, ffn.route(x).experts).sum()
+    with pytest.raises(ValueError, match="allowed are center, random, gate, mass_mlp, norm_mlp, centers"):
         build_router("centre", 8, 4, 1)
 
 

@@ -21,7 +21,7 @@ def make(activation: str = "relu", gated: bool = False) -> ExpertFFN:
     ffn = ExpertFFN(
         8, 32, experts=4, top_k=2, router=CenterRouter(8, 4), activation=activation, gated=gated, backend="masked"
     )
-    ffn.router.follow(ffn.key_rows)
+    ffn.router.on_permuted(ffn.gating_weight)
     return ffn
 
 
@@ -31,7 +31,7 @@ def test_active_ratio_counts_neurons_that_fire_among_those_computed() -> None:
     fires = (x @ ffn.w_in.T) > 0
     assert active_ratio(ffn, x) == pytest.approx(fires.float().mean().item())
     ffn.set_mode("sparse")
-    chosen = ffn.choose(x).experts
+    chosen = ffn.route(x).experts
     expected = sum(fires[t, 8 * e : 8 * e + 8].sum().item() for t in range(20) for e in chosen[t].tolist())
     assert active_ratio(ffn, x) == pytest.approx(expected / (20 * 32))
 
@@ -40,7 +40,7 @@ def test_active_ratio_counts_neurons_that_fire_among_those_computed() -> None:
 def test_with_smooth_activations_the_smallest_set_that_holds_the_norm_counts(gated: bool) -> None:
     ffn = make("silu", gated)
     x = torch.randn(11, 8)
-    hidden = ACTIVATIONS["silu"](x @ ffn.key_rows.T) * (x @ ffn.w_in.T if gated else 1)
+    hidden = ACTIVATIONS["silu"](x @ ffn.gating_weight.T) * (x @ ffn.w_in.T if gated else 1)
     contributions = hidden.abs() * ffn.w_out.norm(dim=1)
     found = active_neurons(ffn, x)
     for c, mine in zip(contributions, found, strict=True):
@@ -49,7 +49,7 @@ def test_with_smooth_activations_the_smallest_set_that_holds_the_norm_counts(gat
         assert mine.sum() == count
         assert c[mine].norm() >= NORM_SHARE * total
     with_relu = make("relu", gated)
-    assert active_ratio(with_relu, x) == pytest.approx(((x @ with_relu.key_rows.T) > 0).float().mean().item())
+    assert active_ratio(with_relu, x) == pytest.approx(((x @ with_relu.gating_weight.T) > 0).float().mean().item())
 
 
 def test_expert_load_adds_up_to_k_and_its_entropy_is_one_when_even() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ssd_lit.config import Experiment, RunConfig
 from ssd_lit.paths import data_dir, run_dir, write_configs
 from ssd_lit.records import PhaseRecord, Totals
-from ssd_lit.support.files import write_sealed, write_text
+from ssd_lit.support.files import write_json_checked, write_text
 
 STEPS, BATCH, LENGTH, LAYERS, D_FF = 400, 16, 32, 3, 64
 TOKENS = BATCH * LENGTH
@@ -30,7 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense", "label": "Dense"},
     "ssd": {"method": "ssd", "label": "SSD"},
     "sparse": {"method": "sparse", "label": "MoE from scratch"},
-    "posthoc": {"method": "posthoc", "label": "Post-hoc <MoE>", "start_from": "dense"},
+    "posthoc": {"method": "posthoc", "label": "Post-hoc <MoE>", "parent_arm": "dense"},
 }
 """The four arms of every test that asks for no others."""
 
@@ -38,22 +38,22 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ssd_fixed": {
         "method": "ssd", "label": "SSD, fixed switches", "switching": {"switch_points": [100, 180, 220, 300]},
     },
-    "ssd_mass": {"method": "ssd", "label": "SSD, mass router", "moe": {"trained_router": "mass"}},
-    "learned": {"method": "sparse", "label": "MoE, learned gate", "moe": {"router": "learned"}},
+    "ssd_mass": {"method": "ssd", "label": "SSD, mass router", "moe": {"posthoc_router": "mass_mlp"}},
+    "gate": {"method": "sparse", "label": "MoE, learned gate", "moe": {"router": "gate"}},
     "dropout": {
         "method": "sparse", "label": "SMoE-Dropout",
         "moe": {"router": "random", "k_schedule": {"kind": "linear", "start": 2, "end": 16}},
     },
     "upcycle": {
-        "method": "upcycle", "label": "Upcycled", "start_from": "dense",
-        "moe": {"router": "learned", "experts": 4, "top_k": 2}, "training": {"steps": 200},
+        "method": "upcycle", "label": "Upcycled", "parent_arm": "dense",
+        "moe": {"router": "gate", "experts": 4, "top_k": 2}, "training": {"steps": 200},
     },
     "posthoc_norm": {
-        "method": "posthoc", "label": "Post-hoc, norm router", "start_from": "dense",
-        "moe": {"trained_router": "norm"},
+        "method": "posthoc", "label": "Post-hoc, norm router", "parent_arm": "dense",
+        "moe": {"posthoc_router": "norm_mlp"},
     },
-    "matched": {"method": "dense", "label": "Dense at SSD's FLOPs", "match_flops": "ssd"},
-    "small": {"method": "dense", "label": "Smaller dense", "match_flops": "ssd", "model": {"layers": 2}},
+    "matched": {"method": "dense", "label": "Dense at SSD's FLOPs", "match_flops_of_arm": "ssd"},
+    "small": {"method": "dense", "label": "Smaller dense", "match_flops_of_arm": "ssd", "model": {"layers": 2}},
 }  # fmt: skip
 GRIDS: dict[str, dict[str, Any]] = {
     "tau": {"method": "ssd", "label": "SSD over tau", "grid": {
@@ -67,8 +67,8 @@ GRIDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ROUTED: dict[str, dict[str, Any]] = {
     "routed": {
-        "method": "posthoc", "label": "SSD", "start_from": "ssd",
-        "grid": {"moe.trained_router": ["mass", "direction"]},
+        "method": "posthoc", "label": "SSD", "parent_arm": "ssd",
+        "grid": {"moe.posthoc_router": ["mass_mlp", "centers"]},
     },
 }  # fmt: skip
 """A grid of routers behind SSD's model, for those who ask for it."""
@@ -76,21 +76,21 @@ ROUTED: dict[str, dict[str, Any]] = {
 Losses = dict[str, tuple[float | None, float | None]]
 FINAL: Losses = {
     "dense": (3.30, None), "ssd": (3.33, 3.40), "sparse": (3.45, 3.42), "posthoc": (3.30, 5.90),
-    "ssd_fixed": (3.35, 3.44), "ssd_mass": (3.33, 3.385), "learned": (4.20, 3.39), "dropout": (3.40, 3.52),
+    "ssd_fixed": (3.35, 3.44), "ssd_mass": (3.33, 3.385), "gate": (4.20, 3.39), "dropout": (3.40, 3.52),
     "upcycle": (None, 3.24), "posthoc_norm": (3.30, 5.20), "matched": (3.335, None), "small": (3.38, None),
     "tau.tau_0.9": (3.31, 3.47), "tau.tau_0.6": (3.34, 3.41), "tau.tau_0.75": (3.32, 3.43),
     "square.top_k_4.construction_kmeans": (3.34, 3.50), "square.top_k_4.construction_random": (3.38, 3.70),
     "square.top_k_6.construction_kmeans": (3.33, 3.40), "square.top_k_6.construction_random": (3.36, 3.55),
-    "routed.trained_router_mass": (3.33, 3.375), "routed.trained_router_direction": (3.33, 3.385),
+    "routed.posthoc_router_mass_mlp": (3.33, 3.375), "routed.posthoc_router_centers": (3.33, 3.385),
     "square.top_k_8.construction_kmeans": (3.32, 3.36), "square.top_k_8.construction_random": (3.33, 3.42),
 }  # fmt: skip
 """Losses of the final models in dense and in sparse mode."""
 SAME_WEIGHTS = {
     "ssd_mass": "ssd", "posthoc_norm": "posthoc",
-    "routed.trained_router_mass": "ssd", "routed.trained_router_direction": "ssd",
+    "routed.posthoc_router_mass_mlp": "ssd", "routed.posthoc_router_centers": "ssd",
 }  # fmt: skip
 ORACLE = 0.6
-"""Share of the loss above dense mode that stays when the oracle chooses."""
+"""Fraction of the loss above dense mode that stays when the oracle chooses."""
 
 
 class Tree(NamedTuple):
@@ -140,7 +140,7 @@ def build(root: Path, config: Experiment, losses: Losses | None = None) -> Tree:
         _write_metrics(folder / "metrics.jsonl", run, chains[run.name], trained)
         _write_evaluation(folder / "evaluation.json", run, dense, sparse, plain)
     card_dir = data_dir(results, config.data)
-    write_sealed(card_dir / "documents" / "card.json", {
+    write_json_checked(card_dir / "documents" / "card.json", {
         "sources": [{"name": "sotu", "description": "Presidential <addresses>", "terms": "public domain",
                      "documents": 240, "bytes": 12_000_000}],
         "splits": {"train": {"documents": 230, "tokens": 3_000_000}, "validation": {"documents": 5}},
@@ -155,7 +155,7 @@ def _phases(run: RunConfig, chains: dict[str, list[PhaseRecord]]) -> list[tuple[
         return [("dense", int(spent / (TOKENS * _cost(run, "dense"))), "budget")]
     if run.method in ("sparse", "upcycle"):
         return [("moefy", 0, "done"), ("sparse", run.training.steps, "budget")]
-    afterwards = [("router", 0, "router trained")] if run.moe.trained_router else []
+    afterwards = [("router", 0, "router trained")] if run.moe.posthoc_router else []
     if run.method == "posthoc":
         return [("moefy", 0, "done"), *afterwards]
     if run.switching.switch_points is not None:
@@ -178,7 +178,7 @@ def _cost(run: RunConfig, mode: str) -> float:
 
 def _chain(run: RunConfig, chains: dict[str, list[PhaseRecord]]) -> list[PhaseRecord]:
     phases = _phases(run, chains)
-    total = Totals() if run.starts_from is None else chains[run.starts_from][-1].total
+    total = Totals() if run.parent_run is None else chains[run.parent_run][-1].total
     chain: list[PhaseRecord] = []
     first = 0
     for index, (mode, steps, ended_by) in enumerate(phases):
@@ -206,7 +206,7 @@ def _write_metrics(path: Path, run: RunConfig, chain: list[PhaseRecord], final: 
     for step in range(10, chain[-1].last_step + 1, 10):
         phase = next(record for record in chain if step <= record.last_step and record.steps)
         left = (phase.last_step - step) / phase.steps
-        loss = final + (0.3 if run.starts_from else 4.3) * math.exp(-step / 60)
+        loss = final + (0.3 if run.parent_run else 4.3) * math.exp(-step / 60)
         loss += 0.08 if phase.mode == "sparse" and run.method == "ssd" else 0.0
         values = {
             "train/loss": loss + 0.05 * math.sin(7.0 * step + run.seed),
@@ -235,16 +235,16 @@ def _write_evaluation(
             left = (experts - k) / (experts - top_k)
             curve.append({"top_k": k, "loss": floor + (sparse - floor) * left})
             oracle.append({"top_k": k, "loss": floor + ORACLE * (plain - floor) * left})
-        if run.moe.trained_router is not None:
+        if run.moe.posthoc_router is not None:
             thresholds = [
                 {"threshold": share, "mean_k": k, "loss": floor + 0.8 * (sparse - floor) * (16 - k) / (16 - top_k)}
                 for share, k in THRESHOLDS
             ]
     ratios = [0.10, 0.12, 0.15] if run.arm in ("dense", "posthoc") else [0.07, 0.08, 0.10]
-    write_sealed(path, {
+    write_json_checked(path, {
         "loss_dense": dense, "loss_sparse": sparse, "experts": experts if sparse is not None else None,
         "top_k": top_k if sparse is not None else None,
-        "router": None if sparse is None else run.moe.trained_router or run.moe.router,
+        "router": None if sparse is None else run.moe.posthoc_router or run.moe.router,
         "curve": curve, "oracle_curve": oracle, "threshold_curve": thresholds,
         "held_out": {"novel": {"blocks": 8, "loss_dense": None if dense is None else dense + 1, "curve": [
             {**point, "loss": point["loss"] + 1} for point in curve

@@ -17,7 +17,7 @@ from ssd_lit.report.pattern_figures import main_setting, similarity_pairs, simil
 from ssd_lit.report.report import write_report
 from ssd_lit.report.runs import RunResult, load_results
 from ssd_lit.report.token_tables import token_tables
-from ssd_lit.support.files import sha256, write_sealed
+from ssd_lit.support.files import sha256, write_json_checked
 from tests.conftest import tiny_experiment
 from tests.report.conftest import LAYERS, STEPS, Tree, build, experiment
 
@@ -78,7 +78,7 @@ def write_tables(tree: Tree) -> None:
             columns = ["layer", "expert", "rank", "token_id", "token", "seen", "count", "lift"]
             pd.DataFrame(rows, columns=columns).to_csv(folder / "tokens.csv", index=False)
         digests = {path.name: sha256(path) for path in folder.iterdir()}
-        write_sealed(folder / "analysis.json", {"digests": digests})
+        write_json_checked(folder / "analysis.json", {"digests": digests})
 
 
 def analysed(root: Path, seeds: tuple[int, ...]) -> Tree:

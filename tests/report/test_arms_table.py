@@ -35,7 +35,9 @@ def test_mean_and_range_over_seeds_are_those_of_the_runs(two_seeds):
             (sum(values) / 2, min(values), max(values), 2)
         )
         assert one(table, arm, "", "", "flops")[0] == pytest.approx(sum(run.total.flops for run in runs) / 2)
-        assert one(table, arm, "", "", "sparse_share")[0] == pytest.approx(sum(run.sparse_share for run in runs) / 2)
+        assert one(table, arm, "", "", "sparse_fraction")[0] == pytest.approx(
+            sum(run.sparse_fraction for run in runs) / 2
+        )
         speeds = [run.total.tokens / run.total.seconds for run in runs]
         assert one(table, arm, "", "", "tokens_per_second")[:2] == pytest.approx((sum(speeds) / 2, min(speeds)))
 

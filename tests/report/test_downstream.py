@@ -14,7 +14,7 @@ from ssd_lit.report.figures import write_figures
 from ssd_lit.report.names import OF_DOWNSTREAM, figure_names
 from ssd_lit.report.report import write_report
 from ssd_lit.report.runs import load_results
-from ssd_lit.support.files import write_sealed
+from ssd_lit.support.files import write_json_checked
 from tests.report.conftest import Tree, build, experiment
 from tests.report.test_report import Page
 
@@ -45,7 +45,7 @@ def fill(tree: Tree) -> None:
             for mode in modes[::2]
             for place, (name, field) in enumerate(FIELDS.items())
         ]
-        write_sealed(run_dir(tree.results, run) / "downstream/downstream.json", {
+        write_json_checked(run_dir(tree.results, run) / "downstream/downstream.json", {
             "glue": None if run.arm in ("sparse", "posthoc") else glue,
             "blimp": None if run.arm == "sparse" else {"scores": pairs},
             "left_out": {"glue": "a reason"} if run.arm == "sparse" else {},
@@ -133,7 +133,7 @@ def test_what_an_arm_scored_before_it_was_left_out_is_shown_no_more(tmp_path: Pa
     table = glue_table(load_results(tree.exp_dir, tree.runs))
     assert table is not None
     assert [name for name, _ in table.arms] == ["Commonest class", "Dense"]
-    tried = write_downstream(tree.exp_dir, tree.experiment.tried_runs())
+    tried = write_downstream(tree.exp_dir, tree.experiment.downstream_runs())
     assert set(pd.read_csv(tried)["run"]) == {"dense-seed0"}
 
 

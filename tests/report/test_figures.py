@@ -14,7 +14,7 @@ from ssd_lit.report.names import figure_names
 from ssd_lit.report.perplexity_figure import over_k
 from ssd_lit.report.runs import by_arm, load_results
 from ssd_lit.report.style import arm_styles, save
-from ssd_lit.report.view import MOST_CURVES, MOST_PANELS, in_view
+from ssd_lit.report.view import MOST_CURVES, MOST_PANELS, select_arms
 from tests.report.conftest import ARMS, OTHERS, THRESHOLDS
 
 
@@ -129,7 +129,7 @@ def test_router_table_holds_own_router_oracle_and_dynamic_k(many):
     results = {result.name: result for result in load_results(many.exp_dir, many.runs)}
     _, table = router_figure.over_k(list(results.values()))
     rows = table[table["run"] == "ssd_mass-seed1"].set_index("choice")
-    assert set(rows["router"]) == {"mass"}
+    assert set(rows["router"]) == {"mass_mlp"}
     at_k = rows[rows["k"] == 6]
     assert at_k.loc["own", "perplexity"] == pytest.approx(results["ssd_mass-seed1"].ppl_sparse)
     assert at_k.loc["oracle", "perplexity"] == pytest.approx(results["ssd_mass-seed1"].ppl_oracle)
@@ -145,7 +145,7 @@ def test_arms_that_differ_in_their_router_only_stand_together_on_one_scale(make_
     results = load_results(tree.exp_dir, tree.runs)
     groups = [[arm.name for arm in group] for group in router_figure.by_router(arms_of(results))]
     assert ["ssd", "ssd_mass"] in groups
-    assert ["sparse", "learned"] in groups
+    assert ["sparse", "gate"] in groups
     assert ["posthoc", "posthoc_norm"] in groups
     assert ["dropout"] in groups
     figure, _ = router_figure.over_k(results)
@@ -155,7 +155,7 @@ def test_arms_that_differ_in_their_router_only_stand_together_on_one_scale(make_
 
 
 def test_a_model_without_a_dense_mode_has_no_dashed_line(make_tree):
-    tree = make_tree((0,), ("dense", "upcycle", "learned"))
+    tree = make_tree((0,), ("dense", "upcycle", "gate"))
     figure, table = over_k(load_results(tree.exp_dir, tree.runs))
     dashed = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"]
     dense = table[(table["mode"] == "dense") & (table["arm"] == "dense")]["perplexity"].item()
@@ -165,7 +165,7 @@ def test_a_model_without_a_dense_mode_has_no_dashed_line(make_tree):
 def test_with_many_arms_the_cells_of_grids_are_left_out_of_the_figures_but_not_of_their_data(many):
     results = load_results(many.exp_dir, many.runs)
     alone = set(by_arm(results)) - {"tau", "square"}
-    shown = {result.arm for result in in_view(results, MOST_CURVES)}
+    shown = {result.arm for result in select_arms(results, MOST_CURVES)}
     assert shown == {*ARMS, *OTHERS}
     for draw in (over_steps, over_k, active_neurons, router_figure.over_k):
         figure, table = draw(results)
@@ -176,7 +176,7 @@ def test_with_many_arms_the_cells_of_grids_are_left_out_of_the_figures_but_not_o
 def test_with_few_arms_cells_are_drawn_in_a_ramp_of_their_own(make_tree):
     tree = make_tree((0,), ("dense", "tau"))
     results = load_results(tree.exp_dir, tree.runs)
-    assert in_view(results, MOST_PANELS) == results
+    assert select_arms(results, MOST_PANELS) == results
     styles = arm_styles(results)
     assert styles["dense"] == arm_styles(results[:1])["dense"]
     assert len({style.colour for style in styles.values()}) == 4

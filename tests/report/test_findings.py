@@ -152,15 +152,15 @@ def test_what_a_trained_router_buys(make_tree, loss, words):
 def test_routers_in_a_grid_behind_ssd_are_told_one_by_one_against_its_own(make_tree):
     tree = make_tree((0,), ("dense", "ssd", "routed"))
     found = told(tree)
-    for router, loss in (("mass", 3.375), ("direction", 3.385)):
-        text = found[f"SSD, trained_router {router}: what the router buys"].text
+    for router, loss in (("mass_mlp", 3.375), ("centers", 3.385)):
+        text = found[f"SSD, posthoc_router {router}: what the router buys"].text
         assert f"perplexity is {math.exp(loss):.2f}, " in text
         assert f"the {math.exp(3.40):.2f} of SSD, the same model with its center router" in text
         assert "on average 9.5 experts give" in text
     # All start from one model, whose dense mode no router changes.
     grid = found["Grid: SSD"].text
     assert f"In dense mode the perplexity is {math.exp(3.33):.2f} with all of them." in grid
-    assert f"In sparse mode the lowest perplexity is {math.exp(3.375):.2f} (trained_router mass)" in grid
+    assert f"In sparse mode the lowest perplexity is {math.exp(3.375):.2f} (posthoc_router mass_mlp)" in grid
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ssd_lit.report.report import write_report
 from ssd_lit.report.router_table import router_rows
 from ssd_lit.report.runs import load_results
 from ssd_lit.report.summary import write_summary
-from ssd_lit.support.files import write_sealed
+from ssd_lit.support.files import write_json_checked
 
 PROVENANCE = {
     "git commit": "0123abc",
@@ -102,7 +102,7 @@ def test_arms_of_every_method_are_told(page_of_many, many):
     """Also one without a dense mode, and what runs start from and are matched to."""
     for result in load_results(many.exp_dir, many.runs):
         assert f"run-{result.name}" in page_of_many.ids
-        for other in (result.config.starts_from, result.config.matches):
+        for other in (result.config.parent_run, result.config.matches):
             assert other is None or f"#run-{other}" in page_of_many.links
         for phase in result.chain:
             assert f"runs/{result.name}/phases/{phase.name}/" in page_of_many.links
@@ -119,8 +119,8 @@ def test_what_is_the_papers_and_what_is_ours(page, page_of_many, many):
     parts = {row[0] for row in page_of_many.rows}
     runs = [result.config for result in load_results(many.exp_dir, many.runs)]
     assert ("Sparse upcycling" in parts) == any(run.method == "upcycle" for run in runs)
-    assert ("Learned gate" in parts) == any(run.moe.router == "learned" for run in runs)
-    assert ("Dense training for another arm's FLOPs" in parts) == any(run.match_flops for run in runs)
+    assert ("Learned gate" in parts) == any(run.moe.router == "gate" for run in runs)
+    assert ("Dense training for another arm's FLOPs" in parts) == any(run.match_flops_of_arm for run in runs)
     assert "Sparse upcycling" not in {row[0] for row in page.rows}
 
 
@@ -128,7 +128,7 @@ def test_routers_are_told_with_their_bounds(page_of_many, many):
     results = load_results(many.exp_dir, many.runs)
     for arm, told in router_rows(results):
         moe = arm.config.moe
-        router = moe.trained_router or moe.router
+        router = moe.posthoc_router or moe.router
         assert [arm.label, router, f"{moe.top_k} of {moe.experts}", *told] in page_of_many.rows
         assert arm.method != "dense"
     rows = {arm.name: told for arm, told in router_rows(results)}
@@ -217,7 +217,7 @@ def test_same_bytes_twice(html, two_seeds):
 def test_card_of_other_keys(make_tree):
     tree = make_tree((0,), ("dense",))
     write_figures(tree.exp_dir, tree.experiment)
-    write_sealed(tree.data_dir / "documents" / "card.json", {"note": "odd", "sources": [{"bytes": "many"}, 3]})
+    write_json_checked(tree.data_dir / "documents" / "card.json", {"note": "odd", "sources": [{"bytes": "many"}, 3]})
     text = Page(write_report(tree.exp_dir, tree.experiment, tree.data_dir, {}).read_text()).text
     assert "odd" in text
 

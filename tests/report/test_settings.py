@@ -4,7 +4,7 @@ from ssd_lit.report.settings import AFTERWARDS, ROUTER, alike_but, differences, 
 
 def test_differences_hold_both_values(many):
     configs = {run.arm: run for run in many.runs}
-    assert differences(configs["ssd_mass"], configs["ssd"]) == {"moe.trained_router": ("mass", "-")}
+    assert differences(configs["ssd_mass"], configs["ssd"]) == {"moe.posthoc_router": ("mass_mlp", "-")}
     assert differences(configs["small"], configs["dense"]) == {"model.layers": ("2", "3")}
     assert differences(configs["ssd"], configs["dense"]) == {}
 
@@ -12,8 +12,8 @@ def test_differences_hold_both_values(many):
 def test_arms_are_alike_but_for_some_settings(many):
     configs = {run.arm: run for run in many.runs}
     assert alike_but(configs["ssd_mass"], configs["ssd"], AFTERWARDS)
-    assert alike_but(configs["learned"], configs["sparse"], ROUTER)
-    assert not alike_but(configs["learned"], configs["sparse"], AFTERWARDS)
+    assert alike_but(configs["gate"], configs["sparse"], ROUTER)
+    assert not alike_but(configs["gate"], configs["sparse"], AFTERWARDS)
     # The same settings, but another method.
     assert not alike_but(configs["ssd"], configs["dense"], ROUTER)
 

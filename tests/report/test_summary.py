@@ -6,7 +6,7 @@ import pytest
 
 from ssd_lit.paths import run_dir
 from ssd_lit.report.summary import write_summary
-from ssd_lit.support.files import write_sealed
+from ssd_lit.support.files import write_json_checked
 
 COLUMNS = (
     "experiment,arm,method,model,seed,steps,tokens,sparse_fraction,train_flops,train_seconds,val_loss_dense,"
@@ -26,7 +26,7 @@ def test_columns_and_values(two_seeds):
         evaluation = json.loads((folder / "evaluation.json").read_text())
         phases = [json.loads(path.read_text()) for path in sorted(folder.glob("phases/*/phase.json"))]
         if run.method == "posthoc":
-            start = run_dir(two_seeds.results, run).parent / run.starts_from
+            start = run_dir(two_seeds.results, run).parent / run.parent_run
             phases = [json.loads(path.read_text()) for path in start.glob("phases/*/phase.json")] + phases
         steps = sum(phase["steps"] for phase in phases)
         assert int(row["steps"]) == steps == 400
@@ -60,7 +60,7 @@ def test_missing_file_is_named(make_tree, name):
 def test_evaluation_of_another_shape_is_named(make_tree):
     tree = make_tree((0,), ("dense",))
     path = run_dir(tree.results, tree.runs[0]) / "evaluation.json"
-    write_sealed(path, {"loss_dense": 3.0})
+    write_json_checked(path, {"loss_dense": 3.0})
     with pytest.raises(ValueError, match=r"evaluation\.json: not an evaluation"):
         write_summary(tree.exp_dir, tree.runs)
 

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.client import tracking_uri
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 
 TIMED = {"seconds", "train_seconds", "train/seconds", "train/tokens_per_second", "train/mfu", "written"}
 DIGESTS = {"sha256", "weights", "size", "start", "matched"}
@@ -51,7 +51,7 @@ def run_differences(expected: Path, got: Path) -> Iterator[str]:
             )
             yield from (f"{name}: {where}" for where in _unequal(read(expected / name), read(got / name)))
     yield from (f"evaluation.json: {x}" for x in _unequal(*(read_json(r / "evaluation.json") for r in (expected, got))))
-    a, b = (read_points(run / "metrics.jsonl") for run in (expected, got))
+    a, b = (read_metrics(run / "metrics.jsonl") for run in (expected, got))
     yield from (f"metrics.jsonl: {where}" for where in _unequal(a, b))
     for name, curve in b.items():
         if len(curve) != len(dict(curve)):

@@ -10,8 +10,8 @@ import pytest
 TAKE = """
 import os, sys, torch
 torch.cuda.device_count = lambda: {there}
-from ssd_lit.support.devices import take_gpus
-take_gpus({count}); take_gpus({count})
+from ssd_lit.support.devices import reserve_gpus
+reserve_gpus({count}); reserve_gpus({count})
 print(os.environ.get("CUDA_VISIBLE_DEVICES", "all"), flush=True)
 sys.stdin.read()
 """

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from ssd_lit.support import locks
-from ssd_lit.support.locks import alone
+from ssd_lit.support.locks import exclusive
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ssd_lit.support.locks import alone
-with alone(Path(sys.argv[1]), "train to evaluate"):
+from ssd_lit.support.locks import exclusive
+with exclusive(Path(sys.argv[1]), "train to evaluate"):
     (Path(sys.argv[1]) / "checkpoints" / ".warmup.ckpt.x.part").touch()
     print("held", flush=True)
     time.sleep(600)
@@ -33,7 +33,7 @@ def test_a_newcomer_says_who_holds_the_run_and_a_dead_holder_blocks_nobody(
     entered = threading.Event()
 
     def enter() -> None:
-        with alone(tmp_path, "train to evaluate"):
+        with exclusive(tmp_path, "train to evaluate"):
             entered.set()
 
     newcomer = threading.Thread(target=enter)
@@ -56,7 +56,7 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     for name in [*gone, *stay]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    with alone(tmp_path, "prepare"):
+    with exclusive(tmp_path, "prepare"):
         assert not (tmp_path / "documents/.work.abc").exists()
         assert not any((tmp_path / name).exists() for name in gone)
         assert all((tmp_path / name).exists() for name in stay)

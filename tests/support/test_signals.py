@@ -18,12 +18,12 @@ pathlib.Path(__file__).with_name("imported").touch()
 PROGRAM = """
 import sys, time
 from ssd_lit.support import signals
-signals.obey()
+signals.raise_on_signal()
 sys.path.insert(0, sys.argv[1])
 try:
     import slow_module
     time.sleep(60)
-except signals.Stopped as asked:
+except signals.Preempted as asked:
     print(asked, "slow_module" in sys.modules)
 """
 

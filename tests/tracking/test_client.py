@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from ssd_lit.config import RunConfig, dump, load_experiment
 from ssd_lit.support.files import write_text
 from ssd_lit.tracking.client import RunTracker, ensure_store, masked, send_report, send_runs, tracking_uri, try_for
-from ssd_lit.tracking.spool import Outbox
+from ssd_lit.tracking.spool import Spool
 from tests.faulty_server import FaultyServer
 from tests.forked import SERVER
 
@@ -294,7 +294,7 @@ def test_answers_that_are_lost_double_neither_runs_nor_points(
     server.fault = "lost"
     train(tmp_path, tmp_path.parent)
     end_of_process(others)
-    while Outbox(tmp_path).waiting():
+    while Spool(tmp_path).waiting():
         with suppress(ValueError):
             send_runs(tmp_path.parent, [tmp_path])
     server.fault = None

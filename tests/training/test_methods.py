@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ssd_lit.cli import main
-from ssd_lit.data.index import Specials, load_index
+from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.records import read_chain
 from ssd_lit.support.files import read_json
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import ROUTER
 from tests.conftest import Bench
 
@@ -42,8 +42,8 @@ def evaluated(bench: Bench, arm: str) -> dict[str, Any]:
 
 def step_costs(bench: Bench, arm: str) -> tuple[Any, int]:
     run = bench.runs[arm]
-    specials = Specials.of(load_index(bench.data / "tokens"))
-    return forward_costs(run.model, run.moe, specials, run.data.sequence_length), run.training.batch_size
+    vocab = VocabInfo.of(load_index(bench.data / "tokens"))
+    return forward_costs(run.model, run.moe, vocab, run.data.sequence_length), run.training.batch_size
 
 
 def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) ->
     alone.phases(user)
     expected, got = weights(alone, user), weights(bench, user)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    curves = [read_points(b.dir(user) / "metrics.jsonl") for b in (alone, bench)]
+    curves = [read_metrics(b.dir(user) / "metrics.jsonl") for b in (alone, bench)]
     assert curves[0].keys() == curves[1].keys()
     assert curves[0]["train/loss"] == curves[1]["train/loss"]
     assert not torch.equal(weights(bench, owner, "warmup")[f"{FFN}.w_in"], got[f"{FFN}.w_in"])
@@ -73,8 +73,8 @@ def test_a_shared_warm_up_is_trained_once_and_changes_nothing(tmp_path: Path) ->
 def test_another_run_keeps_the_experts_that_ssd_trained_together(tmp_path: Path) -> None:
     arms = {
         "ssd": {"method": "ssd"},
-        "routed": {"method": "posthoc", "start_from": "ssd", "moe": {"trained_router": "mass", "router_steps": 2}},
-        "coarser": {"method": "posthoc", "start_from": "ssd", "moe": {"experts": 2, "top_k": 1}},
+        "routed": {"method": "posthoc", "parent_arm": "ssd", "moe": {"posthoc_router": "mass_mlp", "router_steps": 2}},
+        "coarser": {"method": "posthoc", "parent_arm": "ssd", "moe": {"experts": 2, "top_k": 1}},
     }
     bench = Bench(tmp_path, arms=arms)
     for arm in arms:
@@ -90,8 +90,8 @@ def test_another_run_keeps_the_experts_that_ssd_trained_together(tmp_path: Path)
 def test_matched_flops_are_those_of_the_other_arm_but_for_less_than_a_step(tmp_path: Path) -> None:
     arms = {
         "ssd": {"method": "ssd"},
-        "stopped": {"method": "dense", "match_flops": "ssd"},
-        "smaller": {"method": "dense", "match_flops": "ssd", "model": {"d_ff": 16}},
+        "stopped": {"method": "dense", "match_flops_of_arm": "ssd"},
+        "smaller": {"method": "dense", "match_flops_of_arm": "ssd", "model": {"d_ff": 16}},
     }
     bench = Bench(tmp_path, arms=arms)
     spent = bench.phases("ssd")[-1].total
@@ -101,7 +101,7 @@ def test_matched_flops_are_those_of_the_other_arm_but_for_less_than_a_step(tmp_p
         costs, blocks = step_costs(bench, arm)
         assert 0 <= spent.flops - total.flops < blocks * costs.dense()
     # The learning rate has run its whole course all the same.
-    rates = [value for _, value in read_points(bench.dir("stopped") / "metrics.jsonl")["train/lr"]]
+    rates = [value for _, value in read_metrics(bench.dir("stopped") / "metrics.jsonl")["train/lr"]]
     assert rates[-1] == pytest.approx(0.1 * 1e-2, rel=0.05)
 
 
@@ -114,7 +114,7 @@ def test_smoe_dropout_freezes_its_router_lets_k_grow_and_pays_for_what_it_runs(t
     assert len(routers) == 2
     assert all(torch.equal(before[name], after[name]) for name in routers)
     assert not torch.equal(before[f"{FFN}.w_in"], after[f"{FFN}.w_in"])
-    ks = read_points(bench.dir("smoe") / "metrics.jsonl")["experts/top_k"]
+    ks = read_metrics(bench.dir("smoe") / "metrics.jsonl")["experts/top_k"]
     assert [k for _, k in ks] == sorted(k for _, k in ks)
     assert (ks[0][1], ks[-1][1]) == (1, 4)
     costs, blocks = step_costs(bench, "smoe")
@@ -124,19 +124,19 @@ def test_smoe_dropout_freezes_its_router_lets_k_grow_and_pays_for_what_it_runs(t
 
 
 def test_a_learned_gate_is_trained_with_the_model(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, arms={"gate": {"method": "sparse", "moe": {"router": "learned"}}})
+    bench = Bench(tmp_path, arms={"gate": {"method": "sparse", "moe": {"router": "gate"}}})
     bench.phases("gate")
     before, after = weights(bench, "gate", "moefy"), weights(bench, "gate")
     assert not torch.equal(before[f"{FFN}.router.gate"], after[f"{FFN}.router.gate"])
-    losses = [value for _, value in read_points(bench.dir("gate") / "metrics.jsonl")["validation/loss"]]
+    losses = [value for _, value in read_metrics(bench.dir("gate") / "metrics.jsonl")["validation/loss"]]
     assert losses[-1] < losses[0] - 0.3
 
 
 def test_upcycling_begins_where_the_dense_model_ended_and_counts_its_copies(tmp_path: Path) -> None:
-    moe = {"router": "learned", "experts": 4, "top_k": 2}
+    moe = {"router": "gate", "experts": 4, "top_k": 2}
     arms = {
         "dense": {"method": "dense"},
-        "up": {"method": "upcycle", "start_from": "dense", "moe": moe, "training": {"steps": 20}},
+        "up": {"method": "upcycle", "parent_arm": "dense", "moe": moe, "training": {"steps": 20}},
     }
     bench = Bench(tmp_path, arms=arms)
     dense = evaluated(bench, "dense")
@@ -145,7 +145,7 @@ def test_upcycling_begins_where_the_dense_model_ended_and_counts_its_copies(tmp_
     source = weights(bench, "dense")[f"{FFN}.w_in"]
     assert torch.equal(copied, torch.cat([source] * 4))
     points = bench.phases("up")
-    validated = read_points(bench.dir("up") / "metrics.jsonl")["validation/loss"]
+    validated = read_metrics(bench.dir("up") / "metrics.jsonl")["validation/loss"]
     assert validated[-1][1] < dense["loss_dense"] + 0.3
     costs, blocks = step_costs(bench, "up")
     # Two copies for a token are twice the FFN, and the gate comes on top.
@@ -159,7 +159,7 @@ def test_upcycling_begins_where_the_dense_model_ended_and_counts_its_copies(tmp_
 def test_a_dense_model_cut_into_experts_trains_on(tmp_path: Path) -> None:
     arms = {
         "dense": {"method": "dense"},
-        "cut": {"method": "sparse", "start_from": "dense", "moe": {"router": "learned", "construction": "kmeans"}},
+        "cut": {"method": "sparse", "parent_arm": "dense", "moe": {"router": "gate", "construction": "kmeans"}},
     }
     bench = Bench(tmp_path, arms=arms)
     bench.phases("dense")
@@ -169,9 +169,9 @@ def test_a_dense_model_cut_into_experts_trains_on(tmp_path: Path) -> None:
     assert torch.equal(source.sort().values, cut.sort().values)
 
 
-@pytest.mark.parametrize("kind", ["mass", "norm", "direction"])
+@pytest.mark.parametrize("kind", ["mass_mlp", "norm_mlp", "centers"])
 def test_router_training_touches_no_other_weight_and_learns(tmp_path: Path, kind: str) -> None:
-    moe = {"experts": 8, "top_k": 2, "trained_router": kind, "router_steps": 120, "router_lr": 1e-2}
+    moe = {"experts": 8, "top_k": 2, "posthoc_router": kind, "router_steps": 120, "router_lr": 1e-2}
     bench = Bench(tmp_path, moe=moe, arms={"ssd": {"method": "ssd"}})
     chain = bench.phases("ssd")
     assert [record.mode for record in chain[-2:]] == ["moefy", "router"]
@@ -179,7 +179,7 @@ def test_router_training_touches_no_other_weight_and_learns(tmp_path: Path, kind
     kept = [name for name in after if ROUTER not in name]
     assert kept == [name for name in before if ROUTER not in name]
     assert all(torch.equal(before[name], after[name]) for name in kept)
-    losses = [value for _, value in read_points(bench.dir("ssd") / "metrics.jsonl")["router/loss"]]
+    losses = [value for _, value in read_metrics(bench.dir("ssd") / "metrics.jsonl")["router/loss"]]
     assert losses[-1] < losses[0]
     assert chain[-1].total.steps == chain[-2].total.steps
     assert chain[-1].flops > 0
@@ -217,7 +217,7 @@ CONSTRUCTIONS = ("kmeans", "kmeans_activations", "coactivation", "random", "cont
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A dense model, trained and measured, with an arm for each construction."""
     posthoc = {
-        name: {"method": "posthoc", "start_from": "dense", "moe": {"construction": name}} for name in CONSTRUCTIONS
+        name: {"method": "posthoc", "parent_arm": "dense", "moe": {"construction": name}} for name in CONSTRUCTIONS
     }
     bench = Bench(tmp_path_factory.mktemp("cut"), arms={"dense": {"method": "dense"}, **posthoc})
     evaluated(bench, "dense")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssd_lit.cli import main
 from ssd_lit.data.objectives import Batch
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.module import Pretraining
 from tests.conftest import Bench
 
@@ -45,7 +45,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         now = [0]
         forward, posed = ExpertFFN.forward, Pretraining._posed
 
-        def watched(module: Pretraining, batch: Batch, step: int) -> Batch:
+        def capture_inputs(module: Pretraining, batch: Batch, step: int) -> Batch:
             now[0] = step + 1
             for ffn in module.model.ffns:
                 ffn.is_second = ffn is module.model.ffns[1]  # type: ignore[assignment]
@@ -55,7 +55,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             out = forward(ffn, x)
             return what(out) if now[0] in steps and ffn.is_second and ffn.training else out
 
-        monkeypatch.setattr(Pretraining, "_posed", watched)
+        monkeypatch.setattr(Pretraining, "_posed", capture_inputs)
         monkeypatch.setattr(ExpertFFN, "forward", broken)
 
     return arrange
@@ -126,7 +126,7 @@ def test_skip_leaves_out_that_update_and_counts_it(tmp_path: Path, break_steps: 
     bench = Bench(tmp_path, training={**TRAINING, "non_finite": "skip"}, arms=DENSE)
     break_steps(bad, lambda x: x * torch.inf)
     bench.phases("dense")
-    points = read_points(bench.dir("dense") / "metrics.jsonl")
+    points = read_metrics(bench.dir("dense") / "metrics.jsonl")
     left_out = dict(points["train/updates_left_out"])
     assert [left_out[step] for step in (12, 15, 27, 30, 40)] == [0, 2, 2, 3, 3]
     assert all(math.isfinite(loss) for _, loss in points["train/loss"])
@@ -152,7 +152,7 @@ def test_a_jump_of_the_loss_at_a_switch_is_logged_and_a_large_one_told(
     # From the switch on an FFN adds the opposite of what it learnt to add, a hundredfold.
     break_steps(set(range(sparse + 1, 99)), lambda x: -100 * x)
     bench.phases("ssd")
-    points = read_points(bench.dir("ssd") / "metrics.jsonl")
+    points = read_metrics(bench.dir("ssd") / "metrics.jsonl")
     loss, jumps = dict(points["train/loss"]), points["switch/loss_jump"]
     records = [json.loads(path.read_text()) for path in sorted(bench.dir("ssd").glob("phases/*/phase.json"))]
     expected = []

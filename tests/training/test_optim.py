@@ -17,7 +17,7 @@ def test_norms_and_biases_are_not_decayed() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_the_rate_rises_to_one_and_falls_to_its_floor_at_the_last_step(schedule: str) -> None:
-    config = OptimConfig(schedule=schedule, warmup_steps=10, min_lr_share=0.1, decay_share=0.25)  # type: ignore[arg-type]
+    config = OptimConfig(schedule=schedule, warmup_steps=10, min_lr_fraction=0.1, decay_fraction=0.25)  # type: ignore[arg-type]
     factors = [lr_factor(step, config=config, steps=100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == pytest.approx(1.0)

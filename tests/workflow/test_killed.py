@@ -27,7 +27,7 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
     """
     training = {"steps": 120, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
                 "checkpoint_every": 4}  # fmt: skip
-    switching = {"tau": 0.9, "check_every": 4, "sparse_share": 0.5, "warmup_min_steps": 4, "warmup_max_steps": 8,
+    switching = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.5, "warmup_min_steps": 4, "warmup_max_steps": 8,
                  "sparse_steps": 60, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
     config = tiny_experiment(tmp_path, training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
     results = tmp_path / "killed"

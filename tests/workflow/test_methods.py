@@ -32,7 +32,7 @@ def methods(tmp_path_factory: pytest.TempPathFactory) -> Path:
     waiting = {run.name: run for run in bench.runs.values()}
     while waiting:
         for name, run in list(waiting.items()):
-            if not {run.starts_from, run.matches, run.shares_warmup} & waiting.keys():
+            if not {run.parent_run, run.matches, run.shares_warmup} & waiting.keys():
                 bench.stage("train", bench.dir(run.arm))
                 del waiting[name]
     for stage in ("summarise", "figures", "report"):

@@ -19,7 +19,7 @@ def done(tmp_path: Path) -> Bench:
     data = {
         "name": "grammar", "sources": [{"kind": "files", "paths": [str(tmp_path / "tex*.txt")]}],
         "held_out": {"novel": str(tmp_path / "novel.txt")},
-        "validation_share": 0.1, "test_share": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
+        "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"vocab_size": 300}, "sequence_length": 16,
     }  # fmt: skip
     return Bench(tmp_path, arms={"dense": {"method": "dense"}}, data=data)
 

@@ -76,7 +76,7 @@ class Experiment(Section):
                     runs[index] = run.model_copy(update={"shares_warmup": owner})
         return runs
 
-    def tried_runs(self) -> list[RunConfig]:
+    def downstream_runs(self) -> list[RunConfig]:
         """The runs whose final models are tried on other tasks; none without a section downstream."""
         left_out = {name for key, arm in self.arms.items() if not arm.downstream for name in cells(key, arm)}
         return [] if self.downstream is None else [run for run in self.runs() if run.arm not in left_out]
@@ -87,12 +87,12 @@ class Experiment(Section):
             key: {**copy.deepcopy(getattr(self, key)), **copy.deepcopy(getattr(arm, key))}
             for key in ("model", "moe", "optim", "training", "switching")
         }
-        if arm.method == "sparse" and arm.start_from is None and sections["model"].get("pretrained") is None:
+        if arm.method == "sparse" and arm.parent_arm is None and sections["model"].get("pretrained") is None:
             # The experiment's own choice is meant for the arms that have a pattern to group by.
             sections["moe"]["construction"] = arm.moe.get("construction", "random")
         resolved = {
             "experiment": self.experiment, "arm": name, "method": arm.method, "label": arm.label or name,
-            "seed": seed, "start_from": arm.start_from, "match_flops": arm.match_flops, "grid": values,
+            "seed": seed, "parent_arm": arm.parent_arm, "match_flops_of_arm": arm.match_flops_of_arm, "grid": values,
             "data": self.data.model_dump(), **sections,
         }  # fmt: skip
 
@@ -107,19 +107,21 @@ class Experiment(Section):
     def _check_other_arms(self, name: str, arm: Arm) -> None:
         trained = [other for other, one in self.arms.items() if one.method != "posthoc" and not one.grid]
         pretrained = {**self.model, **arm.model}.get("pretrained")
-        if arm.method in ("posthoc", "upcycle") and arm.start_from is None and pretrained is None:
-            raise ConfigError(f"arms.{name}.start_from: missing; allowed: {trained}")
-        if arm.start_from is not None and arm.method not in ("posthoc", "sparse", "upcycle"):
-            raise ConfigError(f"arms.{name}.start_from: only posthoc, sparse and upcycle start from another arm")
+        if arm.method in ("posthoc", "upcycle") and arm.parent_arm is None and pretrained is None:
+            raise ConfigError(f"arms.{name}.parent_arm: missing; allowed: {trained}")
+        if arm.parent_arm is not None and arm.method not in ("posthoc", "sparse", "upcycle"):
+            raise ConfigError(f"arms.{name}.parent_arm: only posthoc, sparse and upcycle start from another arm")
         if arm.method in ("sparse", "upcycle"):
             trained = [other for other in trained if self.arms[other].method == "dense"]
-        if arm.start_from is not None and arm.start_from not in trained:
-            raise ConfigError(f"arms.{name}.start_from: given {arm.start_from!r}; allowed: {trained}")
-        if arm.match_flops is not None and arm.method != "dense":
-            raise ConfigError(f"arms.{name}.match_flops: only method dense can be given the FLOPs of another arm")
-        matched = [other for other in trained if self.arms[other].match_flops is None and other != name]
-        if arm.match_flops is not None and arm.match_flops not in matched:
-            raise ConfigError(f"arms.{name}.match_flops: given {arm.match_flops!r}; allowed: {matched}")
+        if arm.parent_arm is not None and arm.parent_arm not in trained:
+            raise ConfigError(f"arms.{name}.parent_arm: given {arm.parent_arm!r}; allowed: {trained}")
+        if arm.match_flops_of_arm is not None and arm.method != "dense":
+            raise ConfigError(
+                f"arms.{name}.match_flops_of_arm: only method dense can be given the FLOPs of another arm"
+            )
+        matched = [other for other in trained if self.arms[other].match_flops_of_arm is None and other != name]
+        if arm.match_flops_of_arm is not None and arm.match_flops_of_arm not in matched:
+            raise ConfigError(f"arms.{name}.match_flops_of_arm: given {arm.match_flops_of_arm!r}; allowed: {matched}")
 
 
 def cells(name: str, arm: Arm) -> dict[str, tuple[Arm, dict[str, Any]]]:

@@ -8,6 +8,7 @@ import yaml
 from ssd_lit.config.checking import checked
 from ssd_lit.config.experiment import Experiment
 from ssd_lit.config.pretrained import embedded_tokens, tokens_of
+from ssd_lit.config.renamed import with_new_names
 from ssd_lit.config.run_config import RunConfig
 from ssd_lit.config.sections import (
     AnalysisConfig,
@@ -19,7 +20,7 @@ from ssd_lit.config.sections import (
     TokenizerConfig,
 )
 from ssd_lit.config.yaml_file import ConfigError, read_with_bases, read_yaml
-from ssd_lit.support.files import check_seal, sealed_text
+from ssd_lit.support.files import check_checksum, with_checksum
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -32,7 +33,7 @@ def load_experiment(path: Path) -> Experiment:
 
 def _experiment(path: Path, check: Callable[[Experiment], object]) -> Experiment:
     try:
-        experiment = checked(Experiment, read_with_bases(path))
+        experiment = checked(Experiment, with_new_names(read_with_bases(path)))
         check(experiment)
     except ConfigError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
@@ -64,7 +65,7 @@ def _check_vocabulary(checkpoint: Path, tokenizer: TokenizerConfig) -> None:
 
 def load_resolved(path: Path) -> Experiment:
     """Read an experiment as `dump` wrote it. This and what follows raise ValueError for a file that is damaged."""
-    check_seal(path)
+    check_checksum(path)
     # What was checked then may be gone by now: results stand without it.
     return _experiment(path, Experiment.runs)
 
@@ -98,11 +99,11 @@ def dump(section: Section) -> str:
     """A section as YAML, every key spelled out, in a fixed order; its last line seals it."""
     # The dumper in C, where PyYAML has it, writes the same ten times as fast: an experiment may have 500 runs.
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return sealed_text(yaml.dump(section.model_dump(), Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))
+    return with_checksum(yaml.dump(section.model_dump(), Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def _load(kind: type[T], path: Path) -> T:
-    check_seal(path)
+    check_checksum(path)
     try:
         return checked(kind, read_yaml(path))
     except ConfigError as error:

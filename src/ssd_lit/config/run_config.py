@@ -26,10 +26,10 @@ class Arm(Section):
     method: Method
     label: str | None = None
     """Name in figures and tables; the arm's key if left out."""
-    start_from: str | None = None
+    parent_arm: str | None = None
     """posthoc: the arm whose final model is MoEfied; sparse: the dense arm whose neurons become experts before the
     training; upcycle: the dense arm whose FFNs are copied."""
-    match_flops: str | None = None
+    match_flops_of_arm: str | None = None
     """dense: train for as many steps as the FLOPs of this arm pay for, instead of training.steps."""
     downstream: bool = True
     """Whether its models are tried on the other tasks of the experiment, where it has some."""
@@ -51,8 +51,8 @@ class RunConfig(Section):
     method: Method
     label: str
     seed: Seed
-    start_from: str | None = None
-    match_flops: str | None = None
+    parent_arm: str | None = None
+    match_flops_of_arm: str | None = None
     shares_warmup: str | None = None
     """The run whose first phase is this one's too, step for step: it is trained once."""
     grid: dict[str, Any] = {}
@@ -85,14 +85,14 @@ class RunConfig(Section):
 
     def _check_experts(self) -> None:
         moe, method = self.moe, self.method
-        if moe.router == "learned" and method in ("ssd", "posthoc"):
-            raise ValueError(f"moe.router 'learned': not with method {method}; allowed: center, random")
-        if moe.router == "learned" and moe.top_k == 1:
+        if moe.router == "gate" and method in ("ssd", "posthoc"):
+            raise ValueError(f"moe.router 'gate': not with method {method}; allowed: center, random")
+        if moe.router == "gate" and moe.top_k == 1:
             raise ValueError("moe.top_k 1: a learned router weighs the chosen by a softmax; allowed: 2 and more")
         if moe.router == "center" and method == "upcycle":
             raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: learned, random")
-        if moe.trained_router is not None and method not in ("ssd", "posthoc"):
-            raise ValueError(f"moe.trained_router: only methods ssd and posthoc train one afterwards, not {method}")
+        if moe.posthoc_router is not None and method not in ("ssd", "posthoc"):
+            raise ValueError(f"moe.posthoc_router: only methods ssd and posthoc train one afterwards, not {method}")
         if self.from_scratch and moe.construction not in ("random", "contiguous"):
             raise ValueError(
                 f"moe.construction {moe.construction!r}: fresh weights have no pattern to group by; "
@@ -132,8 +132,8 @@ class RunConfig(Section):
                 f"switching.dense_min_steps {s.dense_min_steps}: "
                 f"at most switching.dense_max_steps ({s.dense_max_steps})"
             )
-        if round(s.sparse_share * steps) < 1:
-            raise ValueError(f"switching.sparse_share {s.sparse_share}: leaves no sparse step of {steps}")
+        if round(s.sparse_fraction * steps) < 1:
+            raise ValueError(f"switching.sparse_fraction {s.sparse_fraction}: leaves no sparse step of {steps}")
         if s.warmup_max_steps + s.final_dense_steps >= steps:
             raise ValueError(
                 f"training.steps {steps}: must exceed switching.warmup_max_steps + switching.final_dense_steps "
@@ -143,7 +143,7 @@ class RunConfig(Section):
     @property
     def from_scratch(self) -> bool:
         """Whether experts are made of weights that were never trained."""
-        return self.method == "sparse" and self.start_from is None and self.model.pretrained is None
+        return self.method == "sparse" and self.parent_arm is None and self.model.pretrained is None
 
     @property
     def name(self) -> str:
@@ -151,14 +151,14 @@ class RunConfig(Section):
         return f"{self.arm}-seed{self.seed}"
 
     @property
-    def starts_from(self) -> str | None:
+    def parent_run(self) -> str | None:
         """Folder name of the run whose final model this one starts from."""
-        return None if self.start_from is None else f"{self.start_from}-seed{self.seed}"
+        return None if self.parent_arm is None else f"{self.parent_arm}-seed{self.seed}"
 
     @property
     def matches(self) -> str | None:
         """Folder name of the run whose FLOPs this one may spend."""
-        return None if self.match_flops is None else f"{self.match_flops}-seed{self.seed}"
+        return None if self.match_flops_of_arm is None else f"{self.match_flops_of_arm}-seed{self.seed}"
 
     def warmup(self) -> str:
         """All that decides the first phase of an ssd run: two runs with the same text train it alike."""

@@ -9,14 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ssd_lit.config.pretrained import check_weights, checkpoint_shape
 from ssd_lit.config.yaml_file import shown
+from ssd_lit.moe.names import Activation, BackendName, Construction, PosthocRouter, RouterName, ScheduleKind
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
 Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
 Family = Literal["gpt2", "bert", "t5", "llama"]
-Construction = Literal["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"]
-TrainedRouter = Literal["mass", "norm", "direction"]
 Seed = Annotated[int, Field(ge=0, le=1_000_000)]
 """scikit-learn takes seeds below 2^32, and clusterings are given a thousand for each of ours."""
 
@@ -108,10 +107,10 @@ class DataConfig(Section):
     sources: list[Source] = Field(min_length=1)
     max_megabytes: Annotated[float, Field(gt=0)] | None = None
     """Keep about this much text, chosen by document hash; null keeps all."""
-    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Share of the documents that validation reads, chosen by document hash."""
-    test_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
-    """Share of the documents held out for a last test, chosen by document hash."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Fraction of the documents that validation reads, chosen by document hash."""
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    """Fraction of the documents held out for a last test, chosen by document hash."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     """S: tokens the model predicts in one block."""
@@ -145,7 +144,7 @@ class ModelConfig(Section):
     """Attention heads of one layer."""
     d_ff: Annotated[int, Field(gt=0, le=10_000_000)] = 512
     """F: neurons of one FFN."""
-    activation: Literal["relu", "relu2", "gelu", "gelu_new", "silu"] = "relu"
+    activation: Activation = "relu"
     """relu2 is the square of ReLU. With llama, whose FFNs are gated, relu makes ReGLU and silu SwiGLU."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """llama has none."""
@@ -175,7 +174,7 @@ class ModelConfig(Section):
 class KSchedule(Section):
     """How many experts a token runs through, over the steps of a training."""
 
-    kind: Literal["constant", "linear", "cosine", "step"] = "constant"
+    kind: ScheduleKind = "constant"
     start: Positive = 1
     """k at the first step."""
     end: Positive | None = None
@@ -198,15 +197,15 @@ class MoEConfig(Section):
     co-activation graph, at random, or as they stand. Fresh weights know the last two only."""
     calibration_blocks: Positive = 32
     """Training blocks on which activations are taken, for the constructions that need them."""
-    router: Literal["center", "random", "learned"] = "center"
+    router: RouterName = "center"
     """What chooses experts in sparse phases: their centres, a frozen random projection, or a gate that is trained."""
     balance_weight: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the load-balancing loss of a learned router."""
     z_weight: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the z-loss of a learned router."""
-    trained_router: TrainedRouter | None = None
-    """After the last phase, train what chooses instead: a small MLP on the experts' activation mass (mass) or on their
-    output norm (norm), or, on the mass, a direction for each expert, at first its centre (direction)."""
+    posthoc_router: PosthocRouter | None = None
+    """After the last phase, train what chooses instead: a small MLP on the experts' activation mass (mass_mlp)
+    or on their output norm (norm_mlp), or, on the mass, the centres themselves (centers)."""
     router_hidden: Annotated[int, Field(gt=0, le=1_000_000)] = 64
     """Width of the MLP."""
     router_steps: Positive = 200
@@ -215,9 +214,9 @@ class MoEConfig(Section):
     """Their learning rate at the start; it falls to zero."""
     permute_optimizer: bool = True
     """Whether Adam's moments move with their neurons at MoEfication; false is for showing what that is worth."""
-    backend: Literal["auto", "masked", "loop", "grouped", "views", "fused", "few"] = "auto"
+    backend: BackendName = "auto"
     """How the sparse FFN is computed; all agree, they differ in speed. auto takes the fastest for the device, the
-    precision and the number of tokens; fused and few are kernels, for GPUs."""
+    precision and the number of tokens; fused and decode_gpu are kernels, for GPUs."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -247,9 +246,9 @@ class OptimConfig(Section):
     """Warm-up then cosine, or warm-up, stable, linear decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     """Steps over which the learning rate rises from zero."""
-    min_lr_share: Share = 0.1
+    min_lr_fraction: Fraction = 0.1
     """The last step's learning rate as a share of `lr`."""
-    decay_share: Share = 0.2
+    decay_fraction: Fraction = 0.2
     """wsd only: share of all steps spent in the decay."""
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the whole gradient."""
@@ -300,11 +299,11 @@ class TrainingConfig(Section):
 class SwitchingConfig(Section):
     """When SSD changes phase. These settings are ours; the paper's could not be had."""
 
-    tau: Share = 0.8
+    tau: Fraction = 0.8
     """A dense phase ends once the activation pattern similarity reaches this."""
     check_every: Positive = 50
     """Steps between two similarity checks."""
-    sparse_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    sparse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """r: share of all steps that are sparse."""
     warmup_min_steps: Positive = 100
     """Floor of the first dense phase."""
@@ -329,7 +328,7 @@ class EvaluationConfig(Section):
     """Validation blocks scored (all, if there are fewer)."""
     top_k_curve: list[Positive] = Field(default=[1, 2, 4, 6, 8, 12, 16], min_length=1)
     """Values of k at which sparse mode is scored; those above `experts` are left out."""
-    thresholds: list[Share] = []
+    thresholds: list[Fraction] = []
     """Dynamic k: every expert whose predicted norm is at least this share of the best one's (trained routers only)."""
 
 
@@ -361,8 +360,8 @@ class GlueConfig(Section):
     """Examples in one step."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """The highest; it rises and then falls to zero, linearly. BERT's own sizes took 2e-5 to 5e-5."""
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of all steps in which it rises."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of all steps in which it rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled; not applied to norms and biases."""
     limit: Positive | None = None

@@ -27,16 +27,16 @@ def _check_tokens(tokens_dir: Path, split: str, expected: str) -> None:
 class TokenBlocks(Dataset[dict[str, Tensor]]):
     """The blocks of a split: item i is {"inputs": [S], "targets": [S]}, int64, targets one token ahead.
 
-    Blocks follow each other without overlap; the last target of one is the first input of the next. With `draws`,
-    an item has "noise" [S, draws] too: uniform random numbers that are a function of the block, so that an objective
-    hides the same tokens whenever the block is scored. Raises ValueError if the stream's bytes are not those that the
-    index tells of.
+    Blocks follow each other without overlap; the last target of one is the first input of the next. With
+    `noise_per_token`, an item has "noise" [S, noise_per_token] too: uniform random numbers that are a function of the
+    block, so that an objective hides the same tokens whenever the block is scored. Raises ValueError if the
+    stream's bytes are not those that the index tells of.
     """
 
-    def __init__(self, tokens_dir: Path, split: str, draws: int = 0) -> None:
+    def __init__(self, tokens_dir: Path, split: str, noise_per_token: int = 0) -> None:
         index = load_index(tokens_dir)
         self.sequence_length: int = index["sequence_length"]
-        self._draws = draws
+        self._noise_per_token = noise_per_token
         self._blocks: int = index["splits"][split]["blocks"]
         self._path = tokens_dir / f"{split}.bin"
         self._dtype = np.dtype(index["dtype"]).newbyteorder("<")
@@ -52,9 +52,11 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         start = block * self.sequence_length
         tokens = self._tokens()[start : start + self.sequence_length + 1].astype(np.int64)
         item = {"inputs": torch.from_numpy(tokens[:-1]), "targets": torch.from_numpy(tokens[1:])}
-        if self._draws:
+        if self._noise_per_token:
             rng = np.random.default_rng(block)
-            item["noise"] = torch.from_numpy(rng.random((self.sequence_length, self._draws), dtype=np.float32))
+            item["noise"] = torch.from_numpy(
+                rng.random((self.sequence_length, self._noise_per_token), dtype=np.float32)
+            )
         return item
 
     def __getitems__(self, blocks: Sequence[int]) -> list[dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.order import StepBatches, in_batches, spread_blocks
+from ssd_lit.data.order import StepBatchSampler, in_batches, spread_blocks
 from ssd_lit.support import signals
 
 Batches = DataLoader[dict[str, Tensor]]
@@ -20,9 +20,9 @@ class TokenData(LightningDataModule):
     """Blocks for training, from the trainer's global step on, and for validation.
 
     A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which
-    reads its own part. For validation it has "noise" [B, S, draws] too where an objective wants `draws` numbers a
-    token. Reading begins `skipped_steps` batches into the data. The trainer needs use_distributed_sampler=False and,
-    as one training batch belongs to one global step, no gradient accumulation.
+    reads its own part. For validation it has "noise" [B, S, noise_per_token] too where an objective wants it.
+    Reading begins `skipped_steps` batches into the data. The trainer needs use_distributed_sampler=False and, as one
+    training batch belongs to one global step, no gradient accumulation.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class TokenData(LightningDataModule):
         validation_blocks: int,
         seed: int,
         workers: int,
-        draws: int = 0,
+        noise_per_token: int = 0,
         skipped_steps: int = 0,
     ) -> None:
         super().__init__()
@@ -42,11 +42,13 @@ class TokenData(LightningDataModule):
         self.validation_blocks = validation_blocks
         self.seed = seed
         self.workers = workers
-        self.draws = draws
+        self.noise_per_token = noise_per_token
         self.skipped_steps = skipped_steps
 
     @classmethod
-    def of_run(cls, config: RunConfig, tokens_dir: Path, draws: int, *, skipped_steps: int = 0) -> "TokenData":
+    def of_run(
+        cls, config: RunConfig, tokens_dir: Path, noise_per_token: int, *, skipped_steps: int = 0
+    ) -> "TokenData":
         """The data as a run's config has it read."""
         return cls(
             tokens_dir,
@@ -54,7 +56,7 @@ class TokenData(LightningDataModule):
             validation_blocks=config.training.validation_blocks,
             seed=config.seed,
             workers=config.training.workers,
-            draws=draws,
+            noise_per_token=noise_per_token,
             skipped_steps=skipped_steps,
         )
 
@@ -63,12 +65,12 @@ class TokenData(LightningDataModule):
         blocks = TokenBlocks(self.tokens_dir, "train")
         rank, world_size = self._place()
         start = self.skipped_steps + (self.trainer.global_step if self.trainer else 0)
-        return self._loader(blocks, StepBatches(len(blocks), self.batch_size, self.seed, start, rank, world_size))
+        return self._loader(blocks, StepBatchSampler(len(blocks), self.batch_size, self.seed, start, rank, world_size))
 
     def train_batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a global step, or this device's part of it, read anew."""
         blocks = TokenBlocks(self.tokens_dir, "train")
-        order = StepBatches(len(blocks), self.batch_size, self.seed, 0, *self._place())
+        order = StepBatchSampler(len(blocks), self.batch_size, self.seed, 0, *self._place())
         found: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(self.skipped_steps + step)))
         return found
 
@@ -77,7 +79,7 @@ class TokenData(LightningDataModule):
 
         Raises ValueError if there are more devices than blocks.
         """
-        blocks = TokenBlocks(self.tokens_dir, "validation", self.draws)
+        blocks = TokenBlocks(self.tokens_dir, "validation", self.noise_per_token)
         rank, world_size = self._place()
         chosen = spread_blocks(len(blocks), self.validation_blocks)
         if len(chosen) < world_size:

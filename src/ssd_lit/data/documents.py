@@ -26,7 +26,7 @@ import pyarrow.parquet
 from ssd_lit.config import ConfigError, DataConfig
 from ssd_lit.data.readers import read_text
 from ssd_lit.data.sources import check_sources, describe, describe_file, documents
-from ssd_lit.support.files import naming, write_sealed, write_text
+from ssd_lit.support.files import naming, write_json_checked, write_text
 
 SPLITS = ("train", "validation", "test")
 Progress = Callable[[str], None]
@@ -67,7 +67,7 @@ def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent
             (Path(work) / f"{split}.parquet").replace(out / f"{split}.parquet")
     card = _card(config, read, kept)
     write_text(out / "card.md", _card_text(card))
-    write_sealed(out / "card.json", card)
+    write_json_checked(out / "card.json", card)
     return card
 
 
@@ -109,15 +109,15 @@ def _with_few_marks(run: re.Match[str]) -> str:
     return "".join(kept)
 
 
-def split_of(digest: bytes, validation_share: float, test_share: float) -> str:
+def split_of(digest: bytes, validation_fraction: float, test_fraction: float) -> str:
     """The split of a document by the second half of its hash; the first half decides the order.
 
     The held-out splits lie at the two ends, so that changing one share moves nothing between them.
     """
     place = int.from_bytes(digest[8:], "big") / 2**64
-    if place < validation_share:
+    if place < validation_fraction:
         return "validation"
-    return "test" if place >= 1 - test_share else "train"
+    return "test" if place >= 1 - test_fraction else "train"
 
 
 @dataclass
@@ -181,7 +181,7 @@ def _collect(config: DataConfig, work: Path, progress: Progress) -> _Kept:
                     if sum(writer.bytes for writer in writers.values()) >= limit:
                         kept.left_out += 1
                         continue
-                    split = split_of(digest, config.validation_share, config.test_share)
+                    split = split_of(digest, config.validation_fraction, config.test_fraction)
                     bucket.seek(place)
                     writers[split].add(digest, bucket.read(size))
             _bucket(work, number).unlink()
@@ -282,8 +282,8 @@ def _card(config: DataConfig, read: _Read, kept: _Kept) -> dict[str, Any]:
         "duplicates": kept.duplicates,
         "left_out": kept.left_out,
         "max_megabytes": config.max_megabytes,
-        "validation_share": config.validation_share,
-        "test_share": config.test_share,
+        "validation_fraction": config.validation_fraction,
+        "test_fraction": config.test_fraction,
         "splits": kept.splits,
         "digest": hashlib.sha256(json.dumps(kept.splits, sort_keys=True).encode()).hexdigest(),
     }

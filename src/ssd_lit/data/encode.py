@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from ssd_lit.config import ConfigError
 from ssd_lit.data.documents import SPLITS, Progress, read_split, silent
 from ssd_lit.data.tokenizer import check_tokenizer, end_of_text_id, load_tokenizer, mask_id, sentinel_ids
-from ssd_lit.support.files import whole_file, write_sealed
+from ssd_lit.support.files import whole_file, write_json_checked
 
 _REPORT_TOKENS = 10_000_000
 
@@ -65,7 +65,7 @@ def encode_documents(
         "splits": splits,
         "digest": hashlib.sha256("".join(split["sha256"] for split in splits.values()).encode()).hexdigest(),
     }
-    write_sealed(index_path, index)
+    write_json_checked(index_path, index)
     return index
 
 

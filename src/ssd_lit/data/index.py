@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.support.files import read_sealed
+from ssd_lit.support.files import read_json_checked
 
 
 def load_index(tokens_dir: Path) -> dict[str, Any]:
     """The index that `encode_documents` wrote last. Raises ValueError if it is missing or damaged."""
-    return read_sealed(tokens_dir / "index.json")
+    return read_json_checked(tokens_dir / "index.json")
 
 
 @dataclass(frozen=True)
-class Specials:
+class VocabInfo:
     """The size of a vocabulary and the ids that no text encodes to."""
 
     vocab_size: int
@@ -24,7 +24,7 @@ class Specials:
     """<extra_id_0> first."""
 
     @classmethod
-    def of(cls, index: Mapping[str, Any]) -> "Specials":
+    def of(cls, index: Mapping[str, Any]) -> "VocabInfo":
         """From the index of encoded documents; one written before there were mask tokens and sentinels has none."""
         sentinels = tuple(index.get("sentinel_ids", ()))
         return cls(index["vocab_size"], index["eos_id"], index.get("mask_id"), sentinels)

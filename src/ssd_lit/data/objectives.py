@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_lit.config import ConfigError
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 
 IGNORED = -100
 """Targets that count for nothing."""
@@ -23,7 +23,7 @@ Batch = dict[str, Tensor]
 class Objective(Protocol):
     """Turns blocks into what a model reads and what it must predict."""
 
-    draws: int
+    noise_per_token: int
     """Uniform random numbers wanted for a token."""
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
@@ -33,8 +33,8 @@ class Objective(Protocol):
     def __call__(self, batch: Batch, noise: Tensor) -> Batch:
         """The batch {"inputs": [B, S'], "targets": [B, S'']} to train on, int64, on the device of what is given.
 
-        `batch` is {"inputs": [B, S], "targets": [B, S]}, targets one token ahead; `noise` [B, S, draws] is uniform in
-        [0, 1).
+        `batch` is {"inputs": [B, S], "targets": [B, S]}, targets one token ahead; `noise`
+        [B, S, noise_per_token] is uniform in [0, 1).
         """
         ...
 
@@ -42,7 +42,7 @@ class Objective(Protocol):
 class Causal:
     """The next token at every place: the batch as it is."""
 
-    draws = 0
+    noise_per_token = 0
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         return sequence_length, sequence_length
@@ -60,19 +60,19 @@ class Masked:
     masking is dynamic (RoBERTa, arXiv 1907.11692, section 4.1). Raises ConfigError without a mask token.
     """
 
-    draws = 3
+    noise_per_token = 3
     share = 0.15
 
-    def __init__(self, specials: Specials) -> None:
-        if specials.mask_id is None:
+    def __init__(self, vocab: VocabInfo) -> None:
+        if vocab.mask_id is None:
             raise ConfigError(
                 "masked language modelling needs a mask token and the tokenizer has none: "
                 "set data.tokenizer.mask_token: true, or name a mask_token in data.tokenizer.folder"
             )
-        self._eos_id = specials.eos_id
-        self._mask_id = specials.mask_id
-        kept_out = {specials.eos_id, specials.mask_id, *specials.sentinel_ids}
-        self._ordinary = torch.tensor([i for i in range(specials.vocab_size) if i not in kept_out], device="cpu")
+        self._eos_id = vocab.eos_id
+        self._mask_id = vocab.mask_id
+        kept_out = {vocab.eos_id, vocab.mask_id, *vocab.sentinel_ids}
+        self._ordinary = torch.tensor([i for i in range(vocab.vocab_size) if i not in kept_out], device="cpu")
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         return sequence_length, sequence_length
@@ -107,13 +107,13 @@ class Spans:
     ValueError for blocks of one token.
     """
 
-    draws = 1
+    noise_per_token = 1
     share = 0.15
     mean_length = 3
 
-    def __init__(self, specials: Specials) -> None:
-        self._eos_id = specials.eos_id
-        self._sentinels = torch.tensor(specials.sentinel_ids, dtype=torch.long, device="cpu")
+    def __init__(self, vocab: VocabInfo) -> None:
+        self._eos_id = vocab.eos_id
+        self._sentinels = torch.tensor(vocab.sentinel_ids, dtype=torch.long, device="cpu")
         self._check_sentinels(1)
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
@@ -173,15 +173,15 @@ def _composition(noise: Tensor, parts: int) -> Tensor:
     return ends.diff(dim=1)
 
 
-OBJECTIVES: dict[str, Callable[[Specials], Objective]] = {
-    "causal": lambda specials: Causal(),
+OBJECTIVES: dict[str, Callable[[VocabInfo], Objective]] = {
+    "causal": lambda vocab: Causal(),
     "masked": Masked,
     "spans": Spans,
 }
 
 
-def build_objective(name: str, specials: Specials) -> Objective:
+def build_objective(name: str, vocab: VocabInfo) -> Objective:
     """The objective of that name. Raises ValueError for an unknown one, ConfigError if the vocabulary lacks tokens."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective {name!r}: unknown; allowed: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](specials)
+    return OBJECTIVES[name](vocab)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from torch.utils.data import Sampler
 
 
-class StepBatches(Sampler[list[int]]):
+class StepBatchSampler(Sampler[list[int]]):
     """An endless batch sampler: each step's blocks, from `start_step` on.
 
     All epochs, each with its own permutation of the blocks, form one endless sequence; step n takes the places

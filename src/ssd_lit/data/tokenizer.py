@@ -14,11 +14,11 @@ from ssd_lit.data.documents import read_split
 from ssd_lit.support.files import (
     check_digests,
     read_json,
-    read_sealed,
+    read_json_checked,
     sha256,
     whole_file,
     write_json,
-    write_sealed,
+    write_json_checked,
     write_text,
 )
 
@@ -65,7 +65,7 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
 
 def check_tokenizer(directory: Path) -> None:
     """Raise ValueError if a file of a folder that `train_tokenizer` wrote is missing or damaged."""
-    check_digests(directory, read_sealed(directory / DIGESTS))
+    check_digests(directory, read_json_checked(directory / DIGESTS))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -252,4 +252,4 @@ def _write_config(out_dir: Path, roles: dict[str, str], more_special_tokens: lis
 
 def _seal(out_dir: Path) -> None:
     names = ("tokenizer.json", "tokenizer_config.json")
-    write_sealed(out_dir / DIGESTS, {name: sha256(out_dir / name) for name in names})
+    write_json_checked(out_dir / DIGESTS, {name: sha256(out_dir / name) for name in names})

@@ -111,10 +111,10 @@ def fine_tune(
     classifier = Classifier(model, classes or 1).to(device).train()
     targets = targets.to(device)
     steps = settings.epochs * -(-len(texts) // settings.batch_size)
-    warmup = round(settings.warmup_share * steps)
+    warmup = round(settings.warmup_fraction * steps)
     optim = OptimConfig(
         lr=settings.lr, weight_decay=settings.weight_decay, beta2=0.999, warmup_steps=warmup,
-        schedule="wsd", decay_share=1 - warmup / steps, min_lr_share=0.0,
+        schedule="wsd", decay_fraction=1 - warmup / steps, min_lr_fraction=0.0,
     )  # fmt: skip
     optimizer = build_optimizer(classifier, optim)
     scheduler = build_scheduler(optimizer, optim, steps)

@@ -13,17 +13,17 @@ from ssd_lit.data.glue import TASKS
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
-from ssd_lit.evaluation.pieces import Pieces
+from ssd_lit.evaluation.pieces import ResumableResults
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 
-def try_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> dict[str, Any]:
+def evaluate_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> dict[str, Any]:
     """Score the final model of a run on the benchmarks asked for; returns downstream.json.
 
     `glue` and `blimp` are what `score_on_glue` and `score_on_blimp` found, the latter in every mode; null where left
-    out, and `left_out` says why. Pieces of the work that are done are kept in the folder `pieces`.
+    out, and `left_out` says why. ResumableResults of the work that are done are kept in the folder `pieces`.
     """
     config = run.config
     sections = {"glue": settings.glue, "blimp": settings.blimp}
@@ -36,10 +36,10 @@ def try_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> dict[s
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     shared: dict[str, Any] = {
         "tokenizer": load_tokenizer(run.tokenizer),
-        "eos_id": run.specials.eos_id,
+        "eos_id": run.vocab.eos_id,
         "longest": config.data.sequence_length,
     }
-    modes, kept = _modes(run), Pieces(pieces, _inputs(run, settings))
+    modes, kept = _modes(run), ResumableResults(pieces, _inputs(run, settings))
     if settings.glue is not None and "glue" not in missing:
         found["glue"] = score_on_glue(model, settings.glue, modes=modes, pieces=kept, title=config.name, **shared)
     if settings.blimp is not None and "blimp" not in missing:
@@ -77,7 +77,7 @@ def _blimp(
     model: LanguageModel,
     settings: BlimpConfig,
     modes: Sequence[str],
-    pieces: Pieces,
+    pieces: ResumableResults,
     title: str,
     shared: Mapping[str, Any],
 ) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     config, tokens_dir = run.config, run.tokens
     model = final_model(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    objective = build_objective(model.objective_name, run.specials)
+    objective = build_objective(model.objective_name, run.vocab)
 
     def batches_of(split: str) -> list[Batch]:
         # All of it at once: every curve reads it again.
@@ -50,7 +50,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
 
     k = config.moe.top_k
     has_dense, has_sparse = run.has_dense_mode, run.has_experts
-    routed = config.moe.trained_router is not None
+    routed = config.moe.posthoc_router is not None
     ks = sorted({k, *(one for one in settings.top_k_curve if one <= config.moe.experts)}) if has_sparse else []
     curve = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="top-k curve", disable=None)}
     with _oracle(model):

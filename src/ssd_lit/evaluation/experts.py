@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ssd_lit.config import AnalysisConfig
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.data.scoring import BATCH, scoring_batches
 from ssd_lit.data.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ def watch_experts(run: Run, settings: AnalysisConfig) -> Watched:
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     model.set_mode("sparse", config.moe.top_k)
     blocks = min(settings.blocks, len(TokenBlocks(run.tokens, SPLIT)))
-    watches = _watch(model, run.specials, run.tokens, blocks)
+    watches = _watch(model, run.vocab, run.tokens, blocks)
 
     ks = several_ks(config.moe.experts, config.moe.top_k)
     load, routing, tokens, layers = [], [], [], []
@@ -118,19 +118,19 @@ class LayerWatch:
     def update(self, ffn: ExpertFFN, x: Tensor, tokens: Tensor) -> None:
         """Add tokens, ids [T], with their inputs x [T, D] of the layer in sparse mode."""
         self._tokens += tokens.bincount(minlength=len(self._tokens)).to(torch.int32)
-        self._chosen.index_add_(0, tokens, chosen_mask(ffn.choose(x), ffn.experts).to(torch.int32))
-        mass = ffn.mass(x)
+        self._chosen.index_add_(0, tokens, chosen_mask(ffn.route(x), ffn.experts).to(torch.int32))
+        mass = ffn.activation_mass(x)
         ranked = ffn.router(x).argsort(dim=-1, descending=True)
         self._by_router += mass.gather(1, ranked).sum(dim=0, dtype=torch.float64)
         self._by_mass += mass.sort(dim=-1, descending=True).values.sum(dim=0, dtype=torch.float64)
 
     @property
     def load(self) -> Tensor:
-        """Share of the tokens that chose each expert, [E]."""
+        """Fraction of the tokens that chose each expert, [E]."""
         return self._chosen.sum(dim=0).cpu().double() / int(self._tokens.sum())
 
     def mass_shares(self, k: int) -> tuple[float, float]:
-        """Share of all activation mass in the first k experts by the router, and in the k of the largest mass."""
+        """Fraction of all activation mass in the first k experts by the router, and in the k of the largest mass."""
         total, most = float(self._by_mass.sum()), float(self._by_mass[:k].sum())
         # The same experts in another order may add up to a little more.
         chosen = min(float(self._by_router[:k].sum()), most)
@@ -171,10 +171,10 @@ def readable(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.id_to_token(token) or str(token)
 
 
-def _watch(model: LanguageModel, specials: Specials, tokens_dir: Path, blocks: int) -> list[LayerWatch]:
+def _watch(model: LanguageModel, vocab: VocabInfo, tokens_dir: Path, blocks: int) -> list[LayerWatch]:
     device = model.ffns[0].w_in.device
-    objective = build_objective(model.objective_name, specials)
-    watches = [LayerWatch(ffn.experts, specials.vocab_size, device) for ffn in model.ffns]
+    objective = build_objective(model.objective_name, vocab)
+    watches = [LayerWatch(ffn.experts, vocab.vocab_size, device) for ffn in model.ffns]
     batches = scoring_batches(tokens_dir, SPLIT, range(blocks), objective, device)
     for batch in tqdm(batches, total=-(-blocks // BATCH), desc="experts", disable=None):
         read = zip(watches, model.ffns, ffn_inputs(model, batch), ffn_tokens(model, batch), strict=True)

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_accuracy, binary_f1_sc
 from ssd_lit.config import GlueConfig
 from ssd_lit.data.glue import TASKS, Task, read_task
 from ssd_lit.evaluation.classifier import Classifier, encode, fine_tune, outputs_for
-from ssd_lit.evaluation.pieces import Pieces
+from ssd_lit.evaluation.pieces import ResumableResults
 from ssd_lit.models.language_model import LanguageModel
 
 Scores = dict[str, float]
@@ -36,7 +36,7 @@ def score_on_glue(
     eos_id: int,
     longest: int,
     modes: tuple[str, ...],
-    pieces: Pieces,
+    pieces: ResumableResults,
     title: str,
 ) -> dict[str, Any]:
     """Fine-tune the model on every task with every seed, in each of the `modes`; returns glue of downstream.json.
@@ -119,7 +119,7 @@ def _tuned(
     found = {mode: data.score(classifier)}
     if mode == "dense" and "sparse" in modes:
         for ffn in mine.ffns:
-            ffn.router.follow(ffn.key_rows)
+            ffn.router.on_permuted(ffn.gating_weight)
         mine.set_mode("sparse")
         found["dense_to_sparse"] = data.score(classifier)
     return found

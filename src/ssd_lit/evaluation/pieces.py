@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.support.files import read_sealed, write_sealed
+from ssd_lit.support.files import read_json_checked, write_json_checked
 
 
-class Pieces:
-    """Pieces of a stage's work, each kept in a file of the folder as soon as it is done.
+class ResumableResults:
+    """ResumableResults of a stage's work, each kept in a file of the folder as soon as it is done.
 
     `inputs` is all that decides them, as JSON has it: pieces of other inputs are thrown away.
     """
@@ -17,15 +17,15 @@ class Pieces:
     def __init__(self, folder: Path, inputs: dict[str, Any]):
         self._folder = folder
         book = folder / "inputs.json"
-        if not (book.exists() and read_sealed(book) == inputs):
+        if not (book.exists() and read_json_checked(book) == inputs):
             shutil.rmtree(folder, ignore_errors=True)
-            write_sealed(book, inputs)
+            write_json_checked(book, inputs)
 
     def get(self, name: str, work: Callable[[], Any]) -> Any:
         """The piece of that name: read, if it was done before, or else done and kept."""
         path = self._folder / f"{name}.json"
         if path.exists():
-            return read_sealed(path)["found"]
+            return read_json_checked(path)["found"]
         found = work()
-        write_sealed(path, {"found": found})
+        write_json_checked(path, {"found": found})
         return found

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssd_lit.config import AnalysisConfig, Construction
-from ssd_lit.data.index import Specials
+from ssd_lit.config import AnalysisConfig
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.names import Construction
 from ssd_lit.moe.similarity import pattern_similarity
 from ssd_lit.paths import snapshots
 from ssd_lit.run import Run
@@ -50,7 +51,7 @@ def compare_snapshots(run: Run, settings: AnalysisConfig) -> pd.DataFrame:
     steps: list[int] = []
     found: dict[Setting, list[list[Tensor]]] = {setting: [] for setting in chosen}  # by snapshot, then by layer
     taken = snapshots(run.folder)
-    model = build_model(config, run.specials, read_weights=False)
+    model = build_model(config, run.vocab, read_weights=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     with tqdm(total=len(taken) * len(model.ffns) * len(chosen), desc="clusterings", disable=None) as bar:
         for step, path in taken:
@@ -59,7 +60,7 @@ def compare_snapshots(run: Run, settings: AnalysisConfig) -> pd.DataFrame:
             for labels in found.values():
                 labels.append([])
             wanted = any(name in NEEDS_ACTIVATIONS for name, _ in chosen)
-            layers = _layers(model, run.tokens, config.moe.calibration_blocks if wanted else 0, run.specials)
+            layers = _layers(model, run.tokens, config.moe.calibration_blocks if wanted else 0, run.vocab)
             for layer, (ffn, activations) in enumerate(layers):
                 for name, experts in chosen:
                     seed = 1000 * config.seed + layer + (1_000_000 * step if name == "random" else 0)
@@ -80,7 +81,7 @@ def labels_by_id(
     which neurons share an expert at the moment; the other constructions do not see the order.
     """
     place = ffn.neuron_ids.argsort().cpu()  # place[i]: where the neuron with id i stands
-    rows = ffn.key_rows.detach().cpu()
+    rows = ffn.gating_weight.detach().cpu()
     if construction == "contiguous":
         return construct(construction, rows, experts, seed=seed)[place]
     return construct(
@@ -93,13 +94,13 @@ def labels_by_id(
 
 
 def _layers(
-    model: LanguageModel, tokens_dir: Path, blocks: int, specials: Specials
+    model: LanguageModel, tokens_dir: Path, blocks: int, vocab: VocabInfo
 ) -> Iterator[tuple[ExpertFFN, Tensor | None]]:
     """Every FFN with its activations on that many training blocks; without them for no blocks."""
     if not blocks:
         yield from ((ffn, None) for ffn in model.ffns)
         return
-    yield from zip(model.ffns, layer_activations(model, tokens_dir, blocks, specials), strict=True)
+    yield from zip(model.ffns, layer_activations(model, tokens_dir, blocks, vocab), strict=True)
 
 
 def _pairs(steps: Sequence[int], labels: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int | str, int, int, float]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_lit.data.readers import check_format, read_documents
 from ssd_lit.data.tokenizer import load_tokenizer
-from ssd_lit.models.hooks import watched
+from ssd_lit.models.hooks import capture_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 
 LONGEST = 512
@@ -46,7 +46,7 @@ def text_inputs(backbone: Any, ffns: Sequence[ExpertFFN], folder: Path, text: Pa
         extra = {}
         if hasattr(base, "encoder") and hasattr(base, "decoder"):
             extra["decoder_input_ids"] = F.pad(inputs[:, :-1], (1, 0), value=config.pad_token_id or 0)
-        with watched(ffns) as found:
+        with capture_inputs(ffns) as found:
             base(input_ids=inputs, use_cache=False, **extra)
         for rows, ffn in zip(seen, ffns, strict=True):
             rows.append(found[ffn])

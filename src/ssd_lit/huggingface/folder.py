@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.config.pretrained import checkpoint_shape
+from ssd_lit.config.renamed import current_router
 from ssd_lit.huggingface.weights import save_dense
 from ssd_lit.models.families import family
 from ssd_lit.models.family import Family
@@ -55,7 +56,7 @@ class Experts:
             raise ValueError(f"{path}: not of format {FORMAT}, the one that this version of ssd_lit reads")
         try:
             told = {key: value for key, value in content.items() if key not in ("format", "fingerprint")}
-            return cls(**told), content["fingerprint"]
+            return cls(**{**told, "router": current_router(told["router"])}), content["fingerprint"]
         except (TypeError, KeyError) as error:
             raise ValueError(f"{path}: not a record of experts ({error})") from None
 
@@ -172,6 +173,6 @@ def _fingerprint(ffns: Sequence[ExpertFFN]) -> str:
     """Hexadecimal digits that change with the weights or with the order of the neurons; one weight of each is read."""
     digest = hashlib.sha256()
     for ffn in ffns:
-        column: Any = ffn.key_rows[:, 0].detach().cpu().double().numpy()
+        column: Any = ffn.gating_weight[:, 0].detach().cpu().double().numpy()
         digest.update(column.tobytes())
     return digest.hexdigest()[:16]

@@ -38,7 +38,7 @@ def moefy_folder(
 ) -> None:
     """Write the model of a checkpoint folder into a new one, its neurons grouped into experts.
 
-    `moe` says how many experts, how they are made and what chooses them. Its trained_router is fitted to the first
+    `moe` says how many experts, how they are made and what chooses them. Its posthoc_router is fitted to the first
     `calibration_tokens` tokens of a text file, on which activations are taken too. Everything is computed in float32
     (float64 for a model in float64); weights keep the values and the precision they had. Raises ValueError before any
     long work for what cannot be done.
@@ -49,7 +49,7 @@ def moefy_folder(
     backbone: Any = kind.open(source)
     backbone.to(torch.promote_types(backbone.dtype, torch.float32))
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
-    router = moe.trained_router or moe.router
+    router = moe.posthoc_router or moe.router
     ffns = swap_ffns(backbone, kind, moe, router=router)
     seen: Sequence[Tensor | None] = [None] * len(ffns)
     if text is not None and needs_text(moe):
@@ -60,10 +60,10 @@ def moefy_folder(
     for layer, (ffn, x) in enumerate(zip(ffns, seen, strict=True)):
         activations = ffn.activations(x).detach() if x is not None and moe.construction in NEEDS_ACTIVATIONS else None
         labels = construct(
-            moe.construction, ffn.key_rows, moe.experts, seed=1000 * seed + layer, activations=activations
+            moe.construction, ffn.gating_weight, moe.experts, seed=1000 * seed + layer, activations=activations
         )
         orders.append(moefy(ffn, labels))
-        if moe.trained_router is not None and x is not None:
+        if moe.posthoc_router is not None and x is not None:
             fit_router(ffn, x, moe, seed=1000 * seed + layer)
         progress(f"layer {layer + 1} of {len(ffns)}")
 
@@ -83,20 +83,20 @@ def check_folders(source: Path, target: Path, moe: MoEConfig, text: Path | None)
     if text is not None:
         check_text(text, source)
     elif needs_text(moe):
-        name = moe.trained_router or moe.construction
+        name = moe.posthoc_router or moe.construction
         raise ValueError(f"{name} needs text to look at the model's activations: give a file of it with --text")
 
 
 def needs_text(moe: MoEConfig) -> bool:
     """Whether the construction or the router is made from what the model does on text."""
-    return moe.construction in NEEDS_ACTIVATIONS or moe.trained_router is not None
+    return moe.construction in NEEDS_ACTIVATIONS or moe.posthoc_router is not None
 
 
 def fit_router(ffn: ExpertFFN, x: Tensor, moe: MoEConfig, *, seed: int) -> None:
     """Train the router of an FFN, and nothing else, on inputs x [T, D], for moe.router_steps steps."""
-    kind = moe.trained_router
+    kind = moe.posthoc_router
     assert kind is not None
-    ffn.router.begin(ffn.key_rows)
+    ffn.router.init_trainable(ffn.gating_weight)
     wanted = contributions(ffn, x, kind)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(ffn.router.parameters(), lr=moe.router_lr, weight_decay=0.0)

@@ -7,14 +7,14 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertForMaskedLM, BertModel
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 
-def config_of(config: ModelConfig, specials: Specials, context: int) -> BertConfig:
+def config_of(config: ModelConfig, vocab: VocabInfo, context: int) -> BertConfig:
     """A BERT for masked tokens with fresh weights and its own FFNs."""
     return BertConfig(
-        vocab_size=specials.vocab_size,
+        vocab_size=vocab.vocab_size,
         hidden_size=config.d_model,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
@@ -23,8 +23,8 @@ def config_of(config: ModelConfig, specials: Specials, context: int) -> BertConf
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         max_position_embeddings=context,
-        eos_token_id=specials.eos_id,
-        pad_token_id=specials.eos_id,
+        eos_token_id=vocab.eos_id,
+        pad_token_id=vocab.eos_id,
     )
 
 

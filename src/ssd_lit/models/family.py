@@ -21,7 +21,7 @@ from ssd_lit.config.pretrained import (
     model_settings,
     stored_tensors,
 )
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.moe.ffn import ExpertFFN
 
 NO_WEIGHTS = (
@@ -126,18 +126,18 @@ class Family:
     """The one without a head."""
     head: str
     """Name of the head in `model_class`."""
-    config: Callable[[ModelConfig, Specials, int], Any]
+    config: Callable[[ModelConfig, VocabInfo, int], Any]
     """The Transformers config of a fresh model, for blocks of that many tokens."""
     sites: Callable[[Any], Sequence[FFNSite]]
     """The FFNs of a backbone, with any head or none: first layer first, an encoder's before a decoder's."""
     dispensable: Mapping[str, str] = field(default_factory=dict)
     """Modules that a base model may come without, each with the argument of its class that says whether it has one."""
 
-    def build(self, config: ModelConfig, specials: Specials, context: int) -> nn.Module:
+    def build(self, config: ModelConfig, vocab: VocabInfo, context: int) -> nn.Module:
         """A backbone with fresh weights; of the shape of a checkpoint folder where the config names one."""
         built: nn.Module
         if config.pretrained is None:
-            built = self.model_class(self.config(config, specials, context))
+            built = self.model_class(self.config(config, vocab, context))
         else:
             folder = Path(config.pretrained)
             built = self.model_class(self._config_of(folder))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.families import family
 from ssd_lit.models.hooks import ffn_inputs
@@ -44,19 +44,19 @@ class Costs:
         """Forward and backward pass in dense mode."""
         return 3 * (self.rest + self.ffn)
 
-    def sparse(self, moe: MoEConfig, k: int, *, copies: bool = False) -> float:
+    def sparse(self, moe: MoEConfig, k: int, *, upcycled: bool = False) -> float:
         """Forward and backward pass with k experts a token, slices of the FFN or copies of all of it."""
-        experts = k if copies else k / moe.experts
-        return 3 * (self.rest + experts * self.ffn) + (3 if moe.router == "learned" else 1) * self.scores
+        experts = k if upcycled else k / moe.experts
+        return 3 * (self.rest + experts * self.ffn) + (3 if moe.router == "gate" else 1) * self.scores
 
 
 @cache
-def forward_costs(model: ModelConfig, moe: MoEConfig, specials: Specials, sequence_length: int) -> Costs:
+def forward_costs(model: ModelConfig, moe: MoEConfig, vocab: VocabInfo, sequence_length: int) -> Costs:
     """What a block of S tokens costs this model."""
     # Fake tensors have a shape and a device, and no memory.
     with FakeTensorMode():
-        counted = LanguageModel(model, moe, specials, context=sequence_length, read_weights=False)
-        batch = _block(model, specials, sequence_length)
+        counted = LanguageModel(model, moe, vocab, context=sequence_length, read_weights=False)
+        batch = _block(model, vocab, sequence_length)
         # Kernels that know of masks would be counted at less than the square they compute.
         counted.backbone.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -68,7 +68,7 @@ def forward_costs(model: ModelConfig, moe: MoEConfig, specials: Specials, sequen
     return Costs(counter.get_total_flops() - ffn, ffn, scores)
 
 
-def _block(model: ModelConfig, specials: Specials, sequence_length: int) -> Batch:
+def _block(model: ModelConfig, vocab: VocabInfo, sequence_length: int) -> Batch:
     """A batch of one block, as the family's objective shapes it."""
-    inputs, targets = build_objective(family(model.family).objective, specials).lengths(sequence_length)
+    inputs, targets = build_objective(family(model.family).objective, vocab).lengths(sequence_length)
     return {"inputs": torch.zeros(1, inputs, dtype=torch.long), "targets": torch.zeros(1, targets, dtype=torch.long)}

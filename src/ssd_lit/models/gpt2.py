@@ -7,14 +7,14 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel, GPT2Model
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 
-def config_of(config: ModelConfig, specials: Specials, context: int) -> GPT2Config:
+def config_of(config: ModelConfig, vocab: VocabInfo, context: int) -> GPT2Config:
     """A GPT-2 language model with fresh weights and its own FFNs."""
     return GPT2Config(
-        vocab_size=specials.vocab_size,
+        vocab_size=vocab.vocab_size,
         n_positions=context,
         n_embd=config.d_model,
         n_layer=config.layers,
@@ -24,8 +24,8 @@ def config_of(config: ModelConfig, specials: Specials, context: int) -> GPT2Conf
         resid_pdrop=config.dropout,
         embd_pdrop=config.dropout,
         attn_pdrop=config.dropout,
-        bos_token_id=specials.eos_id,
-        eos_token_id=specials.eos_id,
+        bos_token_id=vocab.eos_id,
+        eos_token_id=vocab.eos_id,
         use_cache=False,
     )
 

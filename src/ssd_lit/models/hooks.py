@@ -13,7 +13,7 @@ from ssd_lit.moe.ffn import ExpertFFN
 
 
 @contextmanager
-def watched(ffns: Sequence[ExpertFFN]) -> Iterator[dict[nn.Module, Tensor]]:
+def capture_inputs(ffns: Sequence[ExpertFFN]) -> Iterator[dict[nn.Module, Tensor]]:
     """Give the inputs [T, D] of every FFN in its latest forward pass."""
     seen: dict[nn.Module, Tensor] = {}
 
@@ -36,7 +36,7 @@ def ffn_inputs(model: LanguageModel, batch: Batch) -> list[Tensor]:
     """
     training = model.training
     try:
-        with watched(model.ffns) as seen:
+        with capture_inputs(model.ffns) as seen:
             model.eval().run_layers(batch)
     finally:
         model.train(training)

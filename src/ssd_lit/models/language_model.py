@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_lit.config import ModelConfig, MoEConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch
 from ssd_lit.models.attention import attend_whole_blocks
 from ssd_lit.models.families import family
@@ -22,18 +22,18 @@ class LanguageModel(nn.Module):
 
     `forward(batch) -> logits [B, S, V]`, where a batch {"inputs": [B, S], "targets": [B, S']} comes from the family's
     objective; S' is S except for an encoder with a decoder. `router` names what chooses experts, the config's own if
-    None; with `copies` every expert is a copy of the whole FFN. A pretrained checkpoint's weights may be left unread.
+    None; with `upcycled` every expert is a copy of the whole FFN. A pretrained checkpoint's weights may be left unread.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         moe: MoEConfig,
-        specials: Specials,
+        vocab: VocabInfo,
         *,
         context: int,
         router: str | None = None,
-        copies: bool = False,
+        upcycled: bool = False,
         read_weights: bool = True,
     ):
         super().__init__()
@@ -41,15 +41,15 @@ class LanguageModel(nn.Module):
         self.objective_name = kind.objective
         self.backbone: Any
         if config.pretrained is None or not read_weights:
-            self.backbone = kind.build(config, specials, context)
+            self.backbone = kind.build(config, vocab, context)
         else:
             self.backbone = kind.load(Path(config.pretrained))
-            _check_vocabulary(self.backbone, config.pretrained, specials, context)
+            _check_vocabulary(self.backbone, config.pretrained, vocab, context)
         # Training and scoring read no cache; a folder's own config may ask for one.
         self.backbone.config.use_cache = False
         attend_whole_blocks(self.backbone)
         # A plain tuple: the backbone already registers these modules.
-        self._ffns = swap_ffns(self.backbone, kind, moe, router=router or moe.router, copies=copies)
+        self._ffns = swap_ffns(self.backbone, kind, moe, router=router or moe.router, upcycled=upcycled)
 
     @property
     def ffns(self) -> Sequence[ExpertFFN]:
@@ -93,11 +93,11 @@ class LanguageModel(nn.Module):
         return torch.stack(losses).mean(dim=0)
 
 
-def _check_vocabulary(backbone: Any, folder: str, specials: Specials, context: int) -> None:
+def _check_vocabulary(backbone: Any, folder: str, vocab: VocabInfo, context: int) -> None:
     rows = backbone.get_input_embeddings().weight.shape[0]
-    if rows < specials.vocab_size:
+    if rows < vocab.vocab_size:
         raise ValueError(
-            f"model.pretrained {folder}: embeds {rows} tokens, but the tokenizer has {specials.vocab_size}; "
+            f"model.pretrained {folder}: embeds {rows} tokens, but the tokenizer has {vocab.vocab_size}; "
             "give its own tokenizer as data.tokenizer.folder"
         )
     longest = getattr(backbone.config, "max_position_embeddings", None)

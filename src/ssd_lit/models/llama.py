@@ -7,22 +7,22 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 
-def config_of(config: ModelConfig, specials: Specials, context: int) -> LlamaConfig:
+def config_of(config: ModelConfig, vocab: VocabInfo, context: int) -> LlamaConfig:
     """A LLaMA language model with fresh weights and its own FFNs: ReGLU with relu, SwiGLU with silu."""
     return LlamaConfig(
-        vocab_size=specials.vocab_size,
+        vocab_size=vocab.vocab_size,
         hidden_size=config.d_model,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         intermediate_size=config.d_ff,
         hidden_act=config.activation,
         max_position_embeddings=context,
-        bos_token_id=specials.eos_id,
-        eos_token_id=specials.eos_id,
+        bos_token_id=vocab.eos_id,
+        eos_token_id=vocab.eos_id,
         tie_word_embeddings=True,
         use_cache=False,
     )

@@ -7,16 +7,16 @@ import torch
 from ssd_lit.config import MoEConfig
 from ssd_lit.models.family import Family, FFNParts
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.permutation import copy_into_experts
+from ssd_lit.moe.permutation import upcycle_into
 from ssd_lit.moe.routers import Router, build_router
 
 
 def swap_ffns(
-    backbone: Any, family: Family, moe: MoEConfig, *, router: str, copies: bool = False
+    backbone: Any, family: Family, moe: MoEConfig, *, router: str, upcycled: bool = False
 ) -> tuple[ExpertFFN, ...]:
     """Replace every FFN by an ExpertFFN with the same weights; returns them in the family's order.
 
-    With `copies` each expert is a copy of the whole FFN. Raises ValueError if the experts do not divide its neurons.
+    With `upcycled` each expert is a copy of the whole FFN. Raises ValueError if the experts do not divide its neurons.
     """
     swapped = []
     for site in family.sites(backbone):
@@ -27,19 +27,19 @@ def swap_ffns(
                 parts, site, moe, build_router(router, parts.w_in.shape[1], moe.experts, moe.router_hidden)
             )
             parts.copy_to(ffn)
-            if copies:
-                slices, ffn = ffn, _expert_ffn(parts, site, moe, ffn.router, copies=True)
-                copy_into_experts(slices, ffn)
+            if upcycled:
+                slices, ffn = ffn, _expert_ffn(parts, site, moe, ffn.router, upcycled=True)
+                upcycle_into(slices, ffn)
         site.install(ffn.train(backbone.training))
         swapped.append(ffn)
     return tuple(swapped)
 
 
-def _expert_ffn(parts: FFNParts, site: Any, moe: MoEConfig, router: Router, *, copies: bool = False) -> ExpertFFN:
+def _expert_ffn(parts: FFNParts, site: Any, moe: MoEConfig, router: Router, *, upcycled: bool = False) -> ExpertFFN:
     d_ff, d_model = parts.w_in.shape
     ffn = ExpertFFN(
         d_model,
-        d_ff * moe.experts if copies else d_ff,
+        d_ff * moe.experts if upcycled else d_ff,
         experts=moe.experts,
         top_k=moe.top_k,
         router=router,
@@ -49,7 +49,7 @@ def _expert_ffn(parts: FFNParts, site: Any, moe: MoEConfig, router: Router, *, c
         dropout=site.dropout,
         hidden_dropout=site.hidden_dropout,
         backend=moe.backend,
-        copies=copies,
+        upcycled=upcycled,
     )
     if ffn.w_in.dtype != parts.w_in.dtype:
         ffn.to(parts.w_in.dtype)

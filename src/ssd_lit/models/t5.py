@@ -7,14 +7,14 @@ from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration, T5Model
 
 from ssd_lit.config import ModelConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 
-def config_of(config: ModelConfig, specials: Specials, context: int) -> T5Config:
+def config_of(config: ModelConfig, vocab: VocabInfo, context: int) -> T5Config:
     """A T5 with fresh weights and its own FFNs, as many layers in the encoder as in the decoder."""
     return T5Config(
-        vocab_size=specials.vocab_size,
+        vocab_size=vocab.vocab_size,
         d_model=config.d_model,
         d_kv=config.d_model // config.heads,
         d_ff=config.d_ff,
@@ -22,9 +22,9 @@ def config_of(config: ModelConfig, specials: Specials, context: int) -> T5Config
         num_heads=config.heads,
         feed_forward_proj=config.activation,
         dropout_rate=config.dropout,
-        eos_token_id=specials.eos_id,
-        pad_token_id=specials.eos_id,
-        decoder_start_token_id=specials.eos_id,  # type: ignore[call-arg]
+        eos_token_id=vocab.eos_id,
+        pad_token_id=vocab.eos_id,
+        decoder_start_token_id=vocab.eos_id,  # type: ignore[call-arg]
         use_cache=False,
     )
 

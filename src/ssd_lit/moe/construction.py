@@ -5,20 +5,20 @@ for the neurons; they differ in the points: weights, activations, or places in a
 D model width, F neurons, E experts.
 """
 
+from typing import get_args
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssd_lit.moe.clustering import Floats, balanced_kmeans, normalised_rows, random_balanced
-
-CONSTRUCTIONS = ("kmeans", "kmeans_activations", "coactivation", "random", "contiguous")
-"""The names; the first is the paper's and the default."""
+from ssd_lit.moe.names import Construction
 
 NEEDS_ACTIVATIONS = frozenset({"kmeans_activations", "coactivation"})
 """Constructions that look at activations on calibration tokens."""
 
 LINK = 1e-6
-"""Share of a neuron's co-activation that is spread over all other neurons, so that the graph hangs together."""
+"""Fraction of a neuron's co-activation that is spread over all other neurons, so that the graph hangs together."""
 
 
 def construct(
@@ -55,8 +55,8 @@ def construct(
     """
     from threadpoolctl import threadpool_limits
 
-    if name not in CONSTRUCTIONS:
-        raise ValueError(f"construction {name!r} is unknown; allowed: {', '.join(CONSTRUCTIONS)}")
+    if name not in get_args(Construction):
+        raise ValueError(f"construction {name!r} is unknown; allowed: {', '.join(get_args(Construction))}")
     _check_rows(rows, n_experts)
     if name == "random":
         return random_balanced(len(rows), n_experts, seed=seed)

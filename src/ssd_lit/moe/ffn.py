@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
 from ssd_lit.moe.routers import Router, gate_losses
-from ssd_lit.moe.routing import Choice, experts_above, top_k_experts, top_k_products
+from ssd_lit.moe.routing import Routing, experts_above, top_k_experts, top_k_products
 
 Mode = Literal["dense", "sparse"]
 
@@ -47,7 +47,7 @@ class ExpertFFN(nn.Module):
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         backend: str = "auto",
-        copies: bool = False,
+        upcycled: bool = False,
     ):
         super().__init__()
         if d_ff % experts:
@@ -60,7 +60,7 @@ class ExpertFFN(nn.Module):
         """In sparse mode, choose by the activation mass itself, which no router knows beforehand."""
         self.activation = activation
         self.backend = backend
-        self.copies = copies
+        self.upcycled = upcycled
         self.mode: Mode = "dense"
         bound = 1 / math.sqrt(d_model)
         self.w_in = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
@@ -80,7 +80,7 @@ class ExpertFFN(nn.Module):
         return self.w_in.shape[0]
 
     @property
-    def key_rows(self) -> Tensor:
+    def gating_weight(self) -> Tensor:
         """The input weights [F, D] that decide whether a neuron fires: those of the gate where there is one."""
         return self.w_in if self.w_gate is None else self.w_gate
 
@@ -101,7 +101,7 @@ class ExpertFFN(nn.Module):
         return Activation(self.activation)(F.linear(x, self.w_in, self.b_in), gate)
 
     @torch.no_grad()
-    def mass(self, x: Tensor) -> Tensor:
+    def activation_mass(self, x: Tensor) -> Tensor:
         """The activation mass of each expert: the sum of its neurons' absolute activations, [T, D] -> [T, E]."""
         mass: Tensor = self.activations(x).abs().unflatten(-1, (self.experts, -1)).sum(-1)
         return mass
@@ -116,29 +116,31 @@ class ExpertFFN(nn.Module):
         squares: Tensor = (torch.einsum("teh,ehg->teg", hidden, gram) * hidden).sum(dim=-1)
         return squares.clamp_min(0).sqrt()
 
-    def choose(self, x: Tensor) -> Choice:
+    def route(self, x: Tensor) -> Routing:
         """The experts that each token of x [T, D] runs through in sparse mode, and their weights."""
         if self.threshold is not None:
-            return Choice(experts_above(self.mass(x) if self.oracle else self.router(x), self.threshold), ragged=True)
-        directions = self.router.directions()
+            return Routing(
+                experts_above(self.activation_mass(x) if self.oracle else self.router(x), self.threshold), ragged=True
+            )
+        directions = self.router.expert_vectors()
         if self.oracle:
-            chosen = top_k_experts(self.mass(x), self.top_k)
+            chosen = top_k_experts(self.activation_mass(x), self.top_k)
         elif directions is not None:
             chosen = top_k_products(x, directions, self.top_k)
         else:
             chosen = top_k_experts(self.router(x), self.top_k)
         if not self.router.weighted:
-            return Choice(chosen)
+            return Routing(chosen)
         scores = self.router(x)
         if self.training:
             self.gate_losses = gate_losses(scores, chosen)
-        total = 1 if self.copies else self.top_k
-        return Choice(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
+        total = 1 if self.upcycled else self.top_k
+        return Routing(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "sparse" and not self._chooses_all:
             y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
-        elif self.copies:
+        elif self.upcycled:
             raise ValueError("experts that are copies of one FFN have no dense mode")
         else:
             y = self.hidden_dropout(self.activations(x)) @ self.w_out
@@ -148,7 +150,7 @@ class ExpertFFN(nn.Module):
     @property
     def _chooses_all(self) -> bool:
         """Whether every token runs through every expert and outputs are added as they are: that is the dense FFN."""
-        return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.copies
+        return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.upcycled
 
     def _sparse(self, x: Tensor) -> Tensor:
         # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.
@@ -159,4 +161,4 @@ class ExpertFFN(nn.Module):
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
         # The router sees what the experts see.
         x = x.to(dtype)
-        return choose_backend(self.backend, x, activation)(x, self.choose(x), experts, activation)
+        return choose_backend(self.backend, x, activation)(x, self.route(x), experts, activation)

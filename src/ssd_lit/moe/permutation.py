@@ -8,7 +8,7 @@ from ssd_lit.moe.ffn import ExpertFFN
 
 
 @torch.no_grad()
-def reorder_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None = None) -> None:
+def permute_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None = None) -> None:
     """Put neuron `order[i]` at place i: weights, biases, ids and every per-neuron state of the optimiser.
 
     order: a permutation of 0..F-1. The dense function stays the same. Raises ValueError for anything else,
@@ -42,18 +42,18 @@ def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) ->
     ):
         raise ValueError(f"labels must put {size} of {ffn.d_ff} neurons into each of {ffn.experts} experts")
     order = labels.to(ffn.w_in.device).argsort(stable=True)
-    reorder_neurons(ffn, order, optimizer)
-    ffn.router.follow(ffn.key_rows)
+    permute_neurons(ffn, order, optimizer)
+    ffn.router.on_permuted(ffn.gating_weight)
     return order
 
 
 @torch.no_grad()
-def copy_into_experts(source: ExpertFFN, target: ExpertFFN) -> None:
+def upcycle_into(source: ExpertFFN, target: ExpertFFN) -> None:
     """Make every expert of `target` a copy of the whole FFN `source` (sparse upcycling, arXiv 2212.05055).
 
     Raises ValueError if `target` does not hold E times the neurons of `source`.
     """
-    if not target.copies or target.d_ff != target.experts * source.d_ff:
+    if not target.upcycled or target.d_ff != target.experts * source.d_ff:
         raise ValueError(f"{target.experts} copies of {source.d_ff} neurons do not make {target.d_ff}")
     for mine, theirs in zip(target.neuron_parameters(), source.neuron_parameters(), strict=True):
         mine.copy_(torch.cat([theirs] * target.experts))

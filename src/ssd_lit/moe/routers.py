@@ -5,10 +5,13 @@ outputs of the experts they choose are added as they are.
 """
 
 import math
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ssd_lit.moe.names import PosthocRouter, RouterName
 
 
 class Router(nn.Module):
@@ -17,14 +20,14 @@ class Router(nn.Module):
     weighted = False
     """Whether an expert's output is multiplied by its share of the scores."""
 
-    def directions(self) -> Tensor | None:
+    def expert_vectors(self) -> Tensor | None:
         """[E, D], where a score is a token's dot product with an expert's direction; None for other routers."""
         return None
 
-    def follow(self, rows: Tensor) -> None:
+    def on_permuted(self, rows: Tensor) -> None:
         """Take note of the experts' neurons, whose input rows [F, D] now stand in expert order."""
 
-    def begin(self, rows: Tensor) -> None:
+    def init_trainable(self, rows: Tensor) -> None:
         """Get ready to be trained behind the model, for experts whose input rows are [F, D]."""
 
 
@@ -37,11 +40,11 @@ class CenterRouter(Router):
         super().__init__()
         self.register_buffer("centers", torch.zeros(experts, d_model))
 
-    def directions(self) -> Tensor:
+    def expert_vectors(self) -> Tensor:
         return self.centers
 
     @torch.no_grad()
-    def follow(self, rows: Tensor) -> None:
+    def on_permuted(self, rows: Tensor) -> None:
         self.centers.copy_(expert_centers(rows, len(self.centers)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,14 +60,14 @@ class RandomRouter(Router):
         super().__init__()
         self.register_buffer("projection", torch.randn(experts, d_model) / math.sqrt(d_model))
 
-    def directions(self) -> Tensor:
+    def expert_vectors(self) -> Tensor:
         return self.projection
 
     def forward(self, x: Tensor) -> Tensor:
         return _products(x, self.projection)
 
 
-class LearnedRouter(Router):
+class GateRouter(Router):
     """A gate trained with the model: its logits choose, and their softmax over the chosen weighs the outputs.
 
     (Shazeer et al., arXiv 1701.06538; Switch Transformer, arXiv 2101.03961.)
@@ -76,7 +79,7 @@ class LearnedRouter(Router):
         super().__init__()
         self.gate = nn.Parameter(torch.randn(experts, d_model) * 0.02)
 
-    def directions(self) -> Tensor:
+    def expert_vectors(self) -> Tensor:
         return self.gate.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ class PredictorRouter(Router):
             return F.softplus(F.linear(hidden, self.w_out, self.b_out))
 
 
-class DirectionRouter(Router):
+class TrainedCenterRouter(Router):
     """A direction for each expert that begins as its centre; a score is the softplus of its dot product with a token.
 
     It is trained after the model, which stays as it is, on the experts' activation mass. Ours: it costs a token what
@@ -118,12 +121,12 @@ class DirectionRouter(Router):
         super().__init__()
         self.weights = nn.Parameter(torch.zeros(experts, d_model))
 
-    def directions(self) -> Tensor:
+    def expert_vectors(self) -> Tensor:
         # Softplus only grows: what is chosen by the products is chosen by the scores.
         return self.weights.detach()
 
     @torch.no_grad()
-    def begin(self, rows: Tensor) -> None:
+    def init_trainable(self, rows: Tensor) -> None:
         self.weights.copy_(expert_centers(rows, len(self.weights)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,13 +141,13 @@ def build_router(name: str, d_model: int, experts: int, hidden: int) -> Router:
             return CenterRouter(d_model, experts)
         case "random":
             return RandomRouter(d_model, experts)
-        case "learned":
-            return LearnedRouter(d_model, experts)
-        case "mass" | "norm":
+        case "gate":
+            return GateRouter(d_model, experts)
+        case "mass_mlp" | "norm_mlp":
             return PredictorRouter(d_model, experts, hidden)
-        case "direction":
-            return DirectionRouter(d_model, experts)
-    raise ValueError(f"router {name!r}: allowed are center, random, learned, mass, norm, direction")
+        case "centers":
+            return TrainedCenterRouter(d_model, experts)
+    raise ValueError(f"router {name!r}: allowed are {', '.join((*get_args(RouterName), *get_args(PosthocRouter)))}")
 
 
 def expert_centers(rows: Tensor, experts: int) -> Tensor:

@@ -1,17 +1,16 @@
 """Which experts a token runs through, given a score for each: a fixed number, a changing one, or all that matter."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssd_lit.moe import kernels
+from ssd_lit.moe.names import ScheduleKind
 
-ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 
-
-class Choice(NamedTuple):
+class Routing(NamedTuple):
     """The experts of every token."""
 
     experts: Tensor

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssd_lit.moe.activations import EXACT_ZEROS
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routing import Choice, top_k_experts
+from ssd_lit.moe.routing import Routing, top_k_experts
 
 NORM_SHARE = 0.95
 """The active neurons of a smooth activation hold at least this share of the norm of all contributions."""
@@ -24,7 +24,7 @@ def active_neurons(ffn: ExpertFFN, x: Tensor) -> Tensor:
     """
     hidden = ffn.activations(x)
     if ffn.mode == "sparse":
-        on = chosen_mask(ffn.choose(x), ffn.experts)
+        on = chosen_mask(ffn.route(x), ffn.experts)
         hidden = (hidden.unflatten(-1, (ffn.experts, -1)) * on[:, :, None]).flatten(-2)
     if ffn.activation in EXACT_ZEROS:
         return hidden != 0
@@ -36,11 +36,11 @@ def active_neurons(ffn: ExpertFFN, x: Tensor) -> Tensor:
 
 
 def active_ratio(ffn: ExpertFFN, x: Tensor) -> float:
-    """Share of the F neurons that are active for a token, averaged over x [T, D]."""
+    """Fraction of the F neurons that are active for a token, averaged over x [T, D]."""
     return float(active_neurons(ffn, x).sum()) / (len(x) * ffn.d_ff)
 
 
-def chosen_mask(choice: Choice, experts: int) -> Tensor:
+def chosen_mask(choice: Routing, experts: int) -> Tensor:
     """The choice as bool [T, E]."""
     mask = torch.zeros(len(choice.experts), experts + 1, dtype=torch.bool, device=choice.experts.device)
     return mask.scatter_(1, choice.experts, True)[:, :-1]
@@ -48,8 +48,8 @@ def chosen_mask(choice: Choice, experts: int) -> Tensor:
 
 @torch.no_grad()
 def expert_load(ffn: ExpertFFN, x: Tensor) -> Tensor:
-    """Share of the tokens x [T, D] that choose each expert, [E]; the shares add up to the mean number of experts."""
-    return chosen_mask(ffn.choose(x), ffn.experts).float().mean(dim=0)
+    """Fraction of the tokens x [T, D] that choose each expert, [E]; the shares add up to the mean number of experts."""
+    return chosen_mask(ffn.route(x), ffn.experts).float().mean(dim=0)
 
 
 def load_entropy(load: Tensor) -> float:
@@ -61,12 +61,12 @@ def load_entropy(load: Tensor) -> float:
 
 @torch.no_grad()
 def routing_recall(ffn: ExpertFFN, x: Tensor) -> float:
-    """Share of the oracle's activation mass that the chosen experts hold: x [T, D], top_k experts a token.
+    """Fraction of the oracle's activation mass that the chosen experts hold: x [T, D], top_k experts a token.
 
     The oracle takes the K experts of the largest mass; 1 means that the router loses nothing against it.
     """
-    mass = ffn.mass(x).double()
-    found = mass.gather(1, ffn.choose(x).experts).sum()
+    mass = ffn.activation_mass(x).double()
+    found = mass.gather(1, ffn.route(x).experts).sum()
     best = mass.gather(1, top_k_experts(mass, ffn.top_k)).sum()
     # The same experts in another order may add up to a little more.
     return min(1.0, float(found / best.clamp_min(torch.finfo(best.dtype).tiny)))

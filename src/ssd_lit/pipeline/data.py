@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ssd_lit.config import load_data, load_experiment
 from ssd_lit.paths import data_dir, write_configs
-from ssd_lit.support.locks import alone
+from ssd_lit.support.locks import exclusive
 
 
 def configs(experiment: Path, results: Path) -> str:
@@ -25,7 +25,7 @@ def prepare(folder: Path) -> str:
     """Read, clean, deduplicate and split the text into documents/."""
     from ssd_lit.data.documents import prepare_documents
 
-    with alone(folder, "prepare"):
+    with exclusive(folder, "prepare"):
         card = prepare_documents(load_data(folder / "config.yaml"), folder / "documents", print)
     return ", ".join(f"{name} {split['documents']:,} documents" for name, split in card["splits"].items())
 
@@ -35,7 +35,7 @@ def tokenizer(folder: Path) -> str:
     from ssd_lit.data.tokenizer import load_tokenizer, train_tokenizer
 
     config = load_data(folder / "config.yaml").tokenizer
-    with alone(folder, "tokenizer"):
+    with exclusive(folder, "tokenizer"):
         train_tokenizer(config, folder / "documents", folder / "tokenizer")
     return f"{load_tokenizer(folder / 'tokenizer').get_vocab_size():,} entries"
 
@@ -45,7 +45,7 @@ def encode(folder: Path) -> str:
     from ssd_lit.data.encode import encode_documents
 
     config = load_data(folder / "config.yaml")
-    with alone(folder, "encode"):
+    with exclusive(folder, "encode"):
         index = encode_documents(
             folder / "documents",
             folder / "tokenizer",

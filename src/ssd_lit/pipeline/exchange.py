@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ssd_lit.config import ConfigError, Construction, MoEConfig, TrainedRouter
+from ssd_lit.config import ConfigError, MoEConfig
+from ssd_lit.moe.names import Construction, PosthocRouter
 from ssd_lit.run import Run
 
 
@@ -25,7 +26,7 @@ def moefy(
     top_k: int,
     out: Path,
     construction: Construction = "kmeans",
-    router: Literal["center", "random"] | TrainedRouter = "center",
+    router: Literal["center", "random"] | PosthocRouter = "center",
     threads: int | None = None,
     **calibration: Any,
 ) -> str:
@@ -37,7 +38,7 @@ def moefy(
     from ssd_lit.huggingface.moefy import moefy_folder
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    chosen: Any = {"trained_router" if router in get_args(TrainedRouter) else "router": router}
+    chosen: Any = {"posthoc_router" if router in get_args(PosthocRouter) else "router": router}
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
     moefy_folder(model, out, moe, **calibration, progress=print)
     return f"{out}: {experts} experts a layer, {top_k} a token in sparse mode"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ssd_lit.config import load_analysis, load_downstream, load_evaluation
 from ssd_lit.records import MEASUREMENTS
 from ssd_lit.run import Run
-from ssd_lit.support.files import sha256, write_sealed
+from ssd_lit.support.files import sha256, write_json_checked
 from ssd_lit.tracking.client import RunTracker
 
 
@@ -32,7 +32,7 @@ def measure(run: Run, measurement: str) -> str:
         found = work(run)
         tracker.outcome(found.figures, run_step=last_step)
         origin = {"inputs": inputs, "provenance": stage_provenance(run.config, run.tokens_digest)}
-        write_sealed(run.folder / MEASUREMENTS[measurement][1], {**found.content, **origin})
+        write_json_checked(run.folder / MEASUREMENTS[measurement][1], {**found.content, **origin})
     if measurement == "downstream":
         shutil.rmtree(_pieces(run), ignore_errors=True)
     return found.summary
@@ -66,9 +66,9 @@ def _analyse(run: Run) -> Found:
 
 def _downstream(run: Run) -> Found:
     """Ended on its way, it goes on with the fine-tuning that was not done."""
-    from ssd_lit.evaluation.downstream import means, try_downstream
+    from ssd_lit.evaluation.downstream import evaluate_downstream, means
 
-    content = try_downstream(run, load_downstream(run.folder / "downstream.yaml"), _pieces(run))
+    content = evaluate_downstream(run, load_downstream(run.folder / "downstream.yaml"), _pieces(run))
     figures = means(content)
     told = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in figures.items()]
     return Found(content, figures, ", ".join(told) or "; ".join(content["left_out"].values()))

@@ -16,7 +16,7 @@ from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.records import MEASUREMENTS, training_stages
 from ssd_lit.run import Run
-from ssd_lit.support.files import read_sealed
+from ssd_lit.support.files import read_json_checked
 
 
 class Plan:
@@ -36,7 +36,7 @@ class Plan:
         self._runs: dict[str, Run] = {}
         for name, config in self.configs.items():
             self._runs[name] = Run(run_dir(results, config), results, config, self._runs)
-        self._tried = {run.name for run in experiment.tried_runs()}
+        self._tried = {run.name for run in experiment.downstream_runs()}
 
     # Which files there are.
 
@@ -70,13 +70,13 @@ class Plan:
             before = stages[place - 1]
             owner = config.shares_warmup if before == "warmup" else None
             return [self.stage(owner or run, before)]
-        return [self.final(other) for other in (config.starts_from, config.matches) if other]
+        return [self.final(other) for other in (config.parent_run, config.matches) if other]
 
     def before_run(self, run: str) -> list[Path]:
         """What a whole run goes on from: a warm-up that it shares, another run that it builds on."""
         config = self.configs[run]
         owner = config.shares_warmup or (run if run in self.shared_warmups else None)
-        others = [self.stage(other, "evaluate") for other in (config.starts_from, config.matches) if other]
+        others = [self.stage(other, "evaluate") for other in (config.parent_run, config.matches) if other]
         return [*([self.stage(owner, "warmup")] if owner else []), *others]
 
     @cached_property
@@ -105,7 +105,7 @@ class Plan:
         if not card.parent.exists():
             return False
         try:
-            return is_other_text(self.experiment.data, read_sealed(card), card.stat().st_mtime_ns)
+            return is_other_text(self.experiment.data, read_json_checked(card), card.stat().st_mtime_ns)
         except ValueError:
             return True
 

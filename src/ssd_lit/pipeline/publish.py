@@ -6,7 +6,7 @@ from pathlib import Path
 from ssd_lit.config import ConfigError, load_resolved
 from ssd_lit.paths import data_dir, results_of
 from ssd_lit.run import Run
-from ssd_lit.support.locks import alone
+from ssd_lit.support.locks import exclusive
 
 
 def summarise(exp_dir: Path) -> str:
@@ -15,9 +15,9 @@ def summarise(exp_dir: Path) -> str:
     from ssd_lit.report.summary import write_summary
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
-    with alone(exp_dir, "summarise"):
+    with exclusive(exp_dir, "summarise"):
         if experiment.downstream is not None:
-            write_downstream(exp_dir, experiment.tried_runs())
+            write_downstream(exp_dir, experiment.downstream_runs())
         write_arms(exp_dir, experiment.runs())
         return str(write_summary(exp_dir, experiment.runs()))
 
@@ -25,7 +25,7 @@ def summarise(exp_dir: Path) -> str:
 def figures(exp_dir: Path) -> str:
     from ssd_lit.report.figures import write_figures
 
-    with alone(exp_dir, "figures"):
+    with exclusive(exp_dir, "figures"):
         written = write_figures(exp_dir, load_resolved(exp_dir / "experiment.yaml"))
     return f"{len(written)} files in {exp_dir / 'figures'}"
 
@@ -38,7 +38,7 @@ def report(exp_dir: Path) -> str:
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
-    with alone(exp_dir, "report"):
+    with exclusive(exp_dir, "report"):
         check_summary(exp_dir, experiment.runs())
         path = write_report(exp_dir, experiment, data_dir(results, experiment.data), provenance())
         failed = try_for(REPORT_SECONDS, lambda: _send_experiment(exp_dir))

@@ -12,11 +12,11 @@ from ssd_lit.pipeline.measure import measure
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, stage_of
 from ssd_lit.run import Run
 from ssd_lit.support import signals
-from ssd_lit.support.devices import take_gpus
-from ssd_lit.support.files import read_sealed, whole_file, write_sealed
-from ssd_lit.support.locks import alone
+from ssd_lit.support.devices import reserve_gpus
+from ssd_lit.support.files import read_json_checked, whole_file, write_json_checked
+from ssd_lit.support.locks import exclusive
 from ssd_lit.tracking.client import RunTracker
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.tracking.metrics_log import read_metrics
 
 
 def train(folder: Path, *, until: str | None = None, start: str | None = None, threads: int | None = None) -> str:
@@ -24,7 +24,7 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
 
     What is done and stands on record stays as it is. `start`, a stage or a phase such as 05-sparse, is done anew with
     all that follows it. Raises ConfigError for a name that the run does not have, ValueError for what it needs of
-    another run and is not done, `Stopped` where a signal asked for it; the state is then saved.
+    another run and is not done, `Preempted` where a signal asked for it; the state is then saved.
     """
     run = Run.open(folder)
     last = until or run.stages[-1]
@@ -35,7 +35,7 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
     if not _is_first_process():
         take_machine(run, threads, run.config.training.devices)
         return _train_beside(run, wanted)
-    with alone(run.folder, f"train to {last}"):
+    with exclusive(run.folder, f"train to {last}"):
         resume_step = _forget_what_is_stale(run) if start is None else _begin_anew(run, start)
         _restore_stage_records(run)
         missing = [stage for stage in wanted if not run.is_done(stage)]
@@ -61,7 +61,7 @@ def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -
     settings = run.folder / MEASUREMENTS[measurement][0]
     if not settings.exists():
         raise ConfigError(f"{settings}: not found; the experiment does not ask for it")
-    with alone(run.folder, measurement):
+    with exclusive(run.folder, measurement):
         _restore_stage_records(run)
         if run.is_done(measurement):
             return "it was done already"
@@ -74,7 +74,7 @@ def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
     import torch
 
     training = run.config.training
-    take_gpus(processes)
+    reserve_gpus(processes)
     if training.deterministic:
         # Read when the GPU is first used; torch asks for it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -96,7 +96,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
     provenance = stage_provenance(run.config, run.tokens_digest)
     with RunTracker.of(run, missing[0], resume_step) as tracker:
         # From here on the recorded points are those of these inputs.
-        write_sealed(run.folder / "work" / "made_from.json", run.made_from())
+        write_json_checked(run.folder / "work" / "made_from.json", run.made_from())
         while missing:
             stage = missing[0]
             tracker.begin(stage)
@@ -130,7 +130,7 @@ def _train_beside(run: Run, wanted: tuple[str, ...]) -> str:
     training = [stage for stage in wanted if stage in run.training_stages and stage != "route"]
     try:
         fit(run, training[-1], recorder=None, provenance={})
-    except signals.Stopped:
+    except signals.Preempted:
         # The first process answers for all; Lightning would kill it, were the status of another not 0.
         return "stopped with the first process"
     return "trained beside the first process, which keeps the records"
@@ -143,7 +143,7 @@ def _with_matched_steps(run: Run) -> Run:
     from ssd_lit.training.budget import with_steps_for
 
     spent = run.other(run.config.matches).chain()[-1].total
-    return replace(run, config=with_steps_for(run.config, spent.flops, run.specials))
+    return replace(run, config=with_steps_for(run.config, spent.flops, run.vocab))
 
 
 def _forget_what_is_stale(run: Run) -> int | None:
@@ -154,7 +154,7 @@ def _forget_what_is_stale(run: Run) -> int | None:
     inputs, begun = run.made_from(), run.folder / "work" / "made_from.json"
     # All that there are, not the chain: another method's phases have other names.
     records = [PhaseRecord.read(path) for path in run.folder.glob("phases/*/phase.json")]
-    if begun.exists() and read_sealed(begun) == inputs and not records:
+    if begun.exists() and read_json_checked(begun) == inputs and not records:
         return None
     if records and all(record.inputs == inputs for record in records):
         return None
@@ -231,7 +231,7 @@ def _adopt_warmup(run: Run, tracker: RunTracker) -> None:
     assert run.config.shares_warmup is not None
     owner = run.other(run.config.shares_warmup)
     stage, record = owner.stage("warmup"), owner.phases()[0]
-    for name, curve in read_points(owner.folder / "metrics.jsonl").items():
+    for name, curve in read_metrics(owner.folder / "metrics.jsonl").items():
         for step, value in curve:
             if step <= record.last_step:
                 tracker.log(step, {name: value})

@@ -14,8 +14,8 @@ from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
 from ssd_lit.records import MEASUREMENTS, PhaseRecord
 from ssd_lit.report.summary import check_summary
 from ssd_lit.run import Run
-from ssd_lit.support.files import archive_digest, check_digests, check_seal, read_sealed, sha256
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.support.files import archive_digest, check_checksum, check_digests, read_json_checked, sha256
+from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import check_checkpoint
 
 Check = tuple[str, Callable[[], str]]
@@ -75,7 +75,7 @@ def _run_checks(run: Run) -> Iterator[Check]:
         yield f"{name} {stage}", partial(_stage, run, stage)
     if snapshots(folder):
         yield f"{name} snapshots", lambda: _snapshots(folder)
-    yield f"{name} metrics.jsonl", lambda: f"{len(read_points(folder / 'metrics.jsonl'))} curves"
+    yield f"{name} metrics.jsonl", lambda: f"{len(read_metrics(folder / 'metrics.jsonl'))} curves"
     for measurement, (settings, result) in MEASUREMENTS.items():
         if (folder / settings).is_file():
             yield f"{name} {Path(result).name}", partial(_measured, run, measurement)
@@ -94,7 +94,7 @@ def _config(run: Run) -> str:
 
 def _sources(documents: Path) -> str:
     """Local files are compared with what was read from them; a package is checked by the stage that reads it."""
-    files = described_files(read_sealed(documents / "card.json"))
+    files = described_files(read_json_checked(documents / "card.json"))
     if not files:
         return "no local files"
     there = [file for file in files if Path(file["path"]).is_file()]
@@ -105,7 +105,7 @@ def _sources(documents: Path) -> str:
 
 
 def _documents(documents: Path) -> str:
-    splits = read_sealed(documents / "card.json")["splits"]
+    splits = read_json_checked(documents / "card.json")["splits"]
     for split, told in splits.items():
         digest = hashlib.sha256()
         for texts in read_split(documents, split):
@@ -156,8 +156,8 @@ def _snapshots(folder: Path) -> str:
 def _measured(run: Run, measurement: str) -> str:
     """One of the JSON files of a run: made from these weights and tokens, with the settings beside the run."""
     settings, result = (run.folder / name for name in MEASUREMENTS[measurement])
-    found = read_sealed(result)
-    check_seal(settings)
+    found = read_json_checked(result)
+    check_checksum(settings)
     _compare(result, found.get("inputs", {}), run.measured_from(measurement))
     check_digests(result.parent, found.get("digests", {}))
     return f"of weights {run.final().weights[:16]}"

@@ -10,16 +10,16 @@ from ssd_lit.report.curves import curves_of, draw_band, over_seeds
 from ssd_lit.report.panels import arm_panels, empty_figure, layer_bar, layer_colours, shade_sparse
 from ssd_lit.report.runs import Points, RunResult, by_arm
 from ssd_lit.report.style import GREY, ArmStyle, arm_styles
-from ssd_lit.report.view import MOST_PANELS, in_view, tell_left_out
+from ssd_lit.report.view import MOST_PANELS, select_arms, tell_left_out
 
 RATIO = "activation/active_ratio/layer_"
 SIMILARITY = "activation/similarity"
 
 
 def active_neurons(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
-    """Share of active neurons by layer."""
+    """Fraction of active neurons by layer."""
     measured = [result for result in results if _ratios(result)]
-    shown = in_view(measured, MOST_PANELS)
+    shown = select_arms(measured, MOST_PANELS)
     table = pd.DataFrame(
         [
             (result.name, result.arm, result.config.seed, int(name.removeprefix(RATIO)), step, value)
@@ -51,7 +51,7 @@ def active_neurons(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
 def similarity(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Similarity of the activation pattern at every check."""
     measured = [result for result in results if _checks(result)]
-    shown = in_view(measured, MOST_PANELS)
+    shown = select_arms(measured, MOST_PANELS)
     table = pd.DataFrame(
         [
             (result.name, result.arm, result.config.seed, step, value)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ssd_lit.report.runs import RunResult
-from ssd_lit.support.files import check_digests, read_sealed
+from ssd_lit.support.files import check_digests, read_json_checked
 
 RUN = ["run", "arm", "seed"]
 
@@ -18,7 +18,7 @@ def has_table(result: RunResult, name: str) -> bool:
 def read_table(result: RunResult, name: str) -> pd.DataFrame:
     """analysis/NAME.csv of a run, which it must have. Raises ValueError if it is not what the analysis wrote."""
     folder = result.folder / "analysis"
-    check_digests(folder, {f"{name}.csv": read_sealed(folder / "analysis.json")["digests"][f"{name}.csv"]})
+    check_digests(folder, {f"{name}.csv": read_json_checked(folder / "analysis.json")["digests"][f"{name}.csv"]})
     # A token may be called "NA", which is no missing number.
     return pd.read_csv(folder / f"{name}.csv", dtype={"token": str, "layer": str}, na_filter=False)
 

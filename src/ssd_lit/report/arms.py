@@ -90,7 +90,7 @@ class Arm:
 
 def dense_peer(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The dense arm of the same model and data that trained for all its steps."""
-    return next((other for other in peers(arm, arms, "dense") if other.config.match_flops is None), None)
+    return next((other for other in peers(arm, arms, "dense") if other.config.match_flops_of_arm is None), None)
 
 
 def peers(arm: Arm, arms: Sequence[Arm], *methods: Method) -> list[Arm]:

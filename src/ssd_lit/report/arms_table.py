@@ -28,7 +28,7 @@ class _Row(NamedTuple):
 def write_arms(exp_dir: Path, runs: Sequence[RunConfig]) -> Path:
     """Write arms.csv for the finished runs: mean, lowest and highest over an arm's seeds of
 
-    - what training took: `sparse_share` of all steps, `flops`, `seconds`, `tokens_per_second`;
+    - what training took: `sparse_fraction` of all steps, `flops`, `seconds`, `tokens_per_second`;
     - `perplexity` of each text in dense mode, in sparse mode with each number of experts that was scored, and were the
       best experts chosen (oracle);
     - `over_dense_arm`, that perplexity relative to the dense arm's of the same seed, less one; and `over_dense_mode`,
@@ -52,12 +52,12 @@ def write_arms(exp_dir: Path, runs: Sequence[RunConfig]) -> Path:
 
 def _dense_arm(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The dense arm of the same model and data; for a smaller model that matches an arm's FLOPs, that arm's."""
-    matched = next((other for other in arms if other.name == arm.config.match_flops), None)
+    matched = next((other for other in arms if other.name == arm.config.match_flops_of_arm), None)
     return dense_peer(arm, arms) or (None if matched is None else dense_peer(matched, arms))
 
 
 def _numbers(arm: Arm, dense: Arm | None) -> Iterator[_Row]:
-    yield _Row("", "", "sparse_share", lambda run: run.sparse_share)
+    yield _Row("", "", "sparse_fraction", lambda run: run.sparse_fraction)
     yield _Row("", "", "flops", lambda run: run.total.flops)
     yield _Row("", "", "seconds", lambda run: run.total.seconds)
     yield _Row("", "", "tokens_per_second", lambda run: run.total.tokens / run.total.seconds)

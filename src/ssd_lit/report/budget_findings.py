@@ -17,7 +17,7 @@ from ssd_lit.report.settings import differences
 
 def upcycled(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
     """An upcycled model against dense training, with all that it cost, the run it starts from included."""
-    mine, start = in_sparse_mode(arm), _arm(arms, arm.config.start_from)
+    mine, start = in_sparse_mode(arm), _arm(arms, arm.config.parent_arm)
     if mine is None:
         return None
     spent = flops(arm)
@@ -38,14 +38,14 @@ def upcycled(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
         f" That is {compare(spent.mean, cost.mean, AMOUNT)} {dense.label}'s {cost.text(flop)}, for a perplexity "
         f"{compare(mine.mean, theirs.mean, PERPLEXITY)} {dense.label}'s {theirs.text()}.{mine.overlap(theirs)}"
     )
-    if not any(other.config.match_flops == arm.name for other in arms):
+    if not any(other.config.match_flops_of_arm == arm.name for other in arms):
         text += " What dense training would make of the same FLOPs was not tried."
     return Finding(f"{arm.label}: upcycling", text, run_names(arm, dense))
 
 
 def matched(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
     """A dense arm that trained for the FLOPs of another, against that one."""
-    other = _arm(arms, arm.config.match_flops)
+    other = _arm(arms, arm.config.match_flops_of_arm)
     mine = in_dense_mode(arm)
     if other is None or mine is None:
         return None

@@ -13,7 +13,7 @@ from ssd_lit.report.analyses import RUN
 from ssd_lit.report.arms import Measure
 from ssd_lit.report.formatting import percent
 from ssd_lit.report.runs import RunResult
-from ssd_lit.support.files import read_sealed, write_text
+from ssd_lit.support.files import read_json_checked, write_text
 
 METRICS = {"accuracy": "accuracy", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
 """Metrics as they are called in tables."""
@@ -154,7 +154,7 @@ def _all(results: Sequence[RunResult], benchmark: str) -> list[dict[str, Any]]:
 
 
 def _read(run_dir: Path) -> dict[str, Any]:
-    return read_sealed(run_dir / "downstream" / "downstream.json")
+    return read_json_checked(run_dir / "downstream" / "downstream.json")
 
 
 def _rows(run: RunConfig, found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from ssd_lit.report.formatting import shortened
 from ssd_lit.report.panels import empty_figure
 from ssd_lit.report.runs import RunResult, by_arm
 from ssd_lit.report.style import GREY, WIDTH, arm_styles
-from ssd_lit.report.view import MOST_CURVES, in_view, tell_left_out
+from ssd_lit.report.view import MOST_CURVES, select_arms, tell_left_out
 
 COLUMNS = ["run", "arm", "seed", "part", "mode", "metric", "value"]
 MARKS = {
@@ -54,7 +54,7 @@ def _dots(
     benchmark: str,
 ) -> tuple[Figure, pd.DataFrame]:
     able = [result for result in results if result.arm in set(table["arm"])]
-    drawn = in_view(able, MOST_CURVES)
+    drawn = select_arms(able, MOST_CURVES)
     if not drawn:
         return empty_figure("no run to draw here was tried on it"), table[COLUMNS]
     arms, styles = by_arm(drawn), arm_styles(results)

@@ -12,7 +12,7 @@ from ssd_lit.report.curves import draw_band, over_seeds
 from ssd_lit.report.panels import arm_panels, empty_figure, layer_bar, layer_colours
 from ssd_lit.report.runs import Points, RunResult, by_arm
 from ssd_lit.report.style import GREY, ArmStyle, arm_styles
-from ssd_lit.report.view import MOST_PANELS, in_view, tell_left_out
+from ssd_lit.report.view import MOST_PANELS, select_arms, tell_left_out
 
 LOAD_COLUMNS = ["layer", "rank", "expert", "load", "even_load"]
 ROUTING_COLUMNS = ["layer", "top_k", "chosen_share", "oracle_share", "recall", "chance"]
@@ -20,10 +20,10 @@ NOTHING = "no run to draw here has experts to watch"
 
 
 def expert_load(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
-    """Share of the tokens that choose each expert, from the busiest to the idlest, one line a layer."""
+    """Fraction of the tokens that choose each expert, from the busiest to the idlest, one line a layer."""
     tables = [(result, _ranked(result)) for result in results if has_table(result, "load")]
     able = [result for result, _ in tables]
-    shown = in_view(able, MOST_PANELS)
+    shown = select_arms(able, MOST_PANELS)
     if not shown:
         return empty_figure(NOTHING), joined(tables, LOAD_COLUMNS)
     figure, panels = arm_panels(shown, arm_styles(results), "expert, busiest first")
@@ -51,10 +51,10 @@ def expert_load(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
 
 
 def routing(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
-    """Share of the oracle's activation mass over k: the mean over layers, and the range over them."""
+    """Fraction of the oracle's activation mass over k: the mean over layers, and the range over them."""
     tables = [(result, _routes(result)) for result in results if has_table(result, "routing")]
     able = [result for result, _ in tables]
-    shown = in_view(able, MOST_PANELS)
+    shown = select_arms(able, MOST_PANELS)
     if not shown:
         return empty_figure(NOTHING), joined(tables, ROUTING_COLUMNS)
     styles = arm_styles(results)

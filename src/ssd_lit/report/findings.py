@@ -35,7 +35,7 @@ from ssd_lit.report.formatting import (
 )
 from ssd_lit.report.grid import Grid
 from ssd_lit.report.grid_findings import over_grid
-from ssd_lit.report.router_findings import differs_in_trained_router, trained_router
+from ssd_lit.report.router_findings import differs_in_trained_router, posthoc_router
 from ssd_lit.report.runs import RunResult, perplexity
 from ssd_lit.report.settings import differences
 
@@ -51,7 +51,7 @@ def findings(results: Sequence[RunResult], grids: Sequence[Grid] = ()) -> list[F
     every = arms_of(results)
     arms = [arm for arm in every if not arm.config.grid]
     routed = [
-        arm for arm in every if arm.config.moe.trained_router and arm.config.grid.keys() <= {"moe.trained_router"}
+        arm for arm in every if arm.config.moe.posthoc_router and arm.config.grid.keys() <= {"moe.posthoc_router"}
     ]
     found: list[Finding | None] = []
     for arm in of_methods(arms, "ssd"):
@@ -59,9 +59,9 @@ def findings(results: Sequence[RunResult], grids: Sequence[Grid] = ()) -> list[F
     for arm in of_methods(arms, "sparse"):
         found += [_scratch(arm, arms), _cost(arm, arms)]
     found += [upcycled(arm, arms) for arm in of_methods(arms, "upcycle")]
-    found += [_sparse_mode(arm) for arm in of_methods(arms, "posthoc") if arm.config.moe.trained_router is None]
-    found += [trained_router(arm, every) for arm in routed]
-    found += [matched(arm, arms) for arm in arms if arm.config.match_flops is not None]
+    found += [_sparse_mode(arm) for arm in of_methods(arms, "posthoc") if arm.config.moe.posthoc_router is None]
+    found += [posthoc_router(arm, every) for arm in routed]
+    found += [matched(arm, arms) for arm in arms if arm.config.match_flops_of_arm is not None]
     found += [over_grid(grid) for grid in grids]
     found.append(_limits(every))
     return [finding for finding in found if finding is not None]
@@ -73,7 +73,7 @@ def _ssd(arm: Arm, arms: Sequence[Arm]) -> list[Finding | None]:
     if arm is not first:
         return [] if differs_in_trained_router(first, arm) else [_variant(arm, first), _switches(arm)]
     found = [_dense_mode(arm, arms), _cost(arm, arms), _sparse_mode(arm)]
-    others = [other for other in peers(arm, arms, "posthoc", "sparse") if other.config.moe.trained_router is None]
+    others = [other for other in peers(arm, arms, "posthoc", "sparse") if other.config.moe.posthoc_router is None]
     return [*found, *(_sparse_modes(arm, other) for other in others), _activation(arm, arms), _switches(arm)]
 
 
@@ -92,7 +92,7 @@ def _dense_mode(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
 
 def _cost(arm: Arm, arms: Sequence[Arm]) -> Finding:
     spent, took, dense = flops(arm), seconds(arm), dense_peer(arm, arms)
-    share = arm.measured(lambda run: run.sparse_share)
+    share = arm.measured(lambda run: run.sparse_fraction)
     text = f"{share.text(percent)} of {arm.label}'s training steps were sparse. Training cost {spent.text(flop)}"
     if dense is None:
         return Finding(f"{arm.label}: cost", f"{text} and took {took.text(duration)}.", run_names(arm))

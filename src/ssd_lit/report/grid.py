@@ -57,7 +57,7 @@ def _relative_flops(run: RunResult, reference: Arm | None) -> float | None:
 QUANTITIES = (
     Quantity("perplexity, dense mode", "perplexity_dense", lambda run, _: run.ppl_dense, number),
     Quantity("perplexity, sparse mode", "perplexity_sparse", lambda run, _: run.ppl_sparse, number),
-    Quantity("sparse steps", "sparse_share", lambda run, _: run.sparse_share, percent),
+    Quantity("sparse steps", "sparse_fraction", lambda run, _: run.sparse_fraction, percent),
     Quantity("FLOPs, relative to dense", "relative_flops", _relative_flops, percent),
     Quantity("active neurons", "active_neurons", lambda run, _: run.evaluation.active_neurons, digits),
     Quantity("routing recall", "routing_recall", lambda run, _: run.recall, percent),
@@ -132,7 +132,7 @@ def table(grid: Grid) -> pd.DataFrame:
 
 def _reference(cell: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The dense arm that a grid is compared with: trained for all its steps, of the same model if there is one."""
-    dense = [arm for arm in arms if arm.method == "dense" and arm.config.match_flops is None]
+    dense = [arm for arm in arms if arm.method == "dense" and arm.config.match_flops_of_arm is None]
     dense = [arm for arm in dense if not arm.runs[0].is_cell and arm.config.model.family == cell.config.model.family]
     dense.sort(key=lambda arm: arm.config.model != cell.config.model)
     return dense[0] if dense else None

@@ -17,7 +17,7 @@ from ssd_lit.report.grid import QUANTITIES, Grid, Quantity, measured, table
 from ssd_lit.report.style import GREY, MARKERS, PALETTE, WIDTH, ramp, scale_perplexities
 
 SPREAD = 0.3
-"""Share of the space between two values of the first key over which the series are spread."""
+"""Fraction of the space between two values of the first key over which the series are spread."""
 LETTERS = 11
 """Letters of a tick label to the inch."""
 
@@ -116,7 +116,7 @@ def _draw_quantity(panel: Axes, grid: Grid, series: Sequence[Series], quantity: 
 
 def _draw_reference(panel: Axes, grid: Grid, quantity: Quantity) -> list[float]:
     """The dense arm as a dashed line: in the sparse panel too, it is its dense mode that is compared with."""
-    if grid.reference is None or quantity.column == "sparse_share":
+    if grid.reference is None or quantity.column == "sparse_fraction":
         return []
     compared = QUANTITIES[0] if quantity.column == "perplexity_sparse" else quantity
     measure = measured(grid, grid.reference, compared)

@@ -16,7 +16,7 @@ from ssd_lit.report.formatting import shortened
 from ssd_lit.report.panels import empty_figure
 from ssd_lit.report.runs import RunResult, by_arm
 from ssd_lit.report.style import GREY, WIDTH, ArmStyle, arm_styles, legend_columns
-from ssd_lit.report.view import MOST_CURVES, in_view, tell_left_out
+from ssd_lit.report.view import MOST_CURVES, select_arms, tell_left_out
 
 ZOOM = 0.6
 """The enlarged panel begins at this share of the training that ends first."""
@@ -44,7 +44,7 @@ def over_seconds(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
 
 
 def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
-    drawn = in_view(results, MOST_CURVES)
+    drawn = select_arms(results, MOST_CURVES)
     trained = [result for result in drawn if result.trained]
     if not trained:
         return empty_figure("no run to draw here trained a step")

@@ -48,28 +48,28 @@ ORIGINS = (
         "MoEfication, section 3.3; DejaVu, arXiv 2310.17157",
         "A small MLP, trained behind the model, predicts the experts' activation mass.",
         "Cross-entropy with their shares of it; width, steps and learning rate.",
-        lambda run: run.moe.trained_router == "mass",
+        lambda run: run.moe.posthoc_router == "mass_mlp",
     ),
     Origin(
         "Router norm, dynamic k",
         "D2DMoE, arXiv 2310.04361",
         "A small MLP predicts the norms of the experts' outputs; all run that are near the largest.",
         "The thresholds; width, steps and learning rate.",
-        lambda run: run.moe.trained_router == "norm",
+        lambda run: run.moe.posthoc_router == "norm_mlp",
     ),
     Origin(
         "Router direction",
         "ours",
         "",
         "Each expert's centre, trained behind the model on the experts' activation mass.",
-        lambda run: run.moe.trained_router == "direction",
+        lambda run: run.moe.posthoc_router == "centers",
     ),
     Origin(
         "Learned gate",
         "Shazeer et al., arXiv 1701.06538; Switch, 2101.03961; ST-MoE, 2202.08906",
         "A gate trained with the model, with a load-balancing loss and a z-loss.",
         "The softmax over the chosen experts times their number, so that equal weights add outputs as SSD does.",
-        lambda run: run.method != "dense" and run.moe.router == "learned",
+        lambda run: run.method != "dense" and run.moe.router == "gate",
     ),
     Origin(
         "Random router, k that grows",
@@ -118,7 +118,7 @@ ORIGINS = (
         "ours",
         "",
         "The comparison: fewer steps, or a smaller model.",
-        lambda run: run.match_flops is not None,
+        lambda run: run.match_flops_of_arm is not None,
     ),
 )
 

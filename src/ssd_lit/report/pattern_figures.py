@@ -16,7 +16,7 @@ from ssd_lit.report.curves import Array, draw_band, over_seeds
 from ssd_lit.report.panels import arm_panels, empty_figure, shade_sparse
 from ssd_lit.report.runs import Points, RunResult, by_arm
 from ssd_lit.report.style import GREY, WIDTH, ArmStyle, arm_styles, ramp
-from ssd_lit.report.view import MOST_PANELS, in_view, tell_left_out
+from ssd_lit.report.view import MOST_PANELS, select_arms, tell_left_out
 
 TABLE = "similarity"
 COLUMNS = ["construction", "experts", "step_a", "step_b", "similarity"]
@@ -36,7 +36,7 @@ def similarity_pairs(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame
     """Similarity of all pairs of snapshots as heat maps, averaged over layers and seeds."""
     tables = _tables(results)
     able = [result for result, _ in tables]
-    shown = in_view(able, MOST_PANELS)
+    shown = select_arms(able, MOST_PANELS)
     if not shown:
         return empty_figure(NOTHING), joined(tables, COLUMNS)
     chosen = [(result, _of(table, *main_setting(table, result.config))) for result, table in tables]
@@ -63,7 +63,7 @@ def similarity_settings(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFr
     """Similarity of successive snapshots: a row an arm, left by number of clusters, right by construction."""
     tables = [(result, _successive(table)) for result, table in _tables(results)]
     able = [result for result, _ in tables]
-    shown = in_view(able, MOST_PANELS)
+    shown = select_arms(able, MOST_PANELS)
     if not shown:
         return empty_figure(NOTHING), joined(tables, COLUMNS)
     arms, styles = by_arm(shown), arm_styles(results)

@@ -14,7 +14,7 @@ from ssd_lit.report.formatting import shortened
 from ssd_lit.report.panels import empty_figure
 from ssd_lit.report.runs import Points, RunResult, by_arm, perplexity
 from ssd_lit.report.style import GREY, PALETTE, WIDTH, ArmStyle, arm_styles, legend_columns, scale_perplexities
-from ssd_lit.report.view import MOST_CURVES, in_view, tell_left_out
+from ssd_lit.report.view import MOST_CURVES, select_arms, tell_left_out
 
 ENLARGED = 1.3
 """The enlarged panel reaches up to this multiple of the lowest perplexity."""
@@ -23,7 +23,7 @@ ENLARGED = 1.3
 def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Curves of the arms with experts, and dense-mode perplexities as lines."""
     styles = arm_styles(results)
-    drawn = in_view(results, MOST_CURVES)
+    drawn = select_arms(results, MOST_CURVES)
     if not drawn:
         return empty_figure("only cells of grids were run: see their own figures"), _table(results)
     handles = _legend(drawn, styles)
@@ -96,7 +96,7 @@ def _with_dense_line(results: Sequence[RunResult]) -> list[RunResult]:
         result
         for result in results
         if result.serves_densely
-        and (result.config.method != "posthoc" or result.config.start_from is None)
+        and (result.config.method != "posthoc" or result.config.parent_arm is None)
         and not (crowded and result.evaluation.curve)
     ]
 

@@ -23,7 +23,7 @@ from ssd_lit.report.runs import load_results
 from ssd_lit.report.settings import flat, settings
 from ssd_lit.report.summary import model_name, summary_row
 from ssd_lit.report.token_tables import token_tables
-from ssd_lit.support.files import read_sealed, write_text
+from ssd_lit.support.files import read_json_checked, write_text
 
 
 def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenance: Mapping[str, Any]) -> Path:
@@ -109,7 +109,7 @@ def _over_range(text: str) -> Markup:
 
 def _read_card(path: Path) -> dict[str, Any]:
     """The data card as a list of sources, its splits, and whatever else it tells."""
-    card = read_sealed(path)
+    card = read_json_checked(path)
     sources = [source for source in card.get("sources", []) if isinstance(source, dict)]
     rest = {key: value for key, value in card.items() if key != "sources"}
     return {"sources": sources, "rest": flat(rest)}

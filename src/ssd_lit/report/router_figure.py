@@ -17,7 +17,7 @@ from ssd_lit.report.perplexity_figure import label_experts, perplexities, ring
 from ssd_lit.report.runs import RunResult, perplexity
 from ssd_lit.report.settings import ROUTER, alike_but
 from ssd_lit.report.style import GREY, WIDTH, ArmStyle, arm_styles, scale_perplexities
-from ssd_lit.report.view import MOST_PANELS, in_view, tell_left_out
+from ssd_lit.report.view import MOST_PANELS, select_arms, tell_left_out
 
 COLUMNS = 4
 ORACLE = ArmStyle(GREY, ":")
@@ -26,7 +26,7 @@ ORACLE = ArmStyle(GREY, ":")
 def over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """A panel for each arm with a sparse mode; those that differ in their router only stand together, on one scale."""
     scored = [result for result in results if result.evaluation.curve]
-    drawn = in_view(scored, MOST_PANELS)
+    drawn = select_arms(scored, MOST_PANELS)
     if not drawn:
         return empty_figure("no run to draw here was scored in sparse mode"), _table(scored)
     styles, groups = arm_styles(results), by_router(arms_of(drawn))

@@ -7,9 +7,9 @@ from ssd_lit.report.formatting import PERPLEXITY, compare, listed, number, perce
 from ssd_lit.report.settings import AFTERWARDS, alike_but, differences
 
 TRAINED = {
-    "mass": "an MLP that was trained on the experts' activation mass",
-    "norm": "an MLP that was trained on the norm of the experts' outputs",
-    "direction": "directions that began as the experts' centres and were trained on their activation mass",
+    "mass_mlp": "an MLP that was trained on the experts' activation mass",
+    "norm_mlp": "an MLP that was trained on the norm of the experts' outputs",
+    "centers": "directions that began as the experts' centres and were trained on their activation mass",
 }
 
 
@@ -19,17 +19,17 @@ def differs_in_trained_router(one: Arm, other: Arm) -> bool:
     A post-hoc arm that starts from SSD's model keeps its experts, where they are clusters: other constructions make new
     ones.
     """
-    behind_ssd = other.config.method == "ssd" and one.config.start_from == other.name
+    behind_ssd = other.config.method == "ssd" and one.config.parent_arm == other.name
     same_experts = (
         one.config.moe.construction == "kmeans" and differences(one.config, other.config).keys() <= AFTERWARDS
     )
     return (behind_ssd and same_experts) or alike_but(one.config, other.config, AFTERWARDS)
 
 
-def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
+def posthoc_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
     """A trained router against the one it replaces and against the oracle, on the same model."""
     mine, oracle = in_sparse_mode(arm), arm.measure(lambda run: run.ppl_oracle)
-    kind = arm.config.moe.trained_router
+    kind = arm.config.moe.posthoc_router
     if mine is None or oracle is None or kind is None:
         return None
     text = (
@@ -38,7 +38,7 @@ def trained_router(arm: Arm, arms: Sequence[Arm]) -> Finding | None:
         "true mass."
     )
     plain = [
-        other for other in arms if other.config.moe.trained_router is None and differs_in_trained_router(arm, other)
+        other for other in arms if other.config.moe.posthoc_router is None and differs_in_trained_router(arm, other)
     ]
     for other in plain[:1]:
         theirs = in_sparse_mode(other)

@@ -10,8 +10,8 @@ import numpy as np
 
 from ssd_lit.config import RunConfig
 from ssd_lit.records import PhaseRecord, Totals, read_chain
-from ssd_lit.support.files import read_sealed
-from ssd_lit.tracking.metrics_log import read_points
+from ssd_lit.support.files import read_json_checked
+from ssd_lit.tracking.metrics_log import read_metrics
 
 Points = list[tuple[int, float]]
 
@@ -44,10 +44,10 @@ class Evaluation:
     router: str | None
     """What chose the experts."""
     active_ratio: tuple[float, ...]
-    """Share of the neurons above zero for a token, layer by layer."""
+    """Fraction of the neurons above zero for a token, layer by layer."""
     active_neurons: float | None
     routing_recall: tuple[float, ...]
-    """Share of the oracle's activation mass that the chosen experts hold, layer by layer."""
+    """Fraction of the oracle's activation mass that the chosen experts hold, layer by layer."""
     tokens: int
     split: str
     held_out: dict[str, HeldOut]
@@ -65,7 +65,7 @@ class Evaluation:
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
         """Raises ValueError if the file is missing, cut short or of another shape."""
-        content = read_sealed(path)
+        content = read_json_checked(path)
         try:
             return cls(
                 loss_dense=content["loss_dense"],
@@ -125,7 +125,7 @@ class RunResult:
         return self.chain[-1].last_step
 
     @property
-    def sparse_share(self) -> float:
+    def sparse_fraction(self) -> float:
         return self.total.sparse_steps / self.total.steps if self.total.steps else 0.0
 
     @property
@@ -141,7 +141,7 @@ class RunResult:
     @property
     def serves_densely(self) -> bool:
         """Whether the model can be meant to run in dense mode: not where experts are copies or a gate weighs them."""
-        return self.config.method != "upcycle" and self.evaluation.router != "learned"
+        return self.config.method != "upcycle" and self.evaluation.router != "gate"
 
     @property
     def ppl_dense(self) -> float | None:
@@ -223,7 +223,7 @@ def _read_metrics(path: Path) -> dict[str, Points]:
     """Curves by name; a step replayed after a resume counts once, with its last value."""
     if not path.is_file():
         raise ValueError(f"{path}: not found; run the stage that writes it first")
-    return {name: sorted(dict(points).items()) for name, points in read_points(path).items()}
+    return {name: sorted(dict(points).items()) for name, points in read_metrics(path).items()}
 
 
 def _over_k(curve: Sequence[dict[str, Any]]) -> tuple[tuple[int, float], ...]:

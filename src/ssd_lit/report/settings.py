@@ -8,7 +8,7 @@ from ssd_lit.config import RunConfig, Section
 from ssd_lit.report.runs import RunResult, by_arm
 
 SECTIONS = ("model", "moe", "optim", "training", "switching")
-AFTERWARDS = frozenset(f"moe.{key}" for key in ("trained_router", "router_hidden", "router_steps", "router_lr"))
+AFTERWARDS = frozenset(f"moe.{key}" for key in ("posthoc_router", "router_hidden", "router_steps", "router_lr"))
 """Settings of a router that is trained when all else is done."""
 ROUTER = AFTERWARDS | {"moe.router", "moe.balance_weight", "moe.z_weight"}
 
@@ -50,7 +50,7 @@ def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[str, str]]:
 
 def alike_but(one: RunConfig, other: RunConfig, keys: Set[str]) -> bool:
     """Whether two runs share method, origin and every setting but those of `keys`."""
-    origins = [(run.method, run.start_from, run.match_flops) for run in (one, other)]
+    origins = [(run.method, run.parent_arm, run.match_flops_of_arm) for run in (one, other)]
     return origins[0] == origins[1] and differences(one, other).keys() <= keys
 
 

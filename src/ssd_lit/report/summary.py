@@ -53,7 +53,7 @@ def summary_row(result: RunResult) -> dict[str, Any]:
         "seed": config.seed,
         "steps": total.steps,
         "tokens": total.tokens,
-        "sparse_fraction": result.sparse_share,
+        "sparse_fraction": result.sparse_fraction,
         "train_flops": total.flops,
         "train_seconds": total.seconds,
         "val_loss_dense": evaluation.loss_dense,

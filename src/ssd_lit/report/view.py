@@ -18,7 +18,7 @@ MOST_ARMS = 24
 """Arms in any figure, cells of grids or not."""
 
 
-def in_view(results: Sequence[RunResult], most: int) -> list[RunResult]:
+def select_arms(results: Sequence[RunResult], most: int) -> list[RunResult]:
     """The runs to draw: all, or all but the cells of grids if there are more than `most` arms; of MOST_ARMS arms."""
     crowded = len(by_arm(results)) > most
     able = [result for result in results if not (crowded and result.is_cell)]

@@ -13,7 +13,7 @@ _held: list[FileLock] = []
 """What this process holds until it ends, however it ends."""
 
 
-def take_gpus(count: int = 1) -> None:
+def reserve_gpus(count: int = 1) -> None:
     """Let this process and its children see `count` GPUs only, for good; a second call changes nothing.
 
     Every process of this user that calls it holds a place on each GPU it takes, and takes those on which the fewest

@@ -115,13 +115,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it and run again") from None
 
 
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+def write_json_checked(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as readable JSON to `path`, whole or not at all, with the digest of all of it behind it."""
     write_json(path, {**value, SEAL: _digest(value)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """The content that `write_sealed` wrote. Raises ValueError if it is missing, or is not what was written."""
+def read_json_checked(path: Path) -> dict[str, Any]:
+    """The content that `write_json_checked` wrote. Raises ValueError if it is missing, or is not what was written."""
     content = read_json(path)
     if not isinstance(content, dict) or content.pop(SEAL, None) != _digest(content):
         raise ValueError(f"{path}: damaged (its checksum does not fit); delete it and run again")
@@ -132,18 +132,18 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def sealed_text(text: str) -> str:
+def with_checksum(text: str) -> str:
     """Lines of a format whose comments begin with #, and a last one that holds the digest of those before it."""
     return f"{text}# {SEAL}: {hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
-def check_seal(path: Path) -> None:
-    """Raise ValueError if a file with a `sealed_text` is not what was written; a missing one is for others to tell."""
+def check_checksum(path: Path) -> None:
+    """Raise ValueError if a file written `with_checksum` was changed since; a missing one is for others to tell."""
     if not path.is_file():
         return
     content = path.read_bytes().decode("utf-8", "replace")
     body = content[: content.rstrip("\n").rfind("\n") + 1]
-    if not body or content != sealed_text(body):
+    if not body or content != with_checksum(body):
         raise ValueError(f"{path}: damaged (its checksum does not fit); `ssd-lit configs` or snakemake writes it anew")
 
 

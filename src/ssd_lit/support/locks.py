@@ -20,7 +20,7 @@ _SETTINGS_AGE = 3600.0
 
 
 @contextmanager
-def alone(folder: Path, stage: str) -> Iterator[None]:
+def exclusive(folder: Path, stage: str) -> Iterator[None]:
     """Hold the folder for `stage` against every other process that would write there; waits for one that does.
 
     A killed workflow may have left a stage at work. The system frees the lock of a process that has ended, however it

@@ -14,7 +14,7 @@ _IMPORT_SECONDS = 0.05
 """After so long a signal that came during an import is sent again."""
 
 
-class Stopped(BaseException):
+class Preempted(BaseException):
     """The stage ends because it was asked to. Not an Exception: nobody on the way may take it for an error."""
 
 
@@ -28,20 +28,20 @@ class _Request:
 _request = _Request()
 
 
-def obey() -> None:
-    """From now on the first such signal raises `Stopped` where the process stands; any more change nothing.
+def raise_on_signal() -> None:
+    """From now on the first such signal raises `Preempted` where the process stands; any more change nothing.
 
-    One that comes while a module is imported waits until it is. Raises `Stopped` at once if a signal came while they
+    One that comes while a module is imported waits until it is. Raises `Preempted` at once if a signal came while they
     were deferred.
     """
     _request.deferred = False
     _listen()
     if _request.signal is not None:
-        raise Stopped(_request.signal)
+        raise Preempted(_request.signal)
 
 
 def defer() -> None:
-    """From now on such a signal is kept for those who ask `asked()`, and end where nothing is half done."""
+    """From now on such a signal is kept for those who ask `pending()`, and end where nothing is half done."""
     _request.deferred = True
     _listen()
 
@@ -52,7 +52,7 @@ def ignore(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def asked() -> str | None:
+def pending() -> str | None:
     """The name of the signal that asked this process to end, if one did."""
     return _request.signal
 
@@ -73,7 +73,7 @@ def _hear(number: int, frame: FrameType | None) -> None:
         return
     _request.signal = signal.Signals(number).name
     if not _request.deferred:
-        raise Stopped(_request.signal)
+        raise Preempted(_request.signal)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

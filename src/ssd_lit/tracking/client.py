@@ -22,10 +22,10 @@ from filelock import FileLock, Timeout
 from ssd_lit.config import RunConfig, load_run
 from ssd_lit.records import ALL_STAGES
 from ssd_lit.support.files import whole_file
-from ssd_lit.support.signals import Stopped
+from ssd_lit.support.signals import Preempted
 from ssd_lit.tracking.artifacts import artifact_place, follow_results
-from ssd_lit.tracking.metrics_log import PointLog, drop_points_after, points_from
-from ssd_lit.tracking.spool import Outbox
+from ssd_lit.tracking.metrics_log import MetricsLog, drop_points_after, points_from
+from ssd_lit.tracking.spool import Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,7 +104,7 @@ class RunTracker:
         self._results = results
         self._config = config
         self._stage = stage
-        self._outbox = Outbox(run_dir)
+        self._outbox = Spool(run_dir)
         if resume_step is not None and drop_points_after(self._outbox.points, resume_step):
             self._outbox.supersede(ALL_STAGES[: ALL_STAGES.index(stage)])
         tags = {
@@ -112,7 +112,7 @@ class RunTracker:
             "git_commit": commit, "stage": stage, "mlflow.runName": config.name,
         }  # fmt: skip
         self._outbox.update(tags=tags, data_digest=data_digest)
-        self._points = PointLog(self._outbox.points)
+        self._points = MetricsLog(self._outbox.points)
         self._outcome: tuple[Mapping[str, float], Mapping[str, str], int | None] = ({}, {}, None)
         self._finished: set[str] = set()
         self._stop = threading.Event()
@@ -157,7 +157,7 @@ class RunTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        status = "FINISHED" if error is None else "KILLED" if isinstance(error, Stopped) else "FAILED"
+        status = "FINISHED" if error is None else "KILLED" if isinstance(error, Preempted) else "FAILED"
         try:
             self._points.close()
             if error is not None or self._stage not in self._finished:
@@ -204,13 +204,13 @@ class RunTracker:
 
 
 class _Delivery:
-    """Brings to MLflow what the outbox of a run holds. Every step may be repeated: its answer may have been lost."""
+    """Brings to MLflow what the spool of a run holds. Every step may be repeated: its answer may have been lost."""
 
-    def __init__(self, client: "MlflowClient", results: Path, config: RunConfig, outbox: Outbox):
+    def __init__(self, client: "MlflowClient", results: Path, config: RunConfig, spool: Spool):
         self._client = client
         self._results = results
         self._config = config
-        self._outbox = outbox
+        self._outbox = spool
         self._experiment = ""
 
     @property
@@ -220,13 +220,13 @@ class _Delivery:
 
     def connect(self) -> None:
         """Find the run or make it, and tell what describes it."""
-        client, outbox, record = self._client, self._outbox, self._outbox.record
+        client, spool, record = self._client, self._outbox, self._outbox.record
         with FileLock(self._results / ".mlflow.lock"):
             self._experiment = _experiment(client, self._results, self._config.experiment)
         run = _find_or_create(client, self._experiment, record.key, record.tags, record.run_id)
         if record.run_id != run.info.run_id:
             # A run that MLflow does not have any more, or another store: it is told everything.
-            outbox.update(run_id=run.info.run_id, sent=0)
+            spool.update(run_id=run.info.run_id, sent=0)
         self._set_aside_superseded()
         _log_new(client, run, self._config, record.tags)
         known = run.inputs.dataset_inputs if run.inputs else []
@@ -330,11 +330,11 @@ def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
     """
     sent = 0
     for run_dir in run_dirs:
-        if not Outbox.exists(run_dir) or not Outbox(run_dir).waiting():
+        if not Spool.exists(run_dir) or not Spool(run_dir).waiting():
             continue
         try:
             with FileLock(run_dir / ".lock", timeout=0):
-                delivery = _Delivery(_client(results), results, load_run(run_dir / "config.yaml"), Outbox(run_dir))
+                delivery = _Delivery(_client(results), results, load_run(run_dir / "config.yaml"), Spool(run_dir))
                 delivery.connect()
                 delivery.send_points()
                 delivery.send_endings()

@@ -12,7 +12,7 @@ from typing import Any
 from ssd_lit.support.files import naming, write_text
 
 
-class PointLog:
+class MetricsLog:
     """Appends points to a run's metrics.jsonl.
 
     Steps that are trained again after an interruption bring the same points again; a name already recorded at a
@@ -43,7 +43,7 @@ class PointLog:
             self._file.close()
 
 
-def read_points(path: Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """The curves of a run: name to (step, value), by step. Raises ValueError if there is no such file."""
     if not path.exists():
         raise ValueError(f"{path}: not found; run the stage that writes it first")

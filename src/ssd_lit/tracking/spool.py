@@ -32,7 +32,7 @@ class Record:
     """What stages came to that MLflow does not know yet: status, time (ms since 1970), metrics, tags, run_step."""
 
 
-class Outbox:
+class Spool:
     """The record of one run and its points. Two threads may work with it: what one has written, the other keeps."""
 
     def __init__(self, run_dir: Path):

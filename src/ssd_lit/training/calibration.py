@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.data.order import spread_blocks
 from ssd_lit.data.scoring import scoring_batches
@@ -16,10 +16,10 @@ from ssd_lit.models.language_model import LanguageModel
 
 
 @torch.no_grad()
-def layer_activations(model: LanguageModel, tokens_dir: Path, blocks: int, specials: Specials) -> Iterator[Tensor]:
+def layer_activations(model: LanguageModel, tokens_dir: Path, blocks: int, vocab: VocabInfo) -> Iterator[Tensor]:
     """Every neuron's activation [T, F] in dense mode on evenly spaced training blocks, layer by layer, on the CPU."""
     model.set_mode("dense")
-    objective = build_objective(model.objective_name, specials)
+    objective = build_objective(model.objective_name, vocab)
     chosen = spread_blocks(len(TokenBlocks(tokens_dir, "train")), blocks)
     device = model.ffns[0].w_in.device
     seen: list[list[Tensor]] = [[] for _ in model.ffns]

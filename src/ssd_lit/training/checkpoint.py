@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.run import Run
 from ssd_lit.support.files import whole_file
@@ -24,7 +24,7 @@ SWITCH_STATE = "PhaseSwitch"  # The phase switch keeps its state under this key 
 
 def build_model(
     config: RunConfig,
-    specials: Specials,
+    vocab: VocabInfo,
     *,
     router: str | None = None,
     read_weights: bool = True,
@@ -40,10 +40,10 @@ def build_model(
         return LanguageModel(
             config.model,
             config.moe,
-            specials,
+            vocab,
             context=config.data.sequence_length,
             router=router,
-            copies=config.method == "upcycle",
+            upcycled=config.method == "upcycle",
             read_weights=read_weights,
         )
 
@@ -63,7 +63,7 @@ def final_model(run: Run) -> LanguageModel:
     Raises ValueError if the run is not trained to its end.
     """
     stage = run.final().stage
-    model = build_model(run.config, run.specials, router=run.router, read_weights=False, draw_weights=False)
+    model = build_model(run.config, run.vocab, router=run.router, read_weights=False, draw_weights=False)
     load_weights(model, read_checkpoint(run.checkpoint(stage)))
     return model
 

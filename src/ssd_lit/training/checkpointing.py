@@ -203,12 +203,12 @@ class RollingCheckpoint(Callback):
             self._close_step(trainer, agree=True)
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
-        signals.obey()
+        signals.raise_on_signal()
 
     def _close_step(self, trainer: Trainer, *, agree: bool) -> None:
         training, several = self._training, trainer.world_size > 1
         self._overdue |= trainer.global_step % training.checkpoint_every == 0
-        stop, due = signals.asked() is not None, self._overdue or self._is_late()
+        stop, due = signals.pending() is not None, self._overdue or self._is_late()
         if several:
             if not agree:
                 return
@@ -218,7 +218,9 @@ class RollingCheckpoint(Callback):
             self._checkpoints.roll(trainer)
             self._saved_at, self._overdue = time.monotonic(), False
         if stop:
-            raise signals.Stopped(f"{signals.asked() or 'a signal'} after step {trainer.global_step}, which is saved")
+            raise signals.Preempted(
+                f"{signals.pending() or 'a signal'} after step {trainer.global_step}, which is saved"
+            )
 
     def _is_late(self) -> bool:
         minutes = self._training.checkpoint_minutes

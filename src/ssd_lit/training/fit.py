@@ -12,7 +12,7 @@ from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
 from ssd_lit.run import Run
-from ssd_lit.support.signals import Stopped
+from ssd_lit.support.signals import Preempted
 from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint
 from ssd_lit.training.checkpointing import Checkpoints
 from ssd_lit.training.logger import Recorder
@@ -28,17 +28,15 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
     Only the first process needs a recorder. Returns the phase switch, which knows the phases that were gone through.
     """
     config, start = run.config, starting_point(run)
-    model = build_model(
-        config, run.specials, read_weights=start.checkpoint is None, draw_weights=start.checkpoint is None
-    )
+    model = build_model(config, run.vocab, read_weights=start.checkpoint is None, draw_weights=start.checkpoint is None)
     if start.checkpoint is not None and not start.step:
         # Before the run's own first step there is no optimiser state to go on from, only weights.
         load_weights(model, read_checkpoint(start.checkpoint))
-    objective = build_objective(model.objective_name, run.specials)
+    objective = build_objective(model.objective_name, run.vocab)
     elsewhere = spent_elsewhere(run)
     # Reading goes on where the run that this one started from stopped, in the same order.
-    data = TokenData.of_run(config, run.tokens, objective.draws, skipped_steps=elsewhere.steps)
-    costs = forward_costs(config.model, config.moe, run.specials, config.data.sequence_length)
+    data = TokenData.of_run(config, run.tokens, objective.noise_per_token, skipped_steps=elsewhere.steps)
+    costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
     backend = _backend(config, model)
     if config.method != "dense":
         print(f"{config.name}: sparse FFNs are computed by {backend}", flush=True)
@@ -48,7 +46,7 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
         resume = start.checkpoint if start.step else None
         try:
             trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
-        except Stopped:
+        except Preempted:
             if trainer.strategy.launcher is not None:
                 # Asked while the processes of further devices waited for this one to begin.
                 trainer.strategy.launcher.kill(signal.SIGTERM)

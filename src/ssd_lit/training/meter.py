@@ -11,7 +11,7 @@ from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase, phase_flops
 
 
-class Meter(PhaseCallback):
+class ThroughputLogger(PhaseCallback):
     """Logs the loss over the steps since the last logged one, tokens a second, training FLOPs, seconds and MFU.
 
     It logs at the end of a phase too, so that no point is of two phases.

@@ -13,8 +13,8 @@ from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.schedule import top_k_at
-from ssd_lit.training.update_guard import UpdateGuard
-from ssd_lit.training.weighted_mean import RunningMean
+from ssd_lit.training.update_guard import NonFiniteGuard
+from ssd_lit.training.weighted_mean import WeightedMean
 
 COMPILE_MODE = "reduce-overhead"
 """Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them
@@ -35,10 +35,10 @@ class Pretraining(LightningModule):
         super().__init__()
         self.config = config
         self.model = model
-        self.guard = UpdateGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
+        self.guard = NonFiniteGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
         self._objective = objective
-        self._train_loss = RunningMean()
-        self._validation_loss = RunningMean()
+        self._train_loss = WeightedMean()
+        self._validation_loss = WeightedMean()
         self._loss = self._losses
         if config.training.compile:
             # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
@@ -60,7 +60,7 @@ class Pretraining(LightningModule):
         return self._objective(batch, self._noise(batch))
 
     def _noise(self, batch: Batch) -> Tensor:
-        return torch.rand(*batch["inputs"].shape, self._objective.draws, device=self.device)
+        return torch.rand(*batch["inputs"].shape, self._objective.noise_per_token, device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._set_top_k(self.global_step)
@@ -93,7 +93,7 @@ class Pretraining(LightningModule):
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss, and the two of a learned router."""
         loss = self.model.loss(batch)
-        return loss, self.model.gate_losses() if self.config.moe.router == "learned" else None
+        return loss, self.model.gate_losses() if self.config.moe.router == "gate" else None
 
     def configure_gradient_clipping(
         self,
@@ -104,7 +104,7 @@ class Pretraining(LightningModule):
         # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 scales none.
         assert gradient_clip_val is not None
         norm = torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
-        leave_out_if(self.guard.judge(norm, self.global_step), self.trainer.optimizers[0])
+        leave_out_if(self.guard.update(norm, self.global_step), self.trainer.optimizers[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning would keep them through the next forward pass, where memory is needed most.
@@ -125,7 +125,7 @@ class Pretraining(LightningModule):
         loss = self._take(self._validation_loss)
         self.record({"validation/loss": loss.item(), "validation/perplexity": loss.exp().item()})
 
-    def _take(self, mean: RunningMean) -> Tensor:
+    def _take(self, mean: WeightedMean) -> Tensor:
         found: Tensor = mean.compute()
         mean.reset()
         return found

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.index import Specials
+from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
-from ssd_lit.moe.permutation import copy_into_experts, moefy
+from ssd_lit.moe.permutation import moefy, upcycle_into
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.records import PhaseRecord
 from ssd_lit.training.calibration import layer_activations
@@ -28,13 +28,13 @@ def find_experts(
     tracker: PatternTracker,
     history: Sequence[PhaseRecord],
     tokens_dir: Path,
-    specials: Specials,
+    vocab: VocabInfo,
 ) -> tuple[list[Tensor], Checks]:
     """The expert of every neuron, labels [F] layer by layer, and the check of similarity that came with it, if any.
 
     Changes the tracker's clustering, and nothing of the model but its mode.
     """
-    moe, rows = config.moe, [ffn.key_rows for ffn in model.ffns]
+    moe, rows = config.moe, [ffn.gating_weight for ffn in model.ffns]
     if moe.construction == "kmeans":
         step = history[-1].last_step if history else 0
         checks = history[-1].similarity if history else []
@@ -47,7 +47,7 @@ def find_experts(
         return tracker.labels, [[step, found]] if history and found is not None else []
     activations: Iterable[Tensor | None] = [None] * len(rows)
     if moe.construction in NEEDS_ACTIVATIONS:
-        activations = layer_activations(model, tokens_dir, moe.calibration_blocks, specials)
+        activations = layer_activations(model, tokens_dir, moe.calibration_blocks, vocab)
     return [
         construct(moe.construction, w, moe.experts, seed=1000 * config.seed + layer, activations=h)
         for layer, (w, h) in enumerate(zip(rows, activations, strict=True))
@@ -75,14 +75,14 @@ def clusters_in(switch_state: dict[str, Any]) -> int:
     return int(labels[0].max()) + 1 if labels else 0
 
 
-def upcycled(config: RunConfig, checkpoint: dict[str, Any], specials: Specials) -> dict[str, Tensor]:
+def upcycled(config: RunConfig, checkpoint: dict[str, Any], vocab: VocabInfo) -> dict[str, Tensor]:
     """The weights of a model whose experts are copies of a dense checkpoint's FFNs, all else as it was there."""
-    dense = build_model(config.model_copy(update={"method": "dense"}), specials, read_weights=not checkpoint)
+    dense = build_model(config.model_copy(update={"method": "dense"}), vocab, read_weights=not checkpoint)
     if checkpoint:
         load_beside_routers(dense, checkpoint)
-    model = build_model(config, specials, read_weights=False)
+    model = build_model(config, vocab, read_weights=False)
     inside = tuple(f"{PREFIX}{name}." for name, module in model.named_modules() if module in set(model.ffns))
     rest = {name: value for name, value in weights_of(dense).items() if not name.startswith(inside)}
     for source, target in zip(dense.ffns, model.ffns, strict=True):
-        copy_into_experts(source, target)
+        upcycle_into(source, target)
     return weights_of(model) | rest

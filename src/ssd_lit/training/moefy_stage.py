@@ -35,13 +35,13 @@ def moefy_checkpoint(run: Run, start: Start, provenance: dict[str, object]) -> P
     checkpoint: dict[str, Any] = {}
     if start.checkpoint is not None:
         checkpoint = read_checkpoint(start.checkpoint)
-    elif config.starts_from is not None:
-        other = run.other(config.starts_from)
+    elif config.parent_run is not None:
+        other = run.other(config.parent_run)
         checkpoint = read_checkpoint(other.checkpoint(other.final().stage))
     tracker = PatternTracker(config.moe.experts, seed=config.seed)
     similarity: Checks = []
     if config.method == "upcycle":
-        content: dict[str, Any] = {"state_dict": upcycled(config, checkpoint, run.specials)}
+        content: dict[str, Any] = {"state_dict": upcycled(config, checkpoint, run.vocab)}
     else:
         content, similarity = _moefied(run, checkpoint, tracker, start.history, before)
     state = {"inputs": run.made_from(), "phase": phase.index + 1, "tracker": tracker.state_dict(),
@@ -65,7 +65,7 @@ def _moefied(
     the weights are kept.
     """
     config = run.config
-    model = build_model(config, run.specials, read_weights=not checkpoint)
+    model = build_model(config, run.vocab, read_weights=not checkpoint)
     if checkpoint:
         load_beside_routers(model, checkpoint)
     switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
@@ -75,7 +75,7 @@ def _moefied(
     optimizer = build_optimizer(model, config.optim) if history else None
     if optimizer is not None:
         optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-    labels, similarity = find_experts(config, model, tracker, history, run.tokens, run.specials)
+    labels, similarity = find_experts(config, model, tracker, history, run.tokens, run.vocab)
     group_neurons(config, model, tracker, labels, optimizer)
     if optimizer is None:
         return {"state_dict": weights_of(model)}, similarity

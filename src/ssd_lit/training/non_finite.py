@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssd_lit.training.checkpoint import read_checkpoint
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseSwitch
-from ssd_lit.training.update_guard import LeftOut, UpdateGuard
+from ssd_lit.training.update_guard import LeftOut, NonFiniteGuard
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class NonFinite(Callback):
 
     def __init__(self, switch: PhaseSwitch):
         self._switch = switch
-        self._guard: UpdateGuard | None = None
+        self._guard: NonFiniteGuard | None = None
         training = switch.run.config.training
         self._every = [training.log_every, training.checkpoint_every, training.validate_every]
         self._every += [training.snapshot_every] if training.snapshot_every else []
@@ -43,7 +43,7 @@ class NonFinite(Callback):
         step = trainer.global_step
         if self._switch.ended_by is None and all(step % every for every in self._every):
             return
-        before, self._found = self._found, module.guard.look()
+        before, self._found = self._found, module.guard.read()
         if self._found.row >= module.guard.limit:
             raise ValueError(self._told(_first_non_finite(module, self._found.step)))
         # Of the gradient nothing is left to see when the very update made them so.
@@ -59,7 +59,7 @@ class NonFinite(Callback):
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        found = self._found if self._guard is None else self._guard.look()
+        found = self._found if self._guard is None else self._guard.read()
         return vars(found).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

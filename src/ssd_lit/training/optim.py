@@ -43,16 +43,16 @@ def leave_out_if(flag: Tensor, optimizer: Optimizer) -> None:
 def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:
     """The learning rate of a step (0-based) as a share of `config.lr`.
 
-    Linear warm-up, then either a cosine to `min_lr_share` at the last step, or a constant rate and a linear
-    decay to `min_lr_share` over the last `decay_share` of all steps.
+    Linear warm-up, then either a cosine to `min_lr_fraction` at the last step, or a constant rate and a linear
+    decay to `min_lr_fraction` over the last `decay_fraction` of all steps.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    low = config.min_lr_share
+    low = config.min_lr_fraction
     if config.schedule == "cosine":
         done = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    decay_steps = config.decay_share * steps
+    decay_steps = config.decay_fraction * steps
     left = max(0, steps - 1 - step)
     return 1.0 if left >= decay_steps else low + (1 - low) * left / decay_steps
 

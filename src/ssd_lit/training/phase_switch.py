@@ -90,7 +90,7 @@ class PhaseSwitch(Callback):
         similarity = None
         if self.phase.mode == "dense" and step % self.run.config.switching.check_every == 0:
             if trainer.is_global_zero:
-                similarity = self.tracker.update([ffn.key_rows for ffn in module.model.ffns])
+                similarity = self.tracker.update([ffn.gating_weight for ffn in module.model.ffns])
             # One process decides, and the checkpoint holds its clusterings: none may go on where another stops.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:
@@ -161,7 +161,7 @@ class PhaseSwitch(Callback):
         found: tuple[list[Tensor], Checks] | None = None
         if trainer.is_global_zero:
             run = self.run
-            found = find_experts(run.config, module.model, self.tracker, self.history, run.tokens, run.specials)
+            found = find_experts(run.config, module.model, self.tracker, self.history, run.tokens, run.vocab)
         found = trainer.strategy.broadcast(found)
         assert found is not None
         return found

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from tqdm import tqdm
 
-from ssd_lit.training.meter import Meter
+from ssd_lit.training.meter import ThroughputLogger
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase
@@ -18,7 +18,7 @@ LINE_SECONDS = 15.0
 class Progress(PhaseCallback):
     """Shows phase, step, loss, tokens a second and time left: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, switch: PhaseSwitch, meter: Meter):
+    def __init__(self, switch: PhaseSwitch, meter: ThroughputLogger):
         self._switch = switch
         self._meter = meter
         self._bar: tqdm[Any] | None = None

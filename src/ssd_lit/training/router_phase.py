@@ -37,12 +37,12 @@ def train_routers(run: Run, recorder: Recorder, provenance: dict[str, object]) -
     history = run.phases()[: run.stage(before).phase + 1]
     phase = next_phase(config, history)
     assert phase is not None, "a run at its end has no router to train"
-    model = build_model(config, run.specials, router=config.moe.trained_router, read_weights=False)
+    model = build_model(config, run.vocab, router=config.moe.posthoc_router, read_weights=False)
     load_beside_routers(model, read_checkpoint(run.checkpoint(before)))
     for ffn in model.ffns:
-        ffn.router.begin(ffn.key_rows)
-    objective = build_objective(model.objective_name, run.specials)
-    data = TokenData.of_run(config, run.tokens, objective.draws)
+        ffn.router.init_trainable(ffn.gating_weight)
+    objective = build_objective(model.objective_name, run.vocab)
+    data = TokenData.of_run(config, run.tokens, objective.noise_per_token)
     fitting = RouterFitting(config, model, objective, history[-1].last_step)
     with quiet():
         _trainer(config, recorder, run.folder / "work").fit(fitting, data)
@@ -51,7 +51,7 @@ def train_routers(run: Run, recorder: Recorder, provenance: dict[str, object]) -
         raise ValueError(f"{config.name} {phase.name}: the routers' weights are not finite; lower moe.router_lr")
     write_checkpoint(checkpoint_path(run.folder, "route"), {"state_dict": weights_of(model.cpu())})
 
-    costs = forward_costs(config.model, config.moe, run.specials, config.data.sequence_length)
+    costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
     blocks = config.moe.router_steps * config.training.batch_size
     tokens = blocks * config.data.sequence_length
     routers = sum(2.0 * p.numel() for ffn in model.ffns for p in ffn.router.parameters() if p.ndim == 2)
@@ -82,13 +82,13 @@ class RouterFitting(LightningModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         generator = torch.Generator(self.device).manual_seed(self._config.seed + self.global_step)
-        shape = (*batch["inputs"].shape, self._objective.draws)
+        shape = (*batch["inputs"].shape, self._objective.noise_per_token)
         found: Batch = self._objective(batch, torch.rand(*shape, generator=generator, device=self.device))
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         seen = ffn_inputs(self.model, batch)
-        kind = self._config.moe.trained_router
+        kind = self._config.moe.posthoc_router
         assert kind is not None
         losses = [
             router_loss(ffn.router(x.float()), contributions(ffn, x.float(), kind), kind)

@@ -94,7 +94,7 @@ def _next_of_adaptive(config: RunConfig, history: Sequence[PhaseRecord]) -> Phas
     s = config.switching
     total = history[-1].total if history else Totals()
     left = config.training.steps - total.steps
-    sparse_left = round(s.sparse_share * config.training.steps) - total.sparse_steps
+    sparse_left = round(s.sparse_fraction * config.training.steps) - total.sparse_steps
     # Steps that may still be spent before the final dense phase.
     before_final = left - s.final_dense_steps
     if not history:
@@ -132,7 +132,7 @@ def _next_of_fixed(config: RunConfig, history: Sequence[PhaseRecord], points: Se
 
 def _router(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
     """The training of the router behind the last MoEfication, if one is wanted and not done yet."""
-    if config.moe.trained_router is None or history[-1].mode == "router":
+    if config.moe.posthoc_router is None or history[-1].mode == "router":
         return None
     first, index = _start(history)
     return Phase(index, "router", first)
@@ -177,5 +177,5 @@ def phase_flops(config: RunConfig, phase: Phase, costs: Costs, step: int, since:
         blocks = len(steps) * costs.dense()
     else:
         copies = config.method == "upcycle"
-        blocks = sum(costs.sparse(config.moe, top_k_at(config, one), copies=copies) for one in steps)
+        blocks = sum(costs.sparse(config.moe, top_k_at(config, one), upcycled=copies) for one in steps)
     return config.training.batch_size * blocks

@@ -48,7 +48,7 @@ def starting_point(run: Run) -> Start:
 
 def spent_elsewhere(run: Run) -> Totals:
     """What the run whose final model this one starts from had spent."""
-    return Totals() if run.config.starts_from is None else run.other(run.config.starts_from).chain()[-1].total
+    return Totals() if run.config.parent_run is None else run.other(run.config.parent_run).chain()[-1].total
 
 
 def _own_checkpoints(run: Run, phases: list[PhaseRecord]) -> Iterator[Path]:

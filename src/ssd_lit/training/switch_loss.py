@@ -21,7 +21,7 @@ ALARM = 0.1
 KEPT = "loss_jump"  # The losses travel under this key of a checkpoint.
 
 
-class LossJump(PhaseCallback):
+class SwitchLossLogger(PhaseCallback):
     """Logs the mean loss of the first steps after a switch, less that of the last steps before it.
 
     Nothing waits for the device but at the one step where it is told, and where a checkpoint is written.

@@ -16,12 +16,12 @@ from ssd_lit.run import Run
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpointing import RollingCheckpoint
 from ssd_lit.training.logger import Recorder, RecorderLogger, StageTeller
-from ssd_lit.training.meter import Meter
+from ssd_lit.training.meter import ThroughputLogger
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.progress import Progress
 from ssd_lit.training.snapshots import Snapshots
-from ssd_lit.training.switch_loss import LossJump
+from ssd_lit.training.switch_loss import SwitchLossLogger
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -34,7 +34,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     config, training = run.config, run.config.training
     if torch.cuda.is_available() and training.devices > torch.cuda.device_count():
         raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    meter = Meter(switch, costs)
+    meter = ThroughputLogger(switch, costs)
     snapshots = [Snapshots(run.folder, training.snapshot_every)] if training.snapshot_every else []
     return Trainer(
         # The phase switch ends the training, and nothing else.
@@ -57,7 +57,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
             switch,
             ActivationMonitor(config.name, training.log_every),
             NonFinite(switch),
-            LossJump(switch),
+            SwitchLossLogger(switch),
             meter,
             Progress(switch, meter),
             *([StageTeller(switch, recorder)] if recorder is not None else []),

@@ -17,7 +17,7 @@ class LeftOut:
     """The last of them, as the number of steps done before it."""
 
 
-class UpdateGuard:
+class NonFiniteGuard:
     """Tells the optimiser at every step whether to leave the update out.
 
     After `limit` such updates in a row all later ones are left out too: weights and optimiser state stay as they were
@@ -32,7 +32,7 @@ class UpdateGuard:
         """Go on counting from `found`."""
         self._total, self._row, self._step = (torch.tensor(n) for n in (found.total, found.row, found.step))
 
-    def judge(self, norm: Tensor, step: int) -> Tensor:
+    def update(self, norm: Tensor, step: int) -> Tensor:
         """1 if the update is to be left out, else 0, as a float on the device of `norm`, the norm of its gradient."""
         # Moved at the first step only.
         total, row, last = (count.to(norm.device) for count in (self._total, self._row, self._step))
@@ -43,6 +43,6 @@ class UpdateGuard:
         self._step = torch.where(bad, step, last)
         return (halted | bad).float()
 
-    def look(self) -> LeftOut:
+    def read(self) -> LeftOut:
         """What was left out so far; waits for the device."""
         return LeftOut(*torch.stack([self._total, self._row, self._step]).tolist())

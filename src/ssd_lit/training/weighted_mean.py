@@ -5,7 +5,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class RunningMean(Metric):
+class WeightedMean(Metric):
     """The weighted mean of the scalars seen since the last reset, over all processes.
 
     torchmetrics' own MeanMetric looks at every value to see whether it is NaN, for which the host waits for the device;

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 from ssd_lit.moe import kernels
-from ssd_lit.moe.backends.decode_cpu import views
+from ssd_lit.moe.backends.decode_cpu import decode_cpu
 from ssd_lit.moe.backends.grouped import grouped, loop
 from ssd_lit.moe.backends.interface import Activation, Backend, Experts
 from ssd_lit.moe.backends.reference import masked
 
 __all__ = ["BACKENDS", "NAMES", "Activation", "Backend", "Experts", "choose_backend", "fastest_backend"]
 
-BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": grouped, "views": views}
+BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": grouped, "decode_cpu": decode_cpu}
 """Backends in plain torch, which run anywhere."""
 
-NAMES = ("auto", *BACKENDS, "fused", "few")
+NAMES = ("auto", *BACKENDS, "fused", "decode_gpu")
 """All that can be asked for; the last two are made of kernels, which are loaded where they can run."""
 
 FEW_TOKENS = {"cpu": 8, "cuda": 8}
@@ -36,24 +36,24 @@ def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
         return BACKENDS[name]
     if not kernels.runs_on(x):
         raise ValueError(f"backend {name!r}: needs a CUDA device and triton; allowed here are {', '.join(BACKENDS)}")
-    from ssd_lit.moe.backends.decode_gpu import few
+    from ssd_lit.moe.backends.decode_gpu import decode_gpu
     from ssd_lit.moe.backends.fused import fused
 
-    return {"fused": fused, "few": few}[name]
+    return {"fused": fused, "decode_gpu": decode_gpu}[name]
 
 
 def fastest_backend(x: Tensor, activation: Activation) -> str:
     """What `auto` takes for x [T, D], by its device, dtype and number of tokens, as measured in benchmarks/.
 
-    On the CPU views for a few tokens, else the loop. On a GPU kernels, but for dropout of activations, which they lack,
-    and for an input in float32 that is small: there a few large products take less time than many launches.
+    On the CPU decode_cpu for a few tokens, else the loop. On a GPU kernels, but for dropout of activations, which they
+    lack, and for an input in float32 that is small: there a few large products take less time than many launches.
     """
     few = len(x) <= FEW_TOKENS[x.device.type] and not torch.is_grad_enabled()
     if not x.is_cuda:
         # Which views are taken is known only outside a compiled graph.
-        return "views" if few and not torch.compiler.is_compiling() else "loop"
+        return "decode_cpu" if few and not torch.compiler.is_compiling() else "loop"
     if not kernels.runs_on(x) or activation.dropout:
         return "grouped" if x.dtype == torch.bfloat16 else "masked"
     if few:
-        return "few"
+        return "decode_gpu"
     return "masked" if x.dtype == torch.float32 and x.numel() < MANY_NUMBERS else "fused"

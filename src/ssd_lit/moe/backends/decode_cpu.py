@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 BLOCK = 16
 """Neurons of one product: MKL computes a matrix-vector product on one core, but a batch of them on all."""
 
 
-def views(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+def decode_cpu(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Token by token, expert by expert: reads the chosen experts' weights where they lie, and no others.
 
     torch.compile breaks its graph here, where the chosen experts become numbers.

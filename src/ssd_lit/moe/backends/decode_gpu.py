@@ -9,16 +9,16 @@ from torch import Tensor
 
 from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.kernels import decode
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 
-def few(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+def decode_gpu(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Two launches and a sum over K. Nothing depends on the host: it can be captured in a CUDA graph.
 
     Raises ValueError where a gradient is wanted.
     """
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, choice.weights, *experts)):
-        raise ValueError("backend 'few': has no gradient; take 'fused' for training")
+        raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
     out: Tensor = _forward(x, choice.experts, choice.weights, *experts, activation.name)
     return out.sum(dim=1).to(x.dtype)
 
@@ -33,7 +33,7 @@ def _forward(
     (tokens, d), (experts, h, _), k = x.shape, w_in.shape, chosen.shape[1]
     hidden = x.new_empty(tokens * k, h, dtype=torch.float32)
     out = x.new_empty(tokens, k, d, dtype=torch.float32)
-    # Pieces of about 32 kB: enough programs for all multiprocessors, enough loads on their way in each.
+    # ResumableResults of about 32 kB: enough programs for all multiprocessors, enough loads on their way in each.
     neurons, columns = 8, 64
     decode.up_few[(tokens * k, triton.cdiv(h, neurons))](
         x, chosen, weights, w_in, w_gate, b_in, hidden,

@@ -18,10 +18,10 @@ from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.kernels import products
 from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradients
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 
-def fused(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+def fused(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Gather, products, activation and scatter in kernels.
 
     Raises ValueError for dropout between activation and output.

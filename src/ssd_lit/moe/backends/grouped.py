@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ssd_lit.moe.backends.expert_products import gathered_products, scattered_products
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 
-def loop(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+def loop(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
     """One set of matrix products for each expert, over the tokens that chose it."""
     place, count = _by_expert(choice, experts.w_in.shape[0])
     token = place // choice.experts.shape[1]
@@ -20,7 +20,7 @@ def loop(x: Tensor, choice: Choice, experts: Experts, activation: Activation) ->
     return y
 
 
-def grouped(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+def grouped(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Grouped matrix products over all experts."""
     place, count = _by_expert(choice, experts.w_in.shape[0])
     token = place // choice.experts.shape[1]
@@ -34,7 +34,7 @@ def grouped(x: Tensor, choice: Choice, experts: Experts, activation: Activation)
     return torch.zeros_like(x).index_add(0, token, _weighed(out, choice, place))
 
 
-def _by_expert(choice: Choice, n_experts: int) -> tuple[Tensor, Tensor]:
+def _by_expert(choice: Routing, n_experts: int) -> tuple[Tensor, Tensor]:
     """Places [N] in the flattened choice, sorted by their expert, and how many tokens go to each [E]."""
     expert = choice.experts.flatten()
     place = expert.argsort(stable=True)
@@ -44,5 +44,5 @@ def _by_expert(choice: Choice, n_experts: int) -> tuple[Tensor, Tensor]:
     return (place[: int(count.sum())] if choice.ragged else place), count
 
 
-def _weighed(out: Tensor, choice: Choice, place: Tensor) -> Tensor:
+def _weighed(out: Tensor, choice: Routing, place: Tensor) -> Tensor:
     return out if choice.weights is None else out * choice.weights.flatten()[place, None].to(out.dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_lit.moe.activations import ACTIVATIONS
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 
 class Experts(NamedTuple):
@@ -44,5 +44,5 @@ class Activation:
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
 
-Backend = Callable[[Tensor, Choice, Experts, Activation], Tensor]
+Backend = Callable[[Tensor, Routing, Experts, Activation], Tensor]
 """From x [T, D] to the sum of the chosen experts' outputs, [T, D], without the output bias."""

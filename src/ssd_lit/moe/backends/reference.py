@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.routing import Choice
+from ssd_lit.moe.routing import Routing
 
 
-def masked(x: Tensor, choice: Choice, experts: Experts, activation: Activation) -> Tensor:
+def masked(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Compute every neuron, then weigh those of experts not chosen with zero. Saves nothing."""
     n_experts = experts.w_in.shape[0]
     weights = torch.ones_like(choice.experts, dtype=x.dtype) if choice.weights is None else choice.weights.to(x.dtype)
