@@ -24,7 +24,7 @@ from ssd_lit.config.pretrained import (
 )
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.huggingface.moefy import moefy_folder
-from ssd_lit.models.families import family
+from ssd_lit.models.family import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.support.files import read_json

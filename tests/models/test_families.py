@@ -11,12 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
-from ssd_lit.models.families import family
-from ssd_lit.models.family import Family, FFNParts
+from ssd_lit.models.family import Family, FFNParts, family, swap_ffns
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.permutation import permute_neurons
 from tests.checkpoint_folders import save_model
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.order import StepBatchSampler, in_batches, spread_blocks
+from ssd_lit.data.blocks import StepBatchSampler, TokenBlocks, in_batches, spread_blocks
 from ssd_lit.support import signals
 
 Batches = DataLoader[dict[str, Tensor]]

@@ -1,17 +1,66 @@
 """Where text comes from: every kind of source as a stream of documents, and what there is to say about it."""
 
 import glob
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ssd_lit.config import ConfigError, DataConfig, FilesSource, HubSource, PackageSource, Source
-from ssd_lit.data.hub import check_hub, hub_documents
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
-from ssd_lit.data.readers import FORMATS, check_format, has_format, read_documents
-from ssd_lit.file_patterns import matching_paths
+from ssd_lit.data.readers import FORMATS, check_format, has_format, read_documents, text_of
 from ssd_lit.support.files import sha256
+
+
+def check_hub() -> None:
+    """Raise ConfigError unless the library `datasets` is installed."""
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError("a huggingface source needs the extra 'hub': pip install 'ssd-lit[hub]'")
+
+
+def hub_documents(source: HubSource) -> Iterator[str]:
+    """The documents of a data set's split, read row by row.
+
+    Raises ConfigError if it cannot be had, or has no such split or text_key.
+    """
+    check_hub()
+    for row in _rows(source):
+        yield text_of(row, source.text_key, f"data set {source.dataset!r}")
+
+
+def _rows(source: HubSource) -> Any:
+    """An iterable of the split's rows, of the text column alone where the columns are known beforehand."""
+    import datasets
+
+    try:
+        folder = Path(source.dataset)
+        if (folder / "dataset_dict.json").is_file():
+            rows = _split(datasets.load_from_disk(folder), source)
+        elif (folder / "state.json").is_file():
+            rows = datasets.load_from_disk(folder)
+        else:
+            rows = datasets.load_dataset(
+                source.dataset,
+                source.subset,
+                split=source.split,
+                streaming=source.streaming,
+                revision=source.revision,
+            )
+    except ConfigError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"data set {source.dataset!r} cannot be loaded: {reason}") from None
+    known = rows.column_names or []
+    column = source.text_key if source.text_key in known else source.text_key.partition(".")[0]
+    return rows.select_columns([column]) if column in known else rows
+
+
+def _split(found: Any, source: HubSource) -> Any:
+    if source.split not in found:
+        raise ConfigError(f"data set {source.dataset!r}: no split {source.split!r}; there are: {', '.join(found)}")
+    return found[source.split]
 
 
 def documents(source: Source) -> Iterator[str]:
@@ -121,3 +170,27 @@ def _matches(pattern: str) -> Iterator[str]:
         return
     yield pattern  # an empty folder is there, too
     yield from (path for path in matching_paths(f"{glob.escape(pattern)}/**") if has_format(Path(path)))
+
+
+def matching_paths(pattern: str) -> Iterator[str]:
+    """What a glob pattern matches, in no order; `**` stands for any folders, without following links to them.
+
+    The standard library's own `**` follows links: two of them that lead upwards would keep it busy for ever.
+    """
+    before, stars, behind = _parted(pattern)
+    if not stars:
+        yield from glob.iglob(pattern)  # noqa: PTH207  # Path.glob takes no absolute patterns
+        return
+    for root in glob.iglob(before) if before else ["."]:  # noqa: PTH207
+        for folder, inside, _ in os.walk(root):
+            inside[:] = [name for name in inside if not name.startswith(".")]
+            yield from matching_paths(os.path.normpath(Path(glob.escape(folder), behind or "*")))
+
+
+def _parted(pattern: str) -> tuple[str, str, str]:
+    """What stands before the first part `**` of a pattern, that part, and what stands behind it."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return pattern, "", ""
+    place = parts.index("**")
+    return "/".join([*parts[:place], ""]), "**", "/".join(parts[place + 1 :])

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
-from ssd_lit.data.blimp import PairSet
+from ssd_lit.data.benchmarks import PairSet
 from ssd_lit.data.objectives import IGNORED
 from ssd_lit.models.language_model import LanguageModel
 

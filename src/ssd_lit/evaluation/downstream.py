@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from ssd_lit.config import BlimpConfig, DownstreamConfig, RunConfig
-from ssd_lit.data.blimp import read_blimp
-from ssd_lit.data.glue import TASKS
+from ssd_lit.data.benchmarks import TASKS, read_blimp
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
-from ssd_lit.evaluation.pieces import ResumableResults
+from ssd_lit.evaluation.resumable import ResumableResults
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model

@@ -10,9 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd_lit.config import EvaluationConfig
-from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.blocks import TokenBlocks, scoring_batches
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
-from ssd_lit.data.scoring import scoring_batches
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.ffn import ExpertFFN

@@ -15,10 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd_lit.config import AnalysisConfig
-from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.blocks import BATCH, TokenBlocks, scoring_batches
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
-from ssd_lit.data.scoring import BATCH, scoring_batches
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.models.hooks import ffn_inputs, ffn_tokens
 from ssd_lit.models.language_model import LanguageModel

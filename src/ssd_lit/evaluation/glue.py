@@ -1,22 +1,154 @@
 """What the final bert of a run is worth on GLUE once it is fine-tuned, in both modes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.functional.classification import binary_accuracy, binary_f1_score
+from tqdm import tqdm
 
-from ssd_lit.config import GlueConfig
-from ssd_lit.data.glue import TASKS, Task, read_task
-from ssd_lit.evaluation.classifier import Classifier, encode, fine_tune, outputs_for
-from ssd_lit.evaluation.pieces import ResumableResults
-from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.config import GlueConfig, OptimConfig
+from ssd_lit.data.benchmarks import TASKS, Task, read_task
+from ssd_lit.evaluation.resumable import ResumableResults
+from ssd_lit.models.language_model import LanguageModel, attend_beside_padding
+from ssd_lit.training.optim import build_optimizer, build_scheduler
+
+SCORED = 64
+"""Examples scored at once."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Examples as a model reads them, filled up behind."""
+
+    tokens: Tensor
+    """[N, S], on the device."""
+    lengths: Tensor
+    """[N], on the host, which cuts batches by it."""
+    cut: int
+    """How many of them were too long."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Those rows, tokens [B, S] and which of them are real [B, S], no longer than the longest of them."""
+        lengths = self.lengths[rows]
+        width, device = int(lengths.max()), self.tokens.device
+        tokens = self.tokens[rows.to(device), :width]
+        return tokens, torch.arange(width, device=device) < lengths.to(device)[:, None]
+
+
+def encode(
+    texts: Sequence[Sequence[str]], tokenizer: Tokenizer, eos_id: int, longest: int, device: torch.device
+) -> Texts:
+    """Texts or pairs of them as rows of at most `longest` tokens.
+
+    Each text is ended by the end-of-text token, and one more stands before the first: the documents of the
+    pre-training follow each other so, and our tokenizer has no [CLS] and no [SEP]. Too long a row loses tokens at
+    the end of its longest text.
+    """
+    columns: list[list[list[int]]] = [
+        [one.ids for one in tokenizer.encode_batch_fast(list(column), add_special_tokens=False)]
+        for column in zip(*texts, strict=True)
+    ]
+    room = longest - len(columns) - 1  # beside the end-of-text tokens
+    whole = list(zip(*columns, strict=True))
+    parts = [_shortened(one, room) for one in whole]
+    rows = [torch.tensor([eos_id, *(token for part in one for token in (*part, eos_id))]) for one in parts]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos_id)
+    cut = sum(sum(map(len, one)) > room for one in whole)
+    return Texts(padded.to(device), torch.tensor([len(row) for row in rows]), cut)
+
+
+def _shortened(parts: Sequence[list[int]], most: int) -> list[list[int]]:
+    """The parts without the last tokens of the longest of them, so that no more than `most` are left."""
+    kept = [len(part) for part in parts]
+    while sum(kept) > most:
+        kept[kept.index(max(kept))] -= 1
+    return [part[:count] for part, count in zip(parts, kept, strict=True)]
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head on the mean of its last hidden states; tokens [B, S] -> outputs [B, C].
+
+    The mean, and not the first token's state: pre-training has made no token stand for its whole text.
+    """
+
+    def __init__(self, model: LanguageModel, outputs: int, dropout: float = 0.1):
+        super().__init__()
+        attend_beside_padding(model.backbone)
+        self.model = model
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(model.backbone.config.hidden_size, outputs)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
+        # Averaged in full precision under autocast too.
+        hidden = self.model.backbone.base_model(input_ids=tokens, attention_mask=real).last_hidden_state.float()
+        weights = real[..., None].float()
+        pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        outputs: Tensor = self.head(self.dropout(pooled))
+        return outputs
+
+
+def fine_tune(
+    model: LanguageModel, texts: Texts, targets: Tensor, classes: int, settings: GlueConfig, seed: int, title: str
+) -> Classifier:
+    """Train the model, in the mode that it is in, and a head for it: on classes, or on a score if there are none.
+
+    `targets` [N] are numbers of classes, or scores. All weights but the routers' centres are trained; those of a
+    frozen router stay, and a learned gate has no balancing loss here. A function of the weights and the seed, on one
+    machine.
+    """
+    torch.manual_seed(seed)
+    device = texts.tokens.device
+    classifier = Classifier(model, classes or 1).to(device).train()
+    targets = targets.to(device)
+    steps = settings.epochs * -(-len(texts) // settings.batch_size)
+    warmup = round(settings.warmup_fraction * steps)
+    optim = OptimConfig(
+        lr=settings.lr, weight_decay=settings.weight_decay, beta2=0.999, warmup_steps=warmup,
+        schedule="wsd", decay_fraction=1 - warmup / steps, min_lr_fraction=0.0,
+    )  # fmt: skip
+    optimizer = build_optimizer(classifier, optim)
+    scheduler = build_scheduler(optimizer, optim, steps)
+    for rows in tqdm(_shuffled(len(texts), settings, seed), desc=title, total=steps, unit="step", disable=None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            outputs = classifier(*texts.batch(rows)).float()
+        mine = targets[rows.to(device)]
+        loss = F.cross_entropy(outputs, mine.long()) if classes else F.mse_loss(outputs[:, 0], mine)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(classifier.parameters(), optim.grad_clip)
+        optimizer.step()
+        scheduler.step()
+    return classifier.eval()
+
+
+def _shuffled(count: int, settings: GlueConfig, seed: int) -> Iterator[Tensor]:
+    """The numbers of the examples of each batch, every epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        yield from torch.randperm(count, generator=generator).split(settings.batch_size)
+
+
+@torch.no_grad()
+def outputs_for(classifier: Classifier, texts: Texts) -> Tensor:
+    """What the classifier says of every example, [N, C], in fp32 and on the host."""
+    order = texts.lengths.argsort(stable=True)
+    found = torch.cat([classifier(*texts.batch(rows)) for rows in order.split(SCORED)]).float().cpu()
+    return torch.empty_like(found).index_copy_(0, order, found)
+
 
 Scores = dict[str, float]
 

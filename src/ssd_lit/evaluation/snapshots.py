@@ -22,8 +22,8 @@ from ssd_lit.moe.names import Construction
 from ssd_lit.moe.similarity import pattern_similarity
 from ssd_lit.paths import snapshots
 from ssd_lit.run import Run
-from ssd_lit.training.calibration import layer_activations
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint
+from ssd_lit.training.moefication import layer_activations
 
 COLUMNS = ["construction", "experts", "layer", "step_a", "step_b", "similarity"]
 

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from ssd_lit.config import ConfigError
-from ssd_lit.huggingface.folder import Experts, write_experts
-from ssd_lit.huggingface.weights import TOKENIZER_FILES, copy_files, save_dense
-from ssd_lit.models.families import family
+from ssd_lit.huggingface.folder import TOKENIZER_FILES, Experts, copy_files, save_dense, write_experts
+from ssd_lit.models.family import family
 from ssd_lit.run import Run
 from ssd_lit.support.files import check_unfilled, whole_folder
 from ssd_lit.training.checkpoint import final_model

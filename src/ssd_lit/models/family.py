@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import reduce
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ssd_lit.config import ModelConfig
+from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.config.pretrained import (
     SAME_ACTIVATION,
     WRAPPERS,
@@ -23,6 +24,8 @@ from ssd_lit.config.pretrained import (
 )
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.permutation import upcycle_into
+from ssd_lit.moe.routers import Router, build_router
 
 NO_WEIGHTS = (
     r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq|position_ids|pooler\.dense\.\w+|cls\.seq_relationship\.\w+)$"
@@ -255,3 +258,56 @@ def _kept_dtype(folder: Path) -> torch.dtype:
         name = min(unknown)
         raise ValueError(f"{folder}: {kept[name]} is kept as {name}; allowed: {', '.join(FLOATS)}")
     return reduce(torch.promote_types, [FLOATS[name] for name in kept])
+
+
+def swap_ffns(
+    backbone: Any, family: Family, moe: MoEConfig, *, router: str, upcycled: bool = False
+) -> tuple[ExpertFFN, ...]:
+    """Replace every FFN by an ExpertFFN with the same weights; returns them in the family's order.
+
+    With `upcycled` each expert is a copy of the whole FFN. Raises ValueError if the experts do not divide its neurons.
+    """
+    swapped = []
+    for site in family.sites(backbone):
+        parts = site.read()
+        # Made where they belong: the fake tensors that FLOPs are counted on cannot be moved.
+        with parts.w_in.device:
+            ffn = _expert_ffn(
+                parts, site, moe, build_router(router, parts.w_in.shape[1], moe.experts, moe.router_hidden)
+            )
+            parts.copy_to(ffn)
+            if upcycled:
+                slices, ffn = ffn, _expert_ffn(parts, site, moe, ffn.router, upcycled=True)
+                upcycle_into(slices, ffn)
+        site.install(ffn.train(backbone.training))
+        swapped.append(ffn)
+    return tuple(swapped)
+
+
+def _expert_ffn(parts: FFNParts, site: Any, moe: MoEConfig, router: Router, *, upcycled: bool = False) -> ExpertFFN:
+    d_ff, d_model = parts.w_in.shape
+    ffn = ExpertFFN(
+        d_model,
+        d_ff * moe.experts if upcycled else d_ff,
+        experts=moe.experts,
+        top_k=moe.top_k,
+        router=router,
+        activation=site.activation,
+        gated=parts.w_gate is not None,
+        bias=parts.b_in is not None,
+        dropout=site.dropout,
+        hidden_dropout=site.hidden_dropout,
+        backend=moe.backend,
+        upcycled=upcycled,
+    )
+    if ffn.w_in.dtype != parts.w_in.dtype:
+        ffn.to(parts.w_in.dtype)
+        # Beside weights of lower precision too: neighbouring scores are often close.
+        ffn.router.to(torch.promote_types(parts.w_in.dtype, torch.float32))
+    return ffn
+
+
+def family(name: str) -> Family:
+    """The family of that name, from the module of that name."""
+    found: Family = getattr(import_module(f"ssd_lit.models.{name}"), name.upper())
+    return found

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch, build_objective
-from ssd_lit.models.families import family
+from ssd_lit.models.family import family
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 

@@ -7,14 +7,40 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch
-from ssd_lit.models.attention import attend_whole_blocks
-from ssd_lit.models.families import family
-from ssd_lit.models.swap import swap_ffns
+from ssd_lit.models.family import family, swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN, Mode
+
+WHOLE_BLOCKS = "whole_blocks"
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention without a mask, causal where the module is."""
+    assert attention_mask is None, "blocks have no padding"
+    found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **settings)
+    return found
+
+
+# No mask is registered under that name: Transformers then builds none.
+AttentionInterface.register(WHOLE_BLOCKS, _attend)
+
+
+def attend_whole_blocks(backbone: Any) -> None:
+    """Let a backbone attend without masks, wherever the kernels give the mask of its own attention by themselves."""
+    if not backbone.config.is_encoder_decoder:  # T5's has a bias for every pair of places
+        backbone.set_attn_implementation(WHOLE_BLOCKS)
+
+
+def attend_beside_padding(backbone: Any) -> None:
+    """Let a backbone attend with the masks that it is given, for texts that are filled up to one length."""
+    backbone.set_attn_implementation("sdpa")
 
 
 class LanguageModel(nn.Module):

@@ -9,7 +9,7 @@ from ssd_lit.support.locks import exclusive
 
 def configs(experiment: Path, results: Path) -> str:
     """Check an experiment and write the resolved config of its data and runs."""
-    from ssd_lit.data.downstream import check_downstream
+    from ssd_lit.data.benchmarks import check_downstream
     from ssd_lit.data.sources import check_sources
 
     checked = load_experiment(experiment)

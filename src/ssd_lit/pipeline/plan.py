@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from ssd_lit.config import Experiment
-from ssd_lit.data.downstream import check_downstream
+from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.records import MEASUREMENTS, training_stages

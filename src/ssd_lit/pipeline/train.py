@@ -103,8 +103,8 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
             if stage == "warmup" and run.config.shares_warmup is not None:
                 _adopt_warmup(run, tracker)
             elif stage == "moefy":
-                from ssd_lit.training.moefy_stage import moefy_checkpoint
-                from ssd_lit.training.start import starting_point
+                from ssd_lit.training.checkpoint import starting_point
+                from ssd_lit.training.moefication import moefy_checkpoint
 
                 moefy_checkpoint(run, starting_point(run), provenance)
             elif stage == "route":
@@ -140,7 +140,7 @@ def _with_matched_steps(run: Run) -> Run:
     """The run with the steps that another run's FLOPs pay for, where it is to match them."""
     if run.config.matches is None:
         return run
-    from ssd_lit.training.budget import with_steps_for
+    from ssd_lit.training.schedule import with_steps_for
 
     spent = run.other(run.config.matches).chain()[-1].total
     return replace(run, config=with_steps_for(run.config, spent.flops, run.vocab))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.glue import TASKS
+from ssd_lit.data.benchmarks import TASKS
 from ssd_lit.report.analyses import RUN
 from ssd_lit.report.arms import Measure
 from ssd_lit.report.formatting import percent

@@ -16,12 +16,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from ssd_lit.config import TrainingConfig
-from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint
+from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint, snapshot_path
 from ssd_lit.records import PhaseRecord, close_stage
 from ssd_lit.run import Run
 from ssd_lit.support import signals
 from ssd_lit.support.files import whole_file
-from ssd_lit.training.checkpoint import read_checkpoint, save
+from ssd_lit.training.checkpoint import read_checkpoint, save, weights_of, write_checkpoint
 from ssd_lit.training.module import Pretraining
 
 COPIES = 2
@@ -225,3 +225,16 @@ class RollingCheckpoint(Callback):
     def _is_late(self) -> bool:
         minutes = self._training.checkpoint_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+
+class Snapshots(Callback):
+    """Saves the weights, and nothing else, every `every` steps; steps that are trained again overwrite theirs."""
+
+    def __init__(self, run_dir: Path, every: int):
+        self._run_dir = run_dir
+        self._every = every
+
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
+        if trainer.is_global_zero and trainer.global_step % self._every == 0:
+            path = snapshot_path(self._run_dir, trainer.global_step)
+            write_checkpoint(path, {"state_dict": weights_of(module.model)})

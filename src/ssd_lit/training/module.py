@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
+from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.schedule import top_k_at
-from ssd_lit.training.update_guard import NonFiniteGuard
 from ssd_lit.training.weighted_mean import WeightedMean
 
 COMPILE_MODE = "reduce-overhead"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ssd_lit.training.checkpoint import read_checkpoint
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.optim import LeftOut, NonFiniteGuard
 from ssd_lit.training.phase_switch import PhaseSwitch
-from ssd_lit.training.update_guard import LeftOut, NonFiniteGuard
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,11 @@
 """AdamW and its learning rate, the same through all phases of a run."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,3 +62,45 @@ def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:
 def build_scheduler(optimizer: AdamW, config: OptimConfig, steps: int) -> LambdaLR:
     """`lr_factor` as a scheduler that is stepped once an optimiser step."""
     return LambdaLR(optimizer, partial(lr_factor, config=config, steps=steps))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The updates that were left out."""
+
+    total: int = 0
+    row: int = 0
+    """How many in a row up to now; stays where it is once it has reached the limit."""
+    step: int = 0
+    """The last of them, as the number of steps done before it."""
+
+
+class NonFiniteGuard:
+    """Tells the optimiser at every step whether to leave the update out.
+
+    After `limit` such updates in a row all later ones are left out too: weights and optimiser state stay as they were
+    before the first of them, until somebody looks.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.restore(LeftOut())
+
+    def restore(self, found: LeftOut) -> None:
+        """Go on counting from `found`."""
+        self._total, self._row, self._step = (torch.tensor(n) for n in (found.total, found.row, found.step))
+
+    def update(self, norm: Tensor, step: int) -> Tensor:
+        """1 if the update is to be left out, else 0, as a float on the device of `norm`, the norm of its gradient."""
+        # Moved at the first step only.
+        total, row, last = (count.to(norm.device) for count in (self._total, self._row, self._step))
+        halted = row >= self.limit
+        bad = ~(norm.isfinite() | halted)
+        self._total = total + bad
+        self._row = torch.where(halted | bad, row + bad, 0)
+        self._step = torch.where(bad, step, last)
+        return (halted | bad).float()
+
+    def read(self) -> LeftOut:
+        """What was left out so far; waits for the device."""
+        return LeftOut(*torch.stack([self._total, self._row, self._step]).tolist())

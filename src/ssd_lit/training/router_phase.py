@@ -20,10 +20,10 @@ from ssd_lit.paths import checkpoint_path
 from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of, write_checkpoint
+from ssd_lit.training.fit import quiet
 from ssd_lit.training.logger import Recorder, RecorderLogger
 from ssd_lit.training.router_loss import contributions, router_loss
 from ssd_lit.training.schedule import next_phase
-from ssd_lit.training.trainer import quiet
 
 
 def train_routers(run: Run, recorder: Recorder, provenance: dict[str, object]) -> PhaseRecord:
