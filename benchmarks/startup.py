@@ -42,7 +42,7 @@ STAGES = {
     "store": ("ssd_lit.tracking.client", "ensure_store"),
     "train": ("ssd_lit.training.fit", "Trainer.fit"),
     "moefy": ("ssd_lit.training.moefication", "find_experts"),
-    "route": ("ssd_lit.training.router_phase", "Trainer.fit"),
+    "route": ("ssd_lit.training.routers", "fit_routers"),
     "evaluate": ("ssd_lit.evaluation.evaluate", "scoring_batches"),
     "analyse": ("ssd_lit.evaluation.experts", "final_model"),
     "summarise": ("ssd_lit.report.arms_table", "write_arms"),

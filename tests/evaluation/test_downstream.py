@@ -16,8 +16,8 @@ from ssd_lit.data.benchmarks import Pair, PairSet
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.evaluation import glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
-from ssd_lit.evaluation.resumable import ResumableResults
 from ssd_lit.evaluation.glue import Classifier, Texts, encode, fine_tune, outputs_for
+from ssd_lit.evaluation.resumable import ResumableResults
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.routers import expert_centers
 from ssd_lit.report.downstream import write_downstream

@@ -22,7 +22,7 @@ from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.permutation import moefy
 from ssd_lit.support.files import check_unfilled, whole_folder
-from ssd_lit.training.router_loss import contributions, router_loss
+from ssd_lit.training.routers import Example, contributions, fit_routers
 
 TOKENS_A_STEP = 1024
 """Tokens that a router is trained on in one step."""
@@ -96,19 +96,17 @@ def needs_text(moe: MoEConfig) -> bool:
 
 def fit_router(ffn: ExpertFFN, x: Tensor, moe: MoEConfig, *, seed: int) -> None:
     """Train the router of an FFN, and nothing else, on inputs x [T, D], for moe.router_steps steps."""
-    kind = moe.posthoc_router
-    assert kind is not None
-    ffn.router.init_trainable(ffn.gating_weight)
-    wanted = contributions(ffn, x, kind)
+    assert moe.posthoc_router is not None
+    wanted = contributions(ffn, x, moe.posthoc_router)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(ffn.router.parameters(), lr=moe.router_lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moe.router_steps)
-    for _ in range(moe.router_steps):
-        rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator).to(x.device)
-        optimizer.zero_grad()
-        router_loss(ffn.router(x[rows]), wanted[rows], kind).backward()
-        optimizer.step()
-        schedule.step()
+
+    def examples() -> Iterator[list[Example]]:
+        while True:
+            rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator).to(x.device)
+            yield [(x[rows], wanted[rows])]
+
+    for _ in fit_routers([ffn], examples(), moe):
+        pass
 
 
 LONGEST = 512

@@ -108,7 +108,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
 
                 moefy_checkpoint(run, starting_point(run), provenance)
             elif stage == "route":
-                from ssd_lit.training.router_phase import train_routers
+                from ssd_lit.training.routers import train_routers
 
                 train_routers(run, tracker, provenance)
             else:

@@ -89,7 +89,6 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
         warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # the module's is meant
-        warnings.filterwarnings("ignore", message=".*have no `validation_step`.*")  # routers are not validated
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # older releases of torch know no other name
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of an old name in torch
         yield
