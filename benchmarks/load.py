@@ -323,10 +323,11 @@ def store(results: Path, runs: int) -> dict[str, Any]:
     """Seconds of a batch of 1000 points, sent as the tracker does, while the store fills and once it is full."""
     from mlflow.entities import Metric
 
-    from ssd_lit.tracking.client import BATCH, _client, ensure_store
+    from ssd_lit.tracking.delivery import BATCH
+    from ssd_lit.tracking.store import connect, ensure_store
 
     ensure_store(results)
-    client = _client(results)
+    client = connect(results)
     experiment = client.create_experiment("many")
     ids = [client.create_run(experiment).info.run_id for _ in range(runs)]
 

@@ -22,7 +22,7 @@ from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.routers import expert_centers
 from ssd_lit.report.downstream import write_downstream
 from ssd_lit.support.files import read_json_checked
-from ssd_lit.tracking.client import tracking_uri
+from ssd_lit.tracking.store import tracking_uri
 from tests.conftest import Bench
 from tests.labelled import packed, write_blimp, write_glue
 

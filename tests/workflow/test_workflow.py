@@ -19,7 +19,7 @@ from ssd_lit.config import load_experiment
 from ssd_lit.paths import data_dir
 from ssd_lit.report.names import figure_names
 from ssd_lit.support.files import read_json
-from ssd_lit.tracking.client import tracking_uri
+from ssd_lit.tracking.store import tracking_uri
 from tests.conftest import tiny_experiment
 from tests.stress.same_results import run_differences
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssd_lit.moe.clustering import Floats, balanced_kmeans, normalised_rows, random_balanced
+from ssd_lit.moe.assignment import Floats
+from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.names import Construction
 
 NEEDS_ACTIVATIONS = frozenset({"kmeans_activations", "coactivation"})

@@ -34,7 +34,7 @@ def report(exp_dir: Path) -> str:
     from ssd_lit.report.report import write_report
     from ssd_lit.report.summary import check_summary
     from ssd_lit.support.provenance import provenance
-    from ssd_lit.tracking.client import REPORT_SECONDS, try_for
+    from ssd_lit.tracking.delivery import REPORT_SECONDS, try_for
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
@@ -49,7 +49,7 @@ def report(exp_dir: Path) -> str:
 
 def send(place: Path) -> str:
     """Tell MLflow what it has not got yet of a run, or of an experiment's runs with the report."""
-    from ssd_lit.tracking.client import send_runs
+    from ssd_lit.tracking.delivery import send_runs
 
     if (place / "experiment.yaml").exists():
         count = _send_experiment(place)
@@ -62,7 +62,7 @@ def send(place: Path) -> str:
 
 def _send_experiment(exp_dir: Path) -> int:
     """Send what waits in the runs of an experiment, and its report if there is one; returns the number of runs."""
-    from ssd_lit.tracking.client import send_report, send_runs
+    from ssd_lit.tracking.delivery import send_report, send_runs
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
@@ -85,7 +85,7 @@ def verify(folder: Path) -> str:
 
 
 def store(results: Path) -> str:
-    from ssd_lit.tracking.client import ensure_store, masked, tracking_uri
+    from ssd_lit.tracking.store import ensure_store, masked, tracking_uri
 
     ensure_store(results)
     return masked(tracking_uri(results))
@@ -94,7 +94,7 @@ def store(results: Path) -> str:
 def ui(results: Path, port: int) -> str:
     import socket
 
-    from ssd_lit.tracking.client import serve
+    from ssd_lit.tracking.store import serve
 
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
