@@ -39,7 +39,7 @@ STAGES = {
     "prepare": ("ssd_lit.data.documents", "prepare_documents"),
     "tokenizer": ("ssd_lit.data.tokenizer", "train_tokenizer"),
     "encode": ("ssd_lit.data.encode", "encode_documents"),
-    "store": ("ssd_lit.tracking.client", "ensure_store"),
+    "store": ("ssd_lit.tracking.store", "ensure_store"),
     "train": ("ssd_lit.training.fit", "Trainer.fit"),
     "moefy": ("ssd_lit.training.moefication", "find_experts"),
     "route": ("ssd_lit.training.routers", "fit_routers"),
