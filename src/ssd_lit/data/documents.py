@@ -265,7 +265,7 @@ def _check_splits(config: DataConfig, kept: _Kept) -> None:
         raise ConfigError(f"data {config.name!r}: the sources hold no document with text")
     for name, split in kept.splits.items():
         if not split["documents"]:
-            remedy = "give more text" if name == "train" else f"give more text or raise {name}_share"
+            remedy = "give more text" if name == "train" else f"give more text or raise {name}_fraction"
             raise ConfigError(f"data {config.name!r}: none of {total} documents falls in the {name} split; {remedy}")
 
 
