@@ -40,17 +40,18 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass(frozen=True)
 class FFNParts:
-    """The weights of one FFN, neuron by neuron: w_in, w_gate and w_out [F, D], b_in [F], b_out [D]."""
+    """The weights of one FFN, neuron by neuron: w_in, w_gate and w_out [F, D], b_in and b_gate [F], b_out [D]."""
 
     w_in: Tensor
     w_out: Tensor
     w_gate: Tensor | None = None
     b_in: Tensor | None = None
     b_out: Tensor | None = None
+    b_gate: Tensor | None = None
 
     @classmethod
     def of(cls, ffn: ExpertFFN) -> "FFNParts":
-        return cls(ffn.w_in, ffn.w_out, ffn.w_gate, ffn.b_in, ffn.b_out)
+        return cls(ffn.w_in, ffn.w_out, ffn.w_gate, ffn.b_in, ffn.b_out, ffn.b_gate)
 
     @torch.no_grad()
     def copy_to(self, ffn: ExpertFFN) -> None:
@@ -295,6 +296,7 @@ def _expert_ffn(parts: FFNParts, site: Any, moe: MoEConfig, router: Router, *, u
         activation=site.activation,
         gated=parts.w_gate is not None,
         bias=parts.b_in is not None,
+        gate_bias=parts.b_gate is not None,
         dropout=site.dropout,
         hidden_dropout=site.hidden_dropout,
         backend=moe.backend,

@@ -74,7 +74,7 @@ def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _dense(ffn: ExpertFFN, x: Tensor) -> Tensor:
-    gate = None if ffn.w_gate is None else linear(x, ffn.w_gate)
+    gate = None if ffn.w_gate is None else linear(x, ffn.w_gate, ffn.b_gate)
     hidden = Activation(ffn.activation)(linear(x, ffn.w_in, ffn.b_in), gate)
     return product(hidden, ffn.w_out, ffn.b_out)
 

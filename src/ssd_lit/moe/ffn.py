@@ -18,8 +18,9 @@ Mode = Literal["dense", "sparse"]
 class ExpertFFN(nn.Module):
     """A Transformer FFN that keeps its neurons in expert order.
 
-    Dense, it is `h @ w_out + b_out` with h = act(x @ w_in.T + b_in), or h = act(x @ w_gate.T) * (x @ w_in.T) where it
-    is gated. Expert e owns rows e*H to (e+1)*H of `w_in`, `w_gate`, `b_in` and `w_out`, so every expert is a view and
+    Dense, it is `h @ w_out + b_out` with h = act(x @ w_in.T + b_in), or where it is gated
+    h = act(x @ w_gate.T + b_gate) * (x @ w_in.T + b_in). Expert e owns rows e*H to (e+1)*H of `w_in`, `w_gate`, their
+    biases and `w_out`, so every expert is a view and
     nothing is copied when the mode changes. In sparse mode the outputs of the chosen experts are added without
     weights (SSD, section 4): with all experts chosen, sparse equals dense. A learned router weighs them; its weights
     add up to the number of experts chosen, so that equal weights add them as they are.
@@ -27,7 +28,7 @@ class ExpertFFN(nn.Module):
     Experts may also be copies of one whole FFN (sparse upcycling) instead of slices of it: weights then add up to
     one, and there is no dense mode.
 
-    Shapes: x [..., D]; w_in, w_gate and w_out [F, D]; b_in [F]; b_out [D]; neuron_ids [F].
+    Shapes: x [..., D]; w_in, w_gate and w_out [F, D]; b_in and b_gate [F]; b_out [D]; neuron_ids [F].
     """
 
     neuron_ids: Tensor
@@ -44,6 +45,7 @@ class ExpertFFN(nn.Module):
         activation: str = "relu",
         gated: bool = False,
         bias: bool = True,
+        gate_bias: bool = False,
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         backend: str = "auto",
@@ -66,6 +68,7 @@ class ExpertFFN(nn.Module):
         self.w_in = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
         self.w_gate = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound)) if gated else None
         self.b_in = nn.Parameter(torch.zeros(d_ff)) if bias else None
+        self.b_gate = nn.Parameter(torch.zeros(d_ff)) if gate_bias else None
         self.w_out = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
         self.b_out = nn.Parameter(torch.zeros(d_model)) if bias else None
         self.dropout = nn.Dropout(dropout)
@@ -86,7 +89,7 @@ class ExpertFFN(nn.Module):
 
     def neuron_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters whose first dimension counts neurons."""
-        yield from (p for p in (self.w_in, self.w_gate, self.b_in, self.w_out) if p is not None)
+        yield from (p for p in (self.w_in, self.w_gate, self.b_in, self.b_gate, self.w_out) if p is not None)
 
     def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
         """Run densely, or sparsely with `top_k` experts a token (the number it had if None)."""
@@ -97,7 +100,7 @@ class ExpertFFN(nn.Module):
 
     def activations(self, x: Tensor) -> Tensor:
         """Every neuron's activation, [..., F], whatever the mode."""
-        gate = None if self.w_gate is None else F.linear(x, self.w_gate)
+        gate = None if self.w_gate is None else F.linear(x, self.w_gate, self.b_gate)
         return Activation(self.activation)(F.linear(x, self.w_in, self.b_in), gate)
 
     @torch.no_grad()
@@ -156,9 +159,10 @@ class ExpertFFN(nn.Module):
         # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
-        parts = (self.w_in, self.w_out, self.b_in, self.w_gate)
+        parts = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
         experts = Experts(*(None if p is None else p.to(dtype).unflatten(0, (self.experts, -1)) for p in parts))  # type: ignore[arg-type]
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
         # The router sees what the experts see.
         x = x.to(dtype)
-        return choose_backend(self.backend, x, activation)(x, self.route(x), experts, activation)
+        backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None)
+        return backend(x, self.route(x), experts, activation)

@@ -148,5 +148,5 @@ def _backend(config: RunConfig, model: LanguageModel) -> str:
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
     )  # fmt: skip
-    choose_backend(name, x, activation)
-    return f"{fastest_backend(x, activation)} (auto)" if name == "auto" else name
+    choose_backend(name, x, activation, gate_bias=ffn.b_gate is not None)
+    return f"{fastest_backend(x, activation, gate_bias=ffn.b_gate is not None)} (auto)" if name == "auto" else name

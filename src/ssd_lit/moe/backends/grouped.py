@@ -126,7 +126,7 @@ def loop(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -
     place, count = _sorted_by_expert(choice, experts.w_in.shape[0])
     token = place // choice.experts.shape[1]
     pre = gathered_products(x, experts.w_in, experts.b_in, token, count)
-    gate = None if experts.w_gate is None else gathered_products(x, experts.w_gate, None, token, count)
+    gate = None if experts.w_gate is None else gathered_products(x, experts.w_gate, experts.b_gate, token, count)
     hidden = _weighed(activation(pre, gate), choice, place)
     y: Tensor = scattered_products(hidden, experts.w_out, token, count, x.shape[0])
     return y
@@ -138,10 +138,13 @@ def grouped(x: Tensor, choice: Routing, experts: Experts, activation: Activation
     token = place // choice.experts.shape[1]
     ends = count.cumsum(0).to(torch.int32)
     rows = x[token]
-    pre = F.grouped_mm(rows, experts.w_in.transpose(1, 2), offs=ends)
-    if experts.b_in is not None:
-        pre = pre + experts.b_in.repeat_interleave(count, dim=0, output_size=token.shape[0])  # [N, H]
-    gate = None if experts.w_gate is None else F.grouped_mm(rows, experts.w_gate.transpose(1, 2), offs=ends)
+
+    def products(w: Tensor, b: Tensor | None) -> Tensor:  # [N, H]
+        y = F.grouped_mm(rows, w.transpose(1, 2), offs=ends)
+        return y if b is None else y + b.repeat_interleave(count, dim=0, output_size=token.shape[0])
+
+    pre = products(experts.w_in, experts.b_in)
+    gate = None if experts.w_gate is None else products(experts.w_gate, experts.b_gate)
     out = F.grouped_mm(activation(pre, gate), experts.w_out, offs=ends)
     return torch.zeros_like(x).index_add(0, token, _weighed(out, choice, place))
 

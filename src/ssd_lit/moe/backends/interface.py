@@ -25,6 +25,8 @@ class Experts(NamedTuple):
     """[E, H]"""
     w_gate: Tensor | None
     """[E, H, D], for a gated FFN."""
+    b_gate: Tensor | None = None
+    """[E, H], for a gate with a bias."""
 
 
 # Compared by identity: torch.compile would hash one that it has not built yet.
@@ -38,7 +40,7 @@ class Activation:
     """The probability with which an activation is dropped; zero outside training."""
 
     def __call__(self, pre: Tensor, gate: Tensor | None) -> Tensor:
-        """Of x @ w_in + b_in, and x @ w_gate for a gated FFN; all of one shape."""
+        """Of x @ w_in + b_in, and x @ w_gate + b_gate for a gated FFN; all of one shape."""
         act = ACTIVATIONS[self.name]
         hidden = act(pre) if gate is None else act(gate) * pre
         return F.dropout(hidden, self.dropout) if self.dropout else hidden

@@ -17,4 +17,6 @@ def masked(x: Tensor, choice: Routing, experts: Experts, activation: Activation)
     if experts.b_in is not None:
         pre = pre + experts.b_in
     gate = None if experts.w_gate is None else torch.einsum("td,ehd->teh", x, experts.w_gate)
+    if gate is not None and experts.b_gate is not None:
+        gate = gate + experts.b_gate
     return torch.einsum("teh,ehd->td", activation(pre, gate) * mask[:, :, None], experts.w_out)
