@@ -10,8 +10,7 @@ import torch
 from ssd_lit.cli import main
 from ssd_lit.config import load_run
 from ssd_lit.records import PhaseRecord
-from ssd_lit.report.analyses import read_table
-from ssd_lit.report.runs import load_results
+from ssd_lit.report.results import load_results, read_table
 from ssd_lit.support.files import archive_digest, read_json_checked, write_json_checked
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import read_checkpoint, write_checkpoint

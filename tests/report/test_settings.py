@@ -1,4 +1,4 @@
-from ssd_lit.report.runs import load_results
+from ssd_lit.report.results import load_results
 from ssd_lit.report.settings import AFTERWARDS, ROUTER, alike_but, differences, settings, shown
 
 

@@ -9,10 +9,8 @@ import pandas as pd
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.glue import TASKS
-from ssd_lit.report.analyses import RUN
-from ssd_lit.report.arms import Measure
-from ssd_lit.report.formatting import percent
-from ssd_lit.report.runs import RunResult
+from ssd_lit.report.arms import Measure, cell, percent
+from ssd_lit.report.results import RUN, RunResult
 from ssd_lit.support.files import read_json_checked, write_text
 
 METRICS = {"accuracy": "accuracy", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
@@ -124,9 +122,9 @@ def _arms(
     for arm, label in {result.arm: result.label for result in results}.items():
         rows: list[Row] = []
         for mode, names in MODES[benchmark].items():
-            cells = [measure(table, arm, mode, *column) for column in columns]
-            if any(cell is not None for cell in cells):
-                rows.append((names, ["-" if cell is None else cell.text(_percent) for cell in cells]))
+            measured = [measure(table, arm, mode, *column) for column in columns]
+            if any(measured):
+                rows.append((names, [cell(score, _percent) for score in measured]))
         if rows:
             found.append((label, rows))
     return found

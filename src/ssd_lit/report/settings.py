@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssd_lit.config import RunConfig, Section
-from ssd_lit.report.runs import RunResult, by_arm
+from ssd_lit.report.results import RunResult, by_arm
 
 SECTIONS = ("model", "moe", "optim", "training", "switching")
 AFTERWARDS = frozenset(f"moe.{key}" for key in ("posthoc_router", "router_hidden", "router_steps", "router_lr"))
@@ -30,7 +30,7 @@ def settings(results: Sequence[RunResult]) -> list[Setting]:
     """Every setting of every section; seeds of an arm share theirs."""
     configs = [runs[0].config for runs in by_arm(results).values()]
     return [
-        Setting(f"{section}.{key}", meaning, tuple(shown(getattr(getattr(one, section), key)) for one in configs))
+        Setting(f"{section}.{key}", meaning, tuple(shown(getattr(getattr(config, section), key)) for config in configs))
         for section in SECTIONS
         for key, meaning in _meanings(section).items()
     ]
@@ -62,7 +62,7 @@ def shown(value: Any) -> str:
         case Section():
             return shown(value.model_dump())
         case Mapping():
-            return ", ".join(f"{key} {shown(one)}" for key, one in value.items())
+            return ", ".join(f"{key} {shown(item)}" for key, item in value.items())
         case list() | tuple():
             return ", ".join(shown(item) for item in value)
         case _:

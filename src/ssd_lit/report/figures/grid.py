@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ssd_lit.report.arms import Arm
-from ssd_lit.report.formatting import shortened
+from ssd_lit.report.arms import Arm, shortened
+from ssd_lit.report.figures.style import GREY, MARKERS, PALETTE, WIDTH, arm_label, ramp, scale_perplexities
 from ssd_lit.report.grid import QUANTITIES, Grid, Quantity, measured, table
-from ssd_lit.report.style import GREY, MARKERS, PALETTE, WIDTH, ramp, scale_perplexities
 
 SPREAD = 0.3
 """Fraction of the space between two values of the first key over which the series are spread."""
@@ -33,7 +32,7 @@ class Series:
     cells: dict[int, Arm]
 
 
-def draw(grid: Grid) -> tuple[Figure, pd.DataFrame]:
+def grid(grid: Grid) -> tuple[Figure, pd.DataFrame]:
     """A panel for each quantity: the first key's values along the x axis, the others' as colours."""
     series = _series(grid)
     figure = Figure(figsize=(WIDTH, 6.0))
@@ -149,6 +148,6 @@ def _legend(grid: Grid, series: Sequence[Series]) -> list[Line2D]:
         if one.label
     ]
     if grid.reference is not None:
-        label = f"{shortened(grid.reference.label)} (in dense mode)"
+        label = f"{arm_label(grid.reference.runs[0])} (in dense mode)"
         entries.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=label))
     return entries

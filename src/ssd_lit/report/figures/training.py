@@ -1,4 +1,4 @@
-"""Loss through training, over steps, FLOPs and seconds, with each run's phases in lanes below."""
+"""Curves over training: loss over steps, FLOPs and seconds, active neurons, similarity of the activation pattern."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +11,27 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
-from ssd_lit.report.curves import Array, curves_of, draw_band, mean_flops, mean_seconds, over_seeds
-from ssd_lit.report.formatting import shortened
-from ssd_lit.report.panels import empty_figure
-from ssd_lit.report.runs import RunResult, by_arm
-from ssd_lit.report.style import GREY, WIDTH, ArmStyle, arm_styles, legend_columns
-from ssd_lit.report.view import MOST_CURVES, select_arms, tell_left_out
+from ssd_lit.report.figures.style import (
+    GREY,
+    MOST_CURVES,
+    MOST_PANELS,
+    WIDTH,
+    ArmStyle,
+    arm_label,
+    arm_panels,
+    arm_styles,
+    curves_of,
+    draw_band,
+    empty_figure,
+    layer_bar,
+    layer_colours,
+    legend_columns,
+    note_left_out,
+    over_seeds,
+    select_arms,
+    shade_sparse,
+)
+from ssd_lit.report.results import Array, Points, RunResult, by_arm
 
 ZOOM = 0.6
 """The enlarged panel begins at this share of the training that ends first."""
@@ -25,22 +40,24 @@ LANE, LABEL = 0.13, 0.16
 
 # Where steps lie on the x axis, for the runs of one arm.
 Place = Callable[[Sequence[RunResult], Array], Array]
+RATIO = "activation/active_ratio/layer_"
+SIMILARITY = "activation/similarity"
 
 
-def over_steps(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
+def loss_over_steps(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the global step."""
     figure = _draw(results, lambda _, steps: steps, "step")
-    return figure, _table(results).drop(columns=["flops", "seconds"])
+    return figure, _losses(results).drop(columns=["flops", "seconds"])
 
 
-def over_flops(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
+def loss_over_flops(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the FLOPs spent."""
-    return _draw(results, mean_flops, "training FLOPs"), _table(results).drop(columns="seconds")
+    return _draw(results, _mean_flops, "training FLOPs"), _losses(results).drop(columns="seconds")
 
 
-def over_seconds(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
+def loss_over_seconds(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the wall-clock seconds spent in training."""
-    return _draw(results, mean_seconds, "training time (s)"), _table(results).drop(columns="flops")
+    return _draw(results, _mean_seconds, "training time (s)"), _losses(results).drop(columns="flops")
 
 
 def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
@@ -73,7 +90,7 @@ def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
     grid[1, 1].set_yticks([])
     handles = _legend(trained, styles)
     figure.legend(handles=handles, loc="outside upper center", ncols=legend_columns(handles))
-    tell_left_out(figure, results, drawn)
+    note_left_out(figure, results, drawn)
     return figure
 
 
@@ -116,7 +133,7 @@ def _draw_lanes(
 def _label_lanes(lanes: Axes, trained: Sequence[RunResult]) -> None:
     arms = [result.arm for result in trained]
     middles = {arm: sum(i for i, name in enumerate(arms) if name == arm) / arms.count(arm) for arm in arms}
-    lanes.set_yticks(list(middles.values()), [shortened(arm) for arm in middles])
+    lanes.set_yticks(list(middles.values()), [arm_label(runs[0]) for runs in by_arm(trained).values()])
     lanes.tick_params(axis="y", length=0)
 
 
@@ -139,20 +156,15 @@ def _legend(trained: Sequence[RunResult], styles: dict[str, ArmStyle]) -> list[L
         style = styles[arm]
         lines.append(
             Line2D(
-                [],
-                [],
-                color=style.colour,
-                linestyle=style.line,
-                marker=style.marker,
-                markersize=3,
-                label=shortened(runs[0].label),
+                [], [], color=style.colour, linestyle=style.line, marker=style.marker, markersize=3,
+                label=arm_label(runs[0]),
             )
-        )
+        )  # fmt: skip
     phases = [Patch(color=GREY, label="sparse phase"), Patch(color=GREY, alpha=0.2, lw=0, label="dense phase")]
     return [*lines, *phases]
 
 
-def _table(results: Sequence[RunResult]) -> pd.DataFrame:
+def _losses(results: Sequence[RunResult]) -> pd.DataFrame:
     """Every point drawn, and the phases, one row each."""
     rows: list[dict[str, object]] = []
     for result in results:
@@ -172,3 +184,102 @@ def _spent(result: RunResult, steps: list[int]) -> list[dict[str, float]]:
     """FLOPs and seconds spent at each step."""
     both = zip(result.flops_at(steps), result.seconds_at(steps), strict=True)
     return [{"flops": flops, "seconds": seconds} for flops, seconds in both]
+
+
+def _mean_flops(results: Sequence[RunResult], steps: Array) -> Array:
+    """FLOPs spent at each step, averaged over runs."""
+    return np.asarray(np.mean([result.flops_at(list(steps)) for result in results], axis=0), dtype=np.float64)
+
+
+def _mean_seconds(results: Sequence[RunResult], steps: Array) -> Array:
+    """Seconds of training spent at each step, averaged over runs."""
+    return np.asarray(np.mean([result.seconds_at(list(steps)) for result in results], axis=0), dtype=np.float64)
+
+
+def active_neurons(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
+    """Fraction of active neurons by layer."""
+    measured = [result for result in results if _ratios(result)]
+    shown = select_arms(measured, MOST_PANELS)
+    table = pd.DataFrame(
+        [
+            (result.name, result.arm, result.config.seed, int(name.removeprefix(RATIO)), step, value)
+            for result in measured
+            for name in _ratios(result)
+            for step, value in result.points[name]
+        ],
+        columns=["run", "arm", "seed", "layer", "step", "active_ratio"],
+    )
+    if not shown:
+        return empty_figure("no run to draw here recorded the share of active neurons"), table
+    styles = arm_styles(results)
+    layers = max(len(_ratios(result)) for result in shown)
+    colours = layer_colours(layers)
+    figure, panels = arm_panels(shown, styles, "step")
+    panels[0].set_xlim(0, max(result.last_step for result in shown))
+    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
+        for layer, name in enumerate(_ratios(runs[0])):
+            draw_band(panel, over_seeds(curves_of(runs, name)), ArmStyle(colours[layer], "-"), linewidth=1.3)
+        shade_sparse(panel, runs, styles[arm].colour)
+        panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    panels[0].set_ylabel("active neurons")
+    layer_bar(figure, panels, layers)
+    note_left_out(figure, measured, shown)
+    return figure, table
+
+
+def similarity(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
+    """Similarity of the activation pattern at every check."""
+    measured = [result for result in results if _checks(result)]
+    shown = select_arms(measured, MOST_PANELS)
+    table = pd.DataFrame(
+        [
+            (result.name, result.arm, result.config.seed, step, value)
+            for result in measured
+            for stretch in _checks(result)
+            for step, value in stretch
+        ],
+        columns=["run", "arm", "seed", "step", "similarity"],
+    )
+    if not shown:
+        return empty_figure("no run to draw here measured the similarity of its activation pattern"), table
+    styles = arm_styles(results)
+    figure, panels = arm_panels(shown, styles, "step")
+    panels[0].set_xlim(0, max(result.last_step for result in shown))
+    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
+        for result in runs:
+            for stretch in _checks(result):
+                steps, values = zip(*stretch, strict=True)
+                panel.plot(steps, values, color=styles[arm].colour, marker="o", markersize=3, linewidth=1.2)
+            for record in result.chain[1:]:
+                panel.axvline(record.first_step, color=GREY, linewidth=0.5, alpha=0.6)
+        shade_sparse(panel, runs, styles[arm].colour)
+        if runs[0].config.method == "ssd" and runs[0].config.switching.switch_points is None:
+            _mark_tau(panel, runs[0].config.switching.tau)
+        panel.set_ylim(min(0.0, panel.get_ylim()[0]), 1.02)
+    panels[0].set_ylabel("similarity (adjusted Rand index)")
+    note_left_out(figure, measured, shown)
+    return figure, table
+
+
+def _ratios(result: RunResult) -> list[str]:
+    """The names of the run's curves of active neurons, layer by layer."""
+    return sorted(name for name in result.points if name.startswith(RATIO))
+
+
+def _checks(result: RunResult) -> list[Points]:
+    """The run's similarity checks, a list for each stretch without a switch.
+
+    The records hold those that decided a switch; a run that never switches has them in its metrics only.
+    """
+    recorded = [[(int(step), value) for step, value in record.similarity] for record in result.chain]
+    recorded = [stretch for stretch in recorded if stretch]
+    return recorded or [points for points in [result.points.get(SIMILARITY, [])] if points]
+
+
+def _mark_tau(panel: Axes, tau: float) -> None:
+    panel.axhline(tau, color="black", linestyle="--", linewidth=1)
+    panel.annotate(
+        f"tau = {tau:g}", (1, tau), xycoords=("axes fraction", "data"), xytext=(-3, 3), textcoords="offset points",
+        ha="right", fontsize=8,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """report.html: everything about an experiment in one file that needs no network."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +9,28 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ssd_lit.config import Experiment
-from ssd_lit.report import formatting
-from ssd_lit.report.arms import arms_of
+from ssd_lit.report import arms as writing
+from ssd_lit.report.arms import Arm, arms_of
+from ssd_lit.report.comparison import comparison
 from ssd_lit.report.downstream import blimp_table, glue_table
-from ssd_lit.report.figures import figure_kinds
-from ssd_lit.report.findings import findings
+from ssd_lit.report.figures import GRID, figures_of
 from ssd_lit.report.grid import QUANTITIES, grids, page
-from ssd_lit.report.held_out_table import held_out_tables
-from ssd_lit.report.names import GRID
-from ssd_lit.report.origins import origins
-from ssd_lit.report.router_table import HEADINGS, router_rows
-from ssd_lit.report.runs import load_results
+from ssd_lit.report.results import load_results, run_frame
 from ssd_lit.report.settings import flat, settings
-from ssd_lit.report.summary import model_name, summary_row
-from ssd_lit.report.token_tables import token_tables
+from ssd_lit.report.tables import ROUTER_COLUMNS, held_out_tables, router_rows, token_tables
 from ssd_lit.support.files import read_json_checked, write_text
+
+PAPERS = {
+    "ssd": ("Switchable Sparse-Dense Learning", "2410.03440"),
+    "posthoc": ("MoEfication", "2110.01786"),
+    "upcycle": ("sparse upcycling", "2212.05055"),
+    "gate": ("a trained gate with balance and z-loss", "1701.06538, 2101.03961, 2202.08906"),
+    "random": ("SMoE-Dropout", "2303.01610"),
+    "mass_mlp": ("an MLP that predicts activation mass", "2110.01786, 2310.17157"),
+    "norm_mlp": ("an MLP that predicts output norms (D2DMoE)", "2310.04361"),
+    "coactivation": ("experts by co-activation", "2110.01786"),
+}
+"""What a method, router or construction is called, and its papers' numbers on arXiv."""
 
 
 def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenance: Mapping[str, Any]) -> Path:
@@ -32,40 +39,49 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
     `provenance` is shown as it is: names to values, or to mappings of them.
     """
     results = load_results(exp_dir, experiment.runs())
-    found = grids(experiment, results)
+    arms, frame = arms_of(results), run_frame(results)
     figures = [
-        (name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg"))
-        for name, kind in figure_kinds(experiment, results).items()
+        (name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg")) for name, kind in figures_of(experiment).items()
     ]
+    of_grids = [figure for figure in figures if figure[0].startswith(GRID)]
     html = _template().render(
         name=experiment.experiment,
         description=experiment.description,
-        findings=findings(results, found),
-        rows=[(result, summary_row(result)) for result in results],
-        one_model=len({model_name(result.config.model) for result in results}) == 1,
-        routers=router_rows(results),
-        router_headings=HEADINGS,
-        held_out=held_out_tables(results),
-        figures=[one for one in figures if not one[0].startswith(GRID)],
-        grids=list(zip(found, (one for one in figures if one[0].startswith(GRID)), strict=True)),
-        quantities=QUANTITIES,
-        page=page,
+        comparison=comparison(arms),
+        figures=[figure for figure in figures if figure not in of_grids],
+        routers=router_rows(arms),
+        router_headings=[heading for heading, *_ in ROUTER_COLUMNS],
+        held_out=held_out_tables(arms),
         tokens=token_tables(results),
         glue=glue_table(results),
         blimp=blimp_table(results),
-        card=_read_card(data_dir / "documents" / "card.json"),
-        data=flat(experiment.data.model_dump()),
-        arms=arms_of(results),
-        origins=origins(arms_of(results)),
+        grids=list(zip(grids(experiment, results), of_grids, strict=True)),
+        quantities=QUANTITIES,
+        page=page,
+        rows=list(zip(results, frame.to_dict("records"), strict=True)),
+        one_model=frame["model"].nunique() == 1,
+        arms=arms,
+        papers=_papers(arms),
         settings=settings(results),
         evaluation=flat(experiment.evaluation.model_dump()),
         analysis=flat(experiment.analysis.model_dump()) if experiment.analysis is not None else [],
         downstream=flat(experiment.downstream.model_dump()) if experiment.downstream is not None else [],
+        card=_read_card(data_dir / "documents" / "card.json"),
+        data=flat(experiment.data.model_dump()),
         provenance=flat(provenance),
     )
     path = exp_dir / "report.html"
     write_text(path, html)
     return path
+
+
+def _papers(arms: Sequence[Arm]) -> list[tuple[str, str]]:
+    """Names and arXiv numbers of what the arms use."""
+    used = set()
+    for arm in arms:
+        moe = arm.config.moe
+        used |= {arm.method, *((moe.router, moe.posthoc_router, moe.construction) if arm.method != "dense" else ())}
+    return [paper for key, paper in PAPERS.items() if key in used]
 
 
 def inline_svg(path: Path) -> Markup:
@@ -90,7 +106,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for write in (formatting.number, formatting.scaled, formatting.percent, formatting.duration):
+    for write in (writing.number, writing.scaled, writing.percent, writing.duration):
         environment.filters[write.__name__] = write
     environment.filters["heading"] = _heading
     environment.filters["over_range"] = _over_range
@@ -108,7 +124,7 @@ def _over_range(text: str) -> Markup:
 
 
 def _read_card(path: Path) -> dict[str, Any]:
-    """The data card as a list of sources, its splits, and whatever else it tells."""
+    """The data card as a list of sources, its splits, and whatever else it holds."""
     card = read_json_checked(path)
     sources = [source for source in card.get("sources", []) if isinstance(source, dict)]
     rest = {key: value for key, value in card.items() if key != "sources"}
