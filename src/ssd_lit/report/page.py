@@ -120,7 +120,8 @@ def _heading(text: str) -> Markup:
 
 def _over_range(text: str) -> Markup:
     """A mean, and below it the range that stands in brackets behind it."""
-    return Markup("<br>").join(text.split(" ", 1))
+    mean, bracket, spread = text.partition(" (")
+    return Markup("{}<br><small>({}</small>").format(mean, spread) if bracket else Markup("{}").format(mean)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
