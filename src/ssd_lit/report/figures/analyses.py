@@ -1,6 +1,6 @@
 """Figures of the analyses: how the activation pattern changes, how experts are used, and how they are chosen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from ssd_lit.config import RunConfig
 from ssd_lit.report.figures.style import (
@@ -20,13 +20,16 @@ from ssd_lit.report.figures.style import (
     arm_label,
     arm_panels,
     arm_styles,
+    axis_of_experts,
     draw_band,
     empty_figure,
+    key,
     layer_bar,
     layer_colours,
     note_left_out,
     over_seeds,
     ramp,
+    ring,
     select_arms,
     shade_sparse,
 )
@@ -51,29 +54,25 @@ CONSTRUCTIONS = {
 
 def similarity_pairs(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Similarity of all pairs of snapshots as heat maps, averaged over layers and seeds."""
-    tables = _tables(results)
-    able = [result for result, _ in tables]
-    shown = select_arms(able, MOST_PANELS)
-    if not shown:
-        return empty_figure(NO_SNAPSHOTS), joined(tables, PATTERN_COLUMNS)
-    chosen = [(result, _of(table, *main_setting(table, result.config))) for result, table in tables]
-    styles = arm_styles(results)
-    figure, panels = arm_panels(shown, styles, "step", row_height=3.1)
-    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
-        mean = pd.concat([table for result, table in chosen if result.arm == arm])
+    tables = [(result, _of(table, *main_setting(table, result.config))) for result, table in _tables(results)]
+
+    def draw(panel: Axes, runs: list[RunResult], style: ArmStyle) -> None:
+        mean = pd.concat(_of_runs(tables, runs))
         construction, experts = mean["construction"].iloc[0], mean["experts"].iloc[0]
-        panel.set_title(f"{arm_label(runs[0])}\n{construction}, E = {experts}", color=styles[arm].colour, pad=13)
+        panel.set_title(f"{arm_label(runs[0])}\n{construction}, E = {experts}", color=style.colour, pad=13)
         steps, matrix = _matrix(mean)
         edges = _edges(steps)
-        image = panel.pcolormesh(edges, edges, matrix, vmin=0, vmax=1, cmap="viridis")
+        panel.pcolormesh(edges, edges, matrix, vmin=0, vmax=1, cmap="viridis")
         panel.set_aspect("equal")
         panel.grid(False)
         for result in runs:
-            _mark_sparse(panel, result, edges, styles[arm].colour, 1 / len(runs))
-    panels[0].set_ylabel("step")
-    figure.colorbar(image, ax=panels, label="similarity (adjusted Rand index)")
-    note_left_out(figure, able, shown)
-    return figure, joined(chosen, PATTERN_COLUMNS)
+            _mark_sparse(panel, result, edges, style.colour, 1 / len(runs))
+
+    figure, panels = arm_panels(results, [result for result, _ in tables], draw, "step", NO_SNAPSHOTS, 3.1)
+    if panels:
+        panels[0].set_ylabel("step")
+        figure.colorbar(panels[0].collections[0], ax=panels, label="similarity (adjusted Rand index)")
+    return figure, joined(tables, PATTERN_COLUMNS)
 
 
 def similarity_settings(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
@@ -92,7 +91,7 @@ def similarity_settings(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFr
     }
     names = dict.fromkeys(str(name) for _, table in tables for name in table["construction"])
     for (left, right), (arm, runs) in zip(grid, arms.items(), strict=True):
-        own = [table for result, table in tables if result.arm == arm]
+        own = _of_runs(tables, runs)
         construction, experts = main_setting(own[0], runs[0].config)
         for count in sorted(set(own[0]["experts"])):
             _draw_line(left, own, (construction, count), by_count[count])
@@ -106,10 +105,9 @@ def similarity_settings(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFr
     grid[0, 0].set_xlim(0, max(result.last_step for result in shown))
     for panel in grid[-1]:
         panel.set_xlabel("step")
-    left_key = _key({f"E = {count}": look for count, look in by_count.items()})
-    figure.legend(handles=left_key, loc="outside upper left", ncols=4)
-    right_key = _key({name: CONSTRUCTIONS[name] for name in names})
-    figure.legend(handles=right_key, loc="outside upper right", ncols=3)
+    by_count_keys = [_key(f"E = {count}", look) for count, look in by_count.items()]
+    figure.legend(handles=by_count_keys, loc="outside upper left", ncols=4)
+    figure.legend(handles=[_key(name, CONSTRUCTIONS[name]) for name in names], loc="outside upper right", ncols=3)
     note_left_out(figure, able, shown)
     return figure, joined(tables, PATTERN_COLUMNS)
 
@@ -142,20 +140,17 @@ def _successive(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["step_a"].map(following) == table["step_b"]]
 
 
-def _key(looks: Mapping[str, ArmStyle]) -> list[Line2D]:
-    return [
-        Line2D([], [], color=look.colour, marker=look.marker, markersize=3.5, label=label)
-        for label, look in looks.items()
-    ]
+def _of_runs(tables: Sequence[tuple[RunResult, pd.DataFrame]], runs: Sequence[RunResult]) -> list[pd.DataFrame]:
+    return [table for result, table in tables if result in runs]
+
+
+def _key(label: str, look: ArmStyle) -> Line2D:
+    return key(label, color=look.colour, marker=look.marker, markersize=3.5)
 
 
 def _draw_line(panel: Axes, tables: Sequence[pd.DataFrame], setting: tuple[str, int], look: ArmStyle) -> None:
     """Similarity over the later snapshot's step: the mean of several seeds and their range."""
-    own = [_of(table, *setting) for table in tables]
-    curves: list[Points] = [
-        [(int(step), float(value)) for step, value in zip(table["step_b"], table["similarity"], strict=True)]
-        for table in own
-    ]
+    curves = [_points(_of(table, *setting), "step_b", "similarity") for table in tables]
     draw_band(panel, over_seeds(curves), look, marker=look.marker, markersize=3.5)
 
 
@@ -190,61 +185,52 @@ def _mark_sparse(panel: Axes, result: RunResult, edges: Array, colour: str, alph
 def expert_load(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Fraction of the tokens that choose each expert, from the busiest to the idlest, one line a layer."""
     tables = [(result, _ranked(result)) for result in results if has_table(result, "load")]
-    able = [result for result, _ in tables]
-    shown = select_arms(able, MOST_PANELS)
-    if not shown:
-        return empty_figure(NO_EXPERTS), joined(tables, LOAD_COLUMNS)
-    figure, panels = arm_panels(shown, arm_styles(results), "expert, busiest first")
-    layers = max(len(set(table["layer"])) for _, table in tables)
+    layers = max((len(set(table["layer"])) for _, table in tables), default=0)
     colours = layer_colours(layers)
-    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
-        own = [table for result, table in tables if result.arm == arm]
+
+    def draw(panel: Axes, runs: list[RunResult], style: ArmStyle) -> None:
+        own, moe = _of_runs(tables, runs), runs[0].config.moe
         for layer in sorted(set(own[0]["layer"])):
             curves = [_points(table[table["layer"] == layer], "rank", "load") for table in own]
             draw_band(panel, over_seeds(curves), ArmStyle(colours[layer], "-"), linewidth=1.3, marker="o", markersize=2)
-        moe = runs[0].config.moe
         panel.axhline(moe.top_k / moe.experts, color="black", linestyle="--", linewidth=1)
         panel.annotate(
             _dead(own), (1, 1), xycoords="axes fraction", xytext=(-4, -4), textcoords="offset points",
             ha="right", va="top", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
-    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylim(bottom=0)
-    panels[0].set_ylabel("share of tokens")
-    layer_bar(figure, panels, layers)
-    even = Line2D([], [], color="black", linestyle="--", linewidth=1, label="even load, k / E")
-    figure.legend(handles=[even], loc="outside upper center")
-    note_left_out(figure, able, shown)
+
+    able = [result for result, _ in tables]
+    figure, panels = arm_panels(results, able, draw, "expert, busiest first", NO_EXPERTS)
+    if panels:
+        panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[0].set_ylim(bottom=0)
+        panels[0].set_ylabel("fraction of tokens")
+        layer_bar(figure, panels, layers)
+        figure.legend(handles=[key("even load, k / E")], loc="outside upper center")
     return figure, joined(tables, LOAD_COLUMNS)
 
 
 def routing(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Fraction of the oracle's activation mass over k: the mean over layers, and the range over them."""
     tables = [(result, _routes(result)) for result in results if has_table(result, "routing")]
-    able = [result for result, _ in tables]
-    shown = select_arms(able, MOST_PANELS)
-    if not shown:
-        return empty_figure(NO_EXPERTS), joined(tables, ROUTING_COLUMNS)
-    styles = arm_styles(results)
-    figure, panels = arm_panels(shown, styles, "experts chosen for a token, k")
-    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
-        own = pd.concat([table for result, table in tables if result.arm == arm])
-        by_k = own.groupby("top_k")
-        recall, colour, k = by_k["recall"].mean(), styles[arm].colour, runs[0].config.moe.top_k
-        panel.fill_between(recall.index, by_k["recall"].min(), by_k["recall"].max(), color=colour, alpha=0.2, lw=0)
-        panel.plot(recall.index, recall, color=colour, marker="o", markersize=3.5)
-        panel.plot(k, recall[k], marker="o", markersize=9, markerfacecolor="none", color=colour)
+
+    def draw(panel: Axes, runs: list[RunResult], style: ArmStyle) -> None:
+        by_k = pd.concat(_of_runs(tables, runs)).groupby("top_k")
+        recall, k = by_k["recall"].mean(), runs[0].config.moe.top_k
+        low, high = by_k["recall"].min(), by_k["recall"].max()
+        panel.fill_between(recall.index, low, high, color=style.colour, alpha=0.2, lw=0)
+        panel.plot(recall.index, recall, color=style.colour, marker="o", markersize=3.5)
+        ring(panel, k, recall[k], style.colour)
         panel.plot(recall.index, by_k["chance"].mean(), color="black", linestyle="--", linewidth=1)
-    ks = sorted({int(k) for _, table in tables for k in table["top_k"]})
-    panels[0].set_xscale("log", base=2)
-    panels[0].set_xticks(ks, [str(k) for k in ks])
-    panels[0].xaxis.set_minor_locator(NullLocator())
-    panels[0].set_ylim(0, 1.04)
-    panels[0].set_ylabel("share of the oracle's mass")
-    chance = Line2D([], [], color="black", linestyle="--", linewidth=1, label="experts chosen at random")
-    ring = Line2D([], [], color=GREY, marker="o", markersize=9, markerfacecolor="none", lw=0, label="the arm's own k")
-    figure.legend(handles=[ring, chance], loc="outside upper center", ncols=2)
-    note_left_out(figure, able, shown)
+
+    label = "experts chosen for a token, k"
+    figure, panels = arm_panels(results, [result for result, _ in tables], draw, label, NO_EXPERTS)
+    if panels:
+        axis_of_experts(panels[0], {int(k) for _, table in tables for k in table["top_k"]}, panels[0].get_xlabel())
+        panels[0].set_ylim(0, 1.04)
+        panels[0].set_ylabel("fraction of the oracle's mass")
+        own_k = key("the arm's own k", color=GREY, marker="o", markersize=9, markerfacecolor="none", lw=0)
+        figure.legend(handles=[own_k, key("experts chosen at random")], loc="outside upper center", ncols=2)
     return figure, joined(tables, ROUTING_COLUMNS)
 
 
@@ -257,7 +243,7 @@ def _ranked(result: RunResult) -> pd.DataFrame:
 
 
 def _routes(result: RunResult) -> pd.DataFrame:
-    """The routing of a run, and what share of the oracle's mass k experts chosen at random hold on average."""
+    """The routing of a run, and what fraction of the oracle's mass k experts chosen at random hold on average."""
     table = read_table(result, "routing").astype({"layer": int})
     return table.assign(chance=table["top_k"] / result.config.moe.experts / table["oracle_share"])
 

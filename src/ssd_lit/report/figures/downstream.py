@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ssd_lit.report.downstream import METRICS, baselines, measure, part_name, parts, scores
 from ssd_lit.report.figures.style import (
     GREY,
     MOST_CURVES,
     WIDTH,
+    ArmStyle,
     arm_label,
     arm_styles,
     empty_figure,
+    key,
     note_left_out,
     select_arms,
 )
@@ -72,11 +73,11 @@ def _dots(
         panel.axvline(100 * reference[part, metric], color=GREY, linestyle="--", linewidth=1)
         for place, arm in enumerate(arms):
             for mode in LEGENDS[benchmark]:
-                _dot(panel, table, arm, mode, (part, metric), place + OFFSETS[mode], styles[arm].colour)
+                _dot(panel, table, arm, mode, (part, metric), place + OFFSETS[mode], styles[arm])
     panels[0].set_yticks(range(len(arms)), [arm_label(runs[0]) for runs in arms.values()])
     panels[0].set_ylim(len(arms) - 0.5, -0.5)
     marks = [
-        Line2D([], [], color=GREY, lw=0, markersize=5, label=label, **MARKS[mode])  # type: ignore[arg-type]
+        key(label, color=GREY, lw=0, markersize=5, **MARKS[mode])
         for mode, label in LEGENDS[benchmark].items()
         if mode in set(table["mode"])
     ]
@@ -86,9 +87,11 @@ def _dots(
 
 
 def _dot(
-    panel: Axes, table: pd.DataFrame, arm: str, mode: str, column: tuple[str, str], at: float, colour: str
+    panel: Axes, table: pd.DataFrame, arm: str, mode: str, column: tuple[str, str], at: float, style: ArmStyle
 ) -> None:
     score = measure(table, arm, mode, *column)
     if score is not None:
-        panel.plot([100 * score.low, 100 * score.high], [at, at], color=colour, linewidth=1.2)
-        panel.plot(100 * score.mean, at, color=colour, markersize=5, **MARKS[mode])  # type: ignore[arg-type]
+        panel.plot(
+            [100 * score.low, 100 * score.high], [at, at], color=style.colour, linestyle=style.line, linewidth=1.2
+        )
+        panel.plot(100 * score.mean, at, color=style.colour, markersize=5, **MARKS[mode])  # type: ignore[arg-type]

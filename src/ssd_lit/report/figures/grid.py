@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ssd_lit.report.arms import Arm, shortened
-from ssd_lit.report.figures.style import GREY, MARKERS, PALETTE, WIDTH, arm_label, ramp, scale_perplexities
+from ssd_lit.report.figures.style import GREY, MARKERS, PALETTE, WIDTH, arm_label, key, ramp, scale_perplexities
 from ssd_lit.report.grid import QUANTITIES, Grid, Quantity, measured, table
 
 SPREAD = 0.3
@@ -143,11 +143,10 @@ def _label_values(panel: Axes, grid: Grid, room: float) -> None:
 
 def _legend(grid: Grid, series: Sequence[Series]) -> list[Line2D]:
     entries = [
-        Line2D([], [], color=one.colour, linestyle=_line(grid), marker=one.marker, markersize=4.5, label=one.label)
+        key(one.label, color=one.colour, linestyle=_line(grid), marker=one.marker, markersize=4.5)
         for one in series
         if one.label
     ]
     if grid.reference is not None:
-        label = f"{arm_label(grid.reference.runs[0])} (in dense mode)"
-        entries.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=label))
+        entries.append(key(f"{arm_label(grid.reference.runs[0])} (in dense mode)"))
     return entries

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import NullFormatter
 
 from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.report.arms import Arm, arms_of
@@ -20,17 +20,22 @@ from ssd_lit.report.figures.style import (
     PALETTE,
     WIDTH,
     ArmStyle,
+    Band,
+    arm_key,
     arm_label,
     arm_styles,
+    axis_of_experts,
     draw_band,
     empty_figure,
+    key,
     legend_columns,
     note_left_out,
     over_seeds,
+    ring,
     scale_perplexities,
     select_arms,
 )
-from ssd_lit.report.results import Points, RunResult, by_arm
+from ssd_lit.report.results import RUN, Points, RunResult, by_arm
 from ssd_lit.report.settings import ROUTER, alike_but
 
 ENLARGED = 1.3
@@ -53,7 +58,7 @@ def perplexity_over_k(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFram
     for axes in (whole, enlarged):
         _draw_dense(axes, drawn, styles)
         _draw_curves(axes, drawn, styles)
-        label_experts(axes, drawn)
+        _label_experts(axes, drawn, "experts computed for a token, k")
     values = [value for result in drawn for _, value in perplexities(result.evaluation.curve)]
     values += [result.ppl_dense for result in _with_dense_line(drawn) if result.ppl_dense is not None]
     values = [value for value in values if math.isfinite(value)]
@@ -72,31 +77,25 @@ def perplexities(curve: Sequence[tuple[int, float]]) -> Points:
     return [(k, perplexity(loss)) for k, loss in curve]
 
 
-def label_experts(axes: Axes, results: Sequence[RunResult]) -> None:
-    """An x axis of numbers of experts, each doubling as wide as the one before."""
-    ks = sorted({k for result in results for k, _ in result.evaluation.curve})
+def _label_experts(axes: Axes, results: Sequence[RunResult], label: str) -> None:
+    ks = {k for result in results for k, _ in result.evaluation.curve}
     if ks:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("experts computed for a token, k")
+        axis_of_experts(axes, ks, label)
     else:
         axes.set_xticks([])
         axes.set_xlabel("no run was scored in sparse mode")
 
 
-def ring(axes: Axes, runs: Sequence[RunResult], points: Sequence[tuple[float, float]], colour: str) -> None:
-    """A ring around the point at the k that the arm is set to."""
-    for at, value in points:
-        if at == runs[0].config.moe.top_k:
-            axes.plot(at, value, marker="o", markersize=9, markerfacecolor="none", color=colour)
+def _ring(axes: Axes, result: RunResult, band: Band, colour: str) -> None:
+    k = result.config.moe.top_k
+    ring(axes, k, float(band.mean[list(band.x).index(k)]), colour)
 
 
 def _draw_curves(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
     for arm, runs in by_arm([result for result in results if result.evaluation.curve]).items():
         band = over_seeds([perplexities(result.evaluation.curve) for result in runs])
         draw_band(axes, band, styles[arm], marker=styles[arm].marker, markersize=3.5)
-        ring(axes, runs, list(zip(band.x, band.mean, strict=True)), styles[arm].colour)
+        _ring(axes, runs[0], band, styles[arm].colour)
 
 
 def _draw_dense(axes: Axes, results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> None:
@@ -125,17 +124,9 @@ def _with_dense_line(results: Sequence[RunResult]) -> list[RunResult]:
 
 def _perplexity_legend(results: Sequence[RunResult], styles: dict[str, ArmStyle]) -> list[Line2D]:
     """A line for each arm, and what dashes mean if there are any."""
-    entries = []
-    for arm, runs in by_arm(results).items():
-        style, has_curve = styles[arm], bool(runs[0].evaluation.curve)
-        entries.append(
-            Line2D(
-                [], [], color=style.colour, linestyle=style.line, marker=style.marker if has_curve else "",
-                markersize=3.5, label=arm_label(runs[0]),
-            )
-        )  # fmt: skip
+    entries = [arm_key(runs[0], styles[arm], bool(runs[0].evaluation.curve)) for arm, runs in by_arm(results).items()]
     if any(result.evaluation.curve for result in _with_dense_line(results)):
-        entries.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1, label="the same arm in dense mode"))
+        entries.append(key("the same arm in dense mode", color=GREY, linestyle="--", linewidth=1))
     return entries
 
 
@@ -146,7 +137,7 @@ def _perplexity_table(results: Sequence[RunResult]) -> pd.DataFrame:
         if result.ppl_dense is not None:
             rows.append((*run, "dense", None, result.ppl_dense))
         rows += [(*run, "sparse", k, value) for k, value in perplexities(result.evaluation.curve)]
-    table = pd.DataFrame(rows, columns=["run", "arm", "seed", "mode", "k", "perplexity"])
+    table = pd.DataFrame(rows, columns=[*RUN, "mode", "k", "perplexity"])
     return table.astype({"k": "Int64"})
 
 
@@ -202,11 +193,10 @@ def _draw(panel: Axes, arm: Arm, style: ArmStyle) -> None:
         draw_band(panel, oracle, ORACLE, marker="o", markersize=3, markerfacecolor="white")
     band = over_seeds([perplexities(run.evaluation.curve) for run in arm.runs])
     draw_band(panel, band, style, marker=style.marker, markersize=3.5)
-    ring(panel, arm.runs, list(zip(band.x, band.mean, strict=True)), style.colour)
+    _ring(panel, arm.runs[0], band, style.colour)
     for k, value in _dynamic_k(arm):
         panel.plot(k, value, marker="X", markersize=6, color=style.colour, markeredgecolor="white", zorder=4)
-    label_experts(panel, arm.runs)
-    panel.set_xlabel("k")
+    _label_experts(panel, arm.runs, "k")
     panel.set_title(f"{arm_label(arm.runs[0])}\n{arm.runs[0].evaluation.router} router", color=style.colour)
 
 
@@ -240,17 +230,13 @@ def _has_oracle(arm: Arm) -> bool:
 
 def _router_legend(results: Sequence[RunResult]) -> list[Line2D]:
     entries = [
-        Line2D([], [], color="black", marker="o", markersize=3.5, label="own router"),
-        Line2D([], [], color=GREY, linestyle=":", marker="o", markerfacecolor="white", markersize=3, label="oracle"),
-        Line2D([], [], color="black", linestyle="--", linewidth=0.9, label="own dense mode"),
+        key("own router", color="black", marker="o", markersize=3.5),
+        key("oracle", color=GREY, linestyle=":", marker="o", markerfacecolor="white", markersize=3),
+        key("own dense mode"),
     ]
     if any(result.evaluation.threshold_curve for result in results):
-        entries.append(
-            Line2D(
-                [], [], color="black", linestyle="none", marker="X", markeredgecolor="white", markersize=6,
-                label="own router, dynamic k (mean)",
-            )
-        )  # fmt: skip
+        cross: dict[str, Any] = {"marker": "X", "markeredgecolor": "white", "markersize": 6}
+        entries.append(key("own router, dynamic k (mean)", color="black", linestyle="none", **cross))
     return entries
 
 
@@ -264,4 +250,4 @@ def _router_table(results: Sequence[RunResult]) -> pd.DataFrame:
         if result.ppl_oracle is not None:
             rows += [(*run, "oracle", k, None, value) for k, value in perplexities(evaluation.oracle_curve)]
         rows += [(*run, "dynamic", k, share, perplexity(loss)) for share, k, loss in evaluation.threshold_curve]
-    return pd.DataFrame(rows, columns=["run", "arm", "seed", "router", "choice", "k", "threshold", "perplexity"])
+    return pd.DataFrame(rows, columns=[*RUN, "router", "choice", "k", "threshold", "perplexity"])

@@ -1,7 +1,7 @@
 """What figures share: a colour and a dash for every arm, which arms are drawn, panels, curves over seeds, files."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from ssd_lit.report.arms import shortened
 from ssd_lit.report.results import Array, Points, RunResult, by_arm
@@ -123,6 +124,31 @@ def scale_perplexities(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def axis_of_experts(axes: Axes, ks: Collection[int], label: str) -> None:
+    """An x axis of numbers of experts, each doubling as wide as the one before."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ks), [str(k) for k in sorted(ks)])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+
+
+def ring(axes: Axes, k: float, value: float, colour: str) -> None:
+    """A ring around the point at the k that an arm is set to."""
+    axes.plot(k, value, marker="o", markersize=9, markerfacecolor="none", color=colour)
+
+
+def key(label: str, **look: Any) -> Line2D:
+    """An entry of a legend, drawn as `plot` would with these arguments; without any a thin dashed black line."""
+    look = look or {"color": "black", "linestyle": "--", "linewidth": 1}
+    return Line2D([], [], label=label, **look)
+
+
+def arm_key(result: RunResult, style: ArmStyle, has_marker: bool = True) -> Line2D:
+    """The entry of a run's arm."""
+    marker = style.marker if has_marker else ""
+    return key(arm_label(result), color=style.colour, linestyle=style.line, marker=marker, markersize=3.5)
+
+
 def legend_columns(handles: Sequence[Artist]) -> int:
     """How many columns of a legend fit beside each other on a figure's width."""
     longest = max(len(str(handle.get_label())) for handle in handles)
@@ -153,10 +179,21 @@ def note_left_out(figure: Figure, results: Sequence[RunResult], drawn: Sequence[
 
 
 def arm_panels(
-    shown: Sequence[RunResult], styles: dict[str, ArmStyle], x_label: str, *, row_height: float = 2.6
+    results: Sequence[RunResult],
+    able: Sequence[RunResult],
+    draw: Callable[[Axes, list[RunResult], ArmStyle], None],
+    x_label: str,
+    why_empty: str,
+    row_height: float = 2.6,
 ) -> tuple[Figure, list[Axes]]:
-    """A panel for each arm, titled with its label; all have the same axes."""
-    arms = by_arm(shown)
+    """A panel for each arm of the runs that are `able`, titled with its label, then drawn; all have the same axes.
+
+    Without an arm to draw the figure is a line that says why, and there are no panels.
+    """
+    shown = select_arms(able, MOST_PANELS)
+    if not shown:
+        return empty_figure(why_empty), []
+    arms, styles = by_arm(shown), arm_styles(results)
     columns = min(COLUMNS, len(arms))
     rows = math.ceil(len(arms) / columns)
     figure = Figure(figsize=(WIDTH, 0.3 + row_height * rows), layout="constrained")
@@ -169,6 +206,8 @@ def arm_panels(
         if place + columns >= len(arms):
             panel.set_xlabel(x_label)
             panel.tick_params(labelbottom=True)
+        draw(panel, runs, styles[arm])
+    note_left_out(figure, able, shown)
     return figure, panels
 
 

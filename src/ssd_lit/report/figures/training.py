@@ -1,22 +1,21 @@
 """Curves over training: loss over steps, FLOPs and seconds, active neurons, similarity of the activation pattern."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 
 from ssd_lit.report.figures.style import (
     GREY,
     MOST_CURVES,
-    MOST_PANELS,
     WIDTH,
     ArmStyle,
+    arm_key,
     arm_label,
     arm_panels,
     arm_styles,
@@ -31,33 +30,33 @@ from ssd_lit.report.figures.style import (
     select_arms,
     shade_sparse,
 )
-from ssd_lit.report.results import Array, Points, RunResult, by_arm
+from ssd_lit.report.results import RUN, Array, Points, RunResult, by_arm
 
 ZOOM = 0.6
 """The enlarged panel begins at this share of the training that ends first."""
 LANE, LABEL = 0.13, 0.16
 """Inches for a run's lane and for an arm's name beside its lanes."""
 
-# Where steps lie on the x axis, for the runs of one arm.
-Place = Callable[[Sequence[RunResult], Array], Array]
+# Where steps lie on the x axis, for a run.
+Place = Callable[[RunResult, Sequence[float]], Array]
 RATIO = "activation/active_ratio/layer_"
 SIMILARITY = "activation/similarity"
 
 
 def loss_over_steps(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the global step."""
-    figure = _draw(results, lambda _, steps: steps, "step")
+    figure = _draw(results, lambda _, steps: np.asarray(steps, dtype=np.float64), "step")
     return figure, _losses(results).drop(columns=["flops", "seconds"])
 
 
 def loss_over_flops(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the FLOPs spent."""
-    return _draw(results, _mean_flops, "training FLOPs"), _losses(results).drop(columns="seconds")
+    return _draw(results, RunResult.flops_at, "training FLOPs"), _losses(results).drop(columns="seconds")
 
 
 def loss_over_seconds(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Loss against the wall-clock seconds spent in training."""
-    return _draw(results, _mean_seconds, "training time (s)"), _losses(results).drop(columns="flops")
+    return _draw(results, RunResult.seconds_at, "training time (s)"), _losses(results).drop(columns="flops")
 
 
 def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
@@ -71,7 +70,7 @@ def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
     grid = figure.subplots(
         2, 2, sharex="col", gridspec_kw={"height_ratios": [3.0, lane_height], "width_ratios": [3, 2]}
     )
-    ends = [place([result], np.array([0.0, result.last_step])) for result in trained]
+    ends = [place(result, [0.0, result.last_step]) for result in trained]
     start, end = min(float(span[0]) for span in ends), max(float(span[1]) for span in ends)
     first_end = min(float(span[1]) for span in ends)
     for column, left in enumerate((start, start + ZOOM * (first_end - start))):
@@ -88,24 +87,24 @@ def _draw(results: Sequence[RunResult], place: Place, x_label: str) -> Figure:
     grid[0, 1].set_title("the last part", color=GREY)
     _label_lanes(grid[1, 0], trained)
     grid[1, 1].set_yticks([])
-    handles = _legend(trained, styles)
+    handles: list[Artist] = [arm_key(runs[0], styles[arm]) for arm, runs in by_arm(trained).items()]
+    handles += [Patch(color=GREY, label="sparse phase"), Patch(color=GREY, alpha=0.2, lw=0, label="dense phase")]
     figure.legend(handles=handles, loc="outside upper center", ncols=legend_columns(handles))
     note_left_out(figure, results, drawn)
     return figure
 
 
 def _draw_arm(plot: Axes, runs: Sequence[RunResult], style: ArmStyle, place: Place) -> None:
-    faint: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35}
-    strong: dict[str, Any] = {"marker": style.marker, "markersize": 3}
-    for name, line in (("train/loss", faint), ("validation/loss", strong)):
+    for name in ("train/loss", "validation/loss"):
         curves = curves_of(runs, name)
         if not curves:
             continue
         band = over_seeds(curves)
+        x = np.mean([place(result, list(band.x)) for result in runs], axis=0)
         if name == "train/loss":
-            plot.plot(place(runs, band.x), band.mean, color=style.colour, **line)
+            plot.plot(x, band.mean, color=style.colour, linewidth=0.7, alpha=0.35)
         else:
-            draw_band(plot, band, style, x=place(runs, band.x), **line)
+            draw_band(plot, band, style, x=x, marker=style.marker, markersize=3)
 
 
 def _draw_lanes(
@@ -119,7 +118,7 @@ def _draw_lanes(
         for record in result.chain:
             if not record.steps:
                 continue
-            left, right = place([result], np.array([record.first_step, record.last_step], dtype=np.float64))
+            left, right = place(result, [record.first_step, record.last_step])
             sparse = record.mode == "sparse"
             lanes.barh(lane, right - left, left=left, height=0.7, color=colour, alpha=1.0 if sparse else 0.2, lw=0)
             if sparse and result in alternating:
@@ -142,26 +141,12 @@ def _fit_height(plot: Axes, trained: Sequence[RunResult], place: Place, left: fl
     values = []
     for result in trained:
         points = result.points.get("validation/loss", [])
-        x = place([result], np.array([step for step, _ in points], dtype=np.float64))
+        x = place(result, [step for step, _ in points])
         values += [loss for at, (step, loss) in zip(x, points, strict=True) if at >= left and step > 0]
     values = [value for value in values if np.isfinite(value)]
     if values:
         margin = 0.05 * (max(values) - min(values)) or 0.05
         plot.set_ylim(min(values) - margin, max(values) + margin)
-
-
-def _legend(trained: Sequence[RunResult], styles: dict[str, ArmStyle]) -> list[Line2D | Patch]:
-    lines: list[Line2D | Patch] = []
-    for arm, runs in by_arm(trained).items():
-        style = styles[arm]
-        lines.append(
-            Line2D(
-                [], [], color=style.colour, linestyle=style.line, marker=style.marker, markersize=3,
-                label=arm_label(runs[0]),
-            )
-        )  # fmt: skip
-    phases = [Patch(color=GREY, label="sparse phase"), Patch(color=GREY, alpha=0.2, lw=0, label="dense phase")]
-    return [*lines, *phases]
 
 
 def _losses(results: Sequence[RunResult]) -> pd.DataFrame:
@@ -177,7 +162,7 @@ def _losses(results: Sequence[RunResult]) -> pd.DataFrame:
             for edge, step in (("begins", record.first_step), ("ends", record.last_step)):
                 what = f"phase {record.name} {edge}"
                 rows.append({**run, "what": what, "step": step, **_spent(result, [step])[0], "value": None})
-    return pd.DataFrame(rows, columns=["run", "arm", "seed", "what", "step", "flops", "seconds", "value"])
+    return pd.DataFrame(rows, columns=[*RUN, "what", "step", "flops", "seconds", "value"])
 
 
 def _spent(result: RunResult, steps: list[int]) -> list[dict[str, float]]:
@@ -186,80 +171,60 @@ def _spent(result: RunResult, steps: list[int]) -> list[dict[str, float]]:
     return [{"flops": flops, "seconds": seconds} for flops, seconds in both]
 
 
-def _mean_flops(results: Sequence[RunResult], steps: Array) -> Array:
-    """FLOPs spent at each step, averaged over runs."""
-    return np.asarray(np.mean([result.flops_at(list(steps)) for result in results], axis=0), dtype=np.float64)
-
-
-def _mean_seconds(results: Sequence[RunResult], steps: Array) -> Array:
-    """Seconds of training spent at each step, averaged over runs."""
-    return np.asarray(np.mean([result.seconds_at(list(steps)) for result in results], axis=0), dtype=np.float64)
-
-
 def active_neurons(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Fraction of active neurons by layer."""
     measured = [result for result in results if _ratios(result)]
-    shown = select_arms(measured, MOST_PANELS)
-    table = pd.DataFrame(
-        [
-            (result.name, result.arm, result.config.seed, int(name.removeprefix(RATIO)), step, value)
-            for result in measured
-            for name in _ratios(result)
-            for step, value in result.points[name]
-        ],
-        columns=["run", "arm", "seed", "layer", "step", "active_ratio"],
-    )
-    if not shown:
-        return empty_figure("no run to draw here recorded the share of active neurons"), table
-    styles = arm_styles(results)
-    layers = max(len(_ratios(result)) for result in shown)
+    rows = [
+        (result.name, result.arm, result.config.seed, int(name.removeprefix(RATIO)), step, value)
+        for result in measured
+        for name in _ratios(result)
+        for step, value in result.points[name]
+    ]
+    layers = max((len(_ratios(result)) for result in measured), default=0)
     colours = layer_colours(layers)
-    figure, panels = arm_panels(shown, styles, "step")
-    panels[0].set_xlim(0, max(result.last_step for result in shown))
-    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
+
+    def draw(panel: Axes, runs: list[RunResult], style: ArmStyle) -> None:
         for layer, name in enumerate(_ratios(runs[0])):
             draw_band(panel, over_seeds(curves_of(runs, name)), ArmStyle(colours[layer], "-"), linewidth=1.3)
-        shade_sparse(panel, runs, styles[arm].colour)
+        shade_sparse(panel, runs, style.colour)
         panel.set_ylim(bottom=0)
-        panel.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    panels[0].set_ylabel("active neurons")
-    layer_bar(figure, panels, layers)
-    note_left_out(figure, measured, shown)
-    return figure, table
+        panel.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
+
+    figure, panels = arm_panels(results, measured, draw, "step", "no run to draw here recorded its active neurons")
+    if panels:
+        panels[0].set_xlim(left=0)
+        panels[0].set_ylabel("active neurons")
+        layer_bar(figure, panels, layers)
+    return figure, pd.DataFrame(rows, columns=[*RUN, "layer", "step", "active_ratio"])
 
 
 def similarity(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Similarity of the activation pattern at every check."""
     measured = [result for result in results if _checks(result)]
-    shown = select_arms(measured, MOST_PANELS)
-    table = pd.DataFrame(
-        [
-            (result.name, result.arm, result.config.seed, step, value)
-            for result in measured
-            for stretch in _checks(result)
-            for step, value in stretch
-        ],
-        columns=["run", "arm", "seed", "step", "similarity"],
-    )
-    if not shown:
-        return empty_figure("no run to draw here measured the similarity of its activation pattern"), table
-    styles = arm_styles(results)
-    figure, panels = arm_panels(shown, styles, "step")
-    panels[0].set_xlim(0, max(result.last_step for result in shown))
-    for panel, (arm, runs) in zip(panels, by_arm(shown).items(), strict=True):
+    rows = [
+        (result.name, result.arm, result.config.seed, step, value)
+        for result in measured
+        for stretch in _checks(result)
+        for step, value in stretch
+    ]
+
+    def draw(panel: Axes, runs: list[RunResult], style: ArmStyle) -> None:
         for result in runs:
             for stretch in _checks(result):
                 steps, values = zip(*stretch, strict=True)
-                panel.plot(steps, values, color=styles[arm].colour, marker="o", markersize=3, linewidth=1.2)
+                panel.plot(steps, values, color=style.colour, marker="o", markersize=3, linewidth=1.2)
             for record in result.chain[1:]:
                 panel.axvline(record.first_step, color=GREY, linewidth=0.5, alpha=0.6)
-        shade_sparse(panel, runs, styles[arm].colour)
+        shade_sparse(panel, runs, style.colour)
         if runs[0].config.method == "ssd" and runs[0].config.switching.switch_points is None:
             _mark_tau(panel, runs[0].config.switching.tau)
         panel.set_ylim(min(0.0, panel.get_ylim()[0]), 1.02)
-    panels[0].set_ylabel("similarity (adjusted Rand index)")
-    note_left_out(figure, measured, shown)
-    return figure, table
+
+    figure, panels = arm_panels(results, measured, draw, "step", "no run to draw here measured its similarity")
+    if panels:
+        panels[0].set_xlim(left=0)
+        panels[0].set_ylabel("similarity (adjusted Rand index)")
+    return figure, pd.DataFrame(rows, columns=[*RUN, "step", "similarity"])
 
 
 def _ratios(result: RunResult) -> list[str]:
