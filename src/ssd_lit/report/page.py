@@ -14,10 +14,10 @@ from ssd_lit.report.arms import Arm, arms_of
 from ssd_lit.report.comparison import comparison
 from ssd_lit.report.downstream import blimp_table, glue_table
 from ssd_lit.report.figures import GRID, figures_of
-from ssd_lit.report.grid import QUANTITIES, grids, page
+from ssd_lit.report.grid import QUANTITIES, Grid, grids, page
 from ssd_lit.report.results import load_results, run_frame
 from ssd_lit.report.settings import flat, settings
-from ssd_lit.report.tables import ROUTER_COLUMNS, held_out_tables, router_rows, token_tables
+from ssd_lit.report.tables import ROUTER_COLUMNS, HeldOutTable, held_out_tables, router_rows, token_tables
 from ssd_lit.support.files import read_json_checked, write_text
 
 PAPERS = {
@@ -49,15 +49,13 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         description=experiment.description,
         comparison=comparison(arms),
         figures=[figure for figure in figures if figure not in of_grids],
-        routers=router_rows(arms),
+        routers=[_router(arm, cells) for arm, cells in router_rows(arms)],
         router_headings=[heading for heading, *_ in ROUTER_COLUMNS],
-        held_out=held_out_tables(arms),
+        held_out=[_held_out(table) for table in held_out_tables(arms)],
         tokens=token_tables(results),
         glue=glue_table(results),
         blimp=blimp_table(results),
-        grids=list(zip(grids(experiment, results), of_grids, strict=True)),
-        quantities=QUANTITIES,
-        page=page,
+        grids=[(_grid(grid), figure) for grid, figure in zip(grids(experiment, results), of_grids, strict=True)],
         rows=list(zip(results, frame.to_dict("records"), strict=True)),
         one_model=frame["model"].nunique() == 1,
         arms=arms,
@@ -73,6 +71,30 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
     path = exp_dir / "report.html"
     write_text(path, html)
     return path
+
+
+def _router(arm: Arm, cells: list[str]) -> tuple[str, Any]:
+    texts = arm.runs[0].evaluation.router, f"{arm.config.moe.top_k} of {arm.config.moe.experts}"
+    return arm.label, [(texts, cells)]
+
+
+def _held_out(table: HeldOutTable) -> dict[str, Any]:
+    return {
+        "name": table.name,
+        "headings": ["dense mode", *(f"k = {k}" for k in table.ks)],
+        "groups": [(arm.label, [((), cells)]) for arm, cells in table.rows],
+    }
+
+
+def _grid(grid: Grid) -> dict[str, Any]:
+    """The table of a grid; the dense arm by its label, cells by their names."""
+    rows = [(arm.label if arm is grid.reference else arm.name, arm, values, cells) for arm, values, cells in page(grid)]
+    return {
+        "texts": grid.keys,
+        "headings": [quantity.title for quantity in QUANTITIES],
+        "groups": [(name, [(values, cells)]) for name, _, values, cells in rows],
+        "links": {name: f"#run-{arm.runs[0].name}" for name, arm, *_ in rows},
+    }
 
 
 def _papers(arms: Sequence[Arm]) -> list[tuple[str, str]]:

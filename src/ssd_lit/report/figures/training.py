@@ -33,7 +33,7 @@ from ssd_lit.report.figures.style import (
 from ssd_lit.report.results import RUN, Array, Points, RunResult, by_arm
 
 ZOOM = 0.6
-"""The enlarged panel begins at this share of the training that ends first."""
+"""The enlarged panel begins at this fraction of the training that ends first."""
 LANE, LABEL = 0.13, 0.16
 """Inches for a run's lane and for an arm's name beside its lanes."""
 
