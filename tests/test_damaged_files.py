@@ -206,6 +206,7 @@ def test_what_a_run_was_made_from_is_on_record(done: Bench) -> None:
         assert provenance["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
         assert provenance["commit"]
         assert provenance["machine"]["processor"]
+        assert provenance["began"] <= provenance["ended"]
     assert record.inputs == done.open("ssd").made_from()
     assert evaluation["inputs"]["weights"] == archive_digest(run / "checkpoints/sparse_phases.ckpt")
 

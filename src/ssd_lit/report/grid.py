@@ -68,8 +68,8 @@ def grids(experiment: Experiment, results: Sequence[RunResult]) -> list[Grid]:
 def _grid(name: str, label: str, settings: Mapping[str, tuple[Any, dict[str, Any]]], arms: Mapping[str, Arm]) -> Grid:
     """The grid of an arm, from the settings that tell each of its cells apart."""
     keys = tuple(next(iter(settings.values()))[1])
-    values = [_distinct([told[key] for _, told in settings.values()]) for key in keys]
-    members = tuple(Cell(tuple(shown(told[key]) for key in keys), arms[cell]) for cell, (_, told) in settings.items())
+    values = [_distinct([values[key] for _, values in settings.values()]) for key in keys]
+    members = tuple(Cell(tuple(shown(own[key]) for key in keys), arms[name]) for name, (_, own) in settings.items())
     return Grid(
         name,
         label,

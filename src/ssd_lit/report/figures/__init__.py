@@ -145,7 +145,7 @@ def figures_of(experiment: Experiment) -> dict[str, FigureKind]:
     """Every figure of the experiment by its name, in the order of its report; captions are filled in."""
     blocks = sorted({run.training.validation_blocks for run in experiment.runs()})
     measured_on = f"{' or '.join(str(count) for count in blocks)} validation blocks"
-    found = {
+    figures = {
         name: replace(kind, caption=kind.caption.format(validation_blocks=measured_on))
         for name, kind in FIGURES.items()
         if kind.exists(experiment)
@@ -155,8 +155,8 @@ def figures_of(experiment: Experiment) -> dict[str, FigureKind]:
             _, settings = next(iter(cells(name, arm).values()))
             title = OF_A_GRID.title.format(label=arm.label or name)
             keys = " and ".join(settings)
-            found[GRID + name] = replace(OF_A_GRID, title=title, caption=OF_A_GRID.caption.format(keys=keys))
-    return found
+            figures[GRID + name] = replace(OF_A_GRID, title=title, caption=OF_A_GRID.caption.format(keys=keys))
+    return figures
 
 
 def write_figures(exp_dir: Path, experiment: Experiment) -> list[Path]:

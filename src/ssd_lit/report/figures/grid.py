@@ -40,8 +40,8 @@ def grid(grid: Grid) -> tuple[Figure, pd.DataFrame]:
     upper, lower = QUANTITIES[:2], QUANTITIES[2:]
     panels = figure.subplot_mosaic(
         [
-            [one.column for one in upper for _ in range(len(lower) // len(upper))],
-            [one.column for one in lower],
+            [quantity.column for quantity in upper for _ in range(len(lower) // len(upper))],
+            [quantity.column for quantity in lower],
         ],
         height_ratios=[1.7, 1.0],
     )
@@ -82,24 +82,24 @@ def _series(grid: Grid) -> list[Series]:
 
 def _draw_quantity(panel: Axes, grid: Grid, series: Sequence[Series], quantity: Quantity) -> None:
     drawn: list[float] = []
-    for one in series:
+    for line in series:
         places, means = [], []
-        for place, arm in sorted(one.cells.items()):
+        for place, arm in sorted(line.cells.items()):
             measure = measured(grid, arm, quantity)
             if measure is None or not math.isfinite(measure.mean):
                 continue
-            at = place + one.shift
+            at = place + line.shift
             places.append(at)
             means.append(measure.mean)
             drawn += measure.values
             if len(measure.values) > 1:
-                panel.vlines(at, measure.low, measure.high, color=one.colour, linewidth=1)
+                panel.vlines(at, measure.low, measure.high, color=line.colour, linewidth=1)
                 panel.plot(
-                    [at] * len(measure.values), measure.values, color=one.colour, linestyle="none", marker=".",
+                    [at] * len(measure.values), measure.values, color=line.colour, linestyle="none", marker=".",
                     markersize=4,
                 )  # fmt: skip
         panel.plot(
-            places, means, color=one.colour, linestyle=_line(grid), linewidth=1.2, marker=one.marker, markersize=4.5
+            places, means, color=line.colour, linestyle=_line(grid), linewidth=1.2, marker=line.marker, markersize=4.5
         )
     if not drawn:
         panel.text(0.5, 0.5, "does not apply", transform=panel.transAxes, ha="center", va="center", color=GREY)
@@ -143,9 +143,9 @@ def _label_values(panel: Axes, grid: Grid, room: float) -> None:
 
 def _legend(grid: Grid, series: Sequence[Series]) -> list[Line2D]:
     entries = [
-        key(one.label, color=one.colour, linestyle=_line(grid), marker=one.marker, markersize=4.5)
-        for one in series
-        if one.label
+        key(line.label, color=line.colour, linestyle=_line(grid), marker=line.marker, markersize=4.5)
+        for line in series
+        if line.label
     ]
     if grid.reference is not None:
         entries.append(key(f"{arm_label(grid.reference.runs[0])} (in dense mode)"))
