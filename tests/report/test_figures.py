@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jinja2 import Template
 from matplotlib import image
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -246,6 +248,14 @@ def test_every_figure_can_be_drawn_and_its_caption_is_filled_in(many):
         assert f"on {blocks} validation blocks" in kinds[f"loss_over_{axis}"].caption
     assert kinds["grid_square"].title == "Grid: SSD over k and construction"
     assert "moe.top_k and moe.construction" in kinds["grid_square"].caption
+
+
+def test_snakemake_finds_the_caption_of_each_figure(many):
+    template = Template((Path(__file__).parents[2] / "workflow/report/figure.rst").read_text())
+    captions = {name: kind.caption for name, kind in figures_of(many.experiment).items()}
+    for name, caption in captions.items():
+        job = SimpleNamespace(params=SimpleNamespace(captions=captions), wildcards=SimpleNamespace(figure=name))
+        assert template.render(snakemake=job) == caption
 
 
 def test_the_workflow_needs_no_figure_library_to_name_them():

@@ -102,7 +102,7 @@ def _draw_arm(plot: Axes, runs: Sequence[RunResult], style: ArmStyle, place: Pla
         band = over_seeds(curves)
         x = np.mean([place(result, list(band.x)) for result in runs], axis=0)
         if name == "train/loss":
-            plot.plot(x, band.mean, color=style.colour, linewidth=0.7, alpha=0.35)
+            plot.plot(x, band.mean, color=style.colour, linestyle=style.line, linewidth=0.7, alpha=0.35)
         else:
             draw_band(plot, band, style, x=x, marker=style.marker, markersize=3)
 
