@@ -45,9 +45,9 @@ STAGES = {
     "route": ("ssd_lit.training.routers", "fit_routers"),
     "evaluate": ("ssd_lit.evaluation.evaluate", "scoring_batches"),
     "analyse": ("ssd_lit.evaluation.experts", "final_model"),
-    "summarise": ("ssd_lit.report.arms_table", "write_arms"),
+    "summarise": ("ssd_lit.report.tables", "write_arms"),
     "figures": ("ssd_lit.report.figures", "write_figures"),
-    "report": ("ssd_lit.report.report", "write_report"),
+    "report": ("ssd_lit.report.page", "write_report"),
 }
 KINDS = {"warmup": "train", "sparse_phases": "train", "dense": "train", "run": "train", "downstream": "evaluate"}
 """Kind of stage of the jobs that have another name, the nearest for those that are not measured themselves."""

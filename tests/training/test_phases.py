@@ -123,6 +123,21 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
         assert torch.load(rolling, weights_only=True)["global_step"] == int(stopped) >= step + 12
     assert same(whole.checkpoint("ssd"), broken.checkpoint("ssd"))
     assert curves(whole.dir("ssd")) == curves(run)
+    # When an interrupted phase began as a whole is not known.
+    origins = {record.name: record.provenance for record in broken.phases("ssd")}
+    assert {name for name, origin in origins.items() if origin["began"] is None} == {
+        "00-dense",
+        "02-sparse",
+        "06-dense",
+    }
+
+
+def test_phases_are_on_record_with_device_and_time_one_after_another(whole: Bench) -> None:
+    origins = [record.provenance for record in whole.phases("ssd")]
+    times = [at for origin in origins for at in (origin["began"], origin["ended"])]
+    assert times == sorted(times)
+    assert len({(origin["host"], *origin["devices"]) for origin in origins}) == 1
+    assert origins[0]["devices"]
 
 
 def kill_at(call: int, module: ModuleType, name: str, half: Callable[..., None]) -> None:

@@ -25,15 +25,20 @@ rule figures:
         PLAN.of_all_runs("downstream"),
         stale=lambda _: PLAN.stale_tables(),
     output:
-        [
-            report(HERE / f"figures/{name}.svg", caption=f"../report/{caption_name(name)}.rst", category="Figures")
-            for name in FIGURES
-        ],
-        expand(HERE / "figures/{name}.{kind}", name=FIGURES, kind=["png", "csv"]),
+        # One folder: of single files Snakemake would not tell the caption which of them it stands under.
+        report(
+            directory(HERE / "figures"),
+            patterns=["{figure}.svg"],
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
     log:
         HERE / "logs/figures.log",
     benchmark:
         HERE / "benchmarks/figures.tsv"
+    params:
+        captions=CAPTIONS,
     shell:
         "ssd-lit figures {HERE:q} 2>&1 | keep {log:q}"
 

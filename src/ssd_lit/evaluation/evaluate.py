@@ -1,6 +1,5 @@
 """The final model of a run: its loss in both modes and over k, how sparse it is, and how well it routes."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from tqdm import tqdm
 from ssd_lit.config import EvaluationConfig
 from ssd_lit.data.blocks import TokenBlocks, scoring_batches
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
+from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.ffn import ExpertFFN
@@ -84,17 +84,12 @@ def outcome(found: Mapping[str, Any]) -> dict[str, float]:
     for mode in ("dense", "sparse"):
         loss = found[f"loss_{mode}"]
         figures[f"eval/loss_{mode}"] = loss
-        figures[f"eval/perplexity_{mode}"] = None if loss is None else _perplexity(loss)
+        figures[f"eval/perplexity_{mode}"] = None if loss is None else perplexity(loss)
     for name, text in found["held_out"].items():
         figures[f"eval/{name}/loss_dense"] = text["loss_dense"]
         losses = {point["top_k"]: point["loss"] for point in text["curve"]}
         figures[f"eval/{name}/loss_sparse"] = losses.get(found["top_k"])
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def _perplexity(loss: float) -> float:
-    # math.exp raises OverflowError for the loss of a model that learnt nothing.
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, ks: Sequence[int]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is measured on the final model of a run: evaluation, analyses, other tasks."""
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +25,15 @@ class Found(NamedTuple):
 
 def measure(run: Run, measurement: str) -> str:
     """Measure the final model and write the result last. Raises ValueError if the run is not trained to its end."""
-    from ssd_lit.support.provenance import stage_provenance
+    from ssd_lit.support.provenance import stage_provenance, timed
 
     work = {"evaluate": _evaluate, "analyse": _analyse, "downstream": _downstream}[measurement]
+    began = time.time()
     last_step, inputs = run.chain()[-1].last_step, run.measured_from(measurement)
     with RunTracker.of(run, measurement) as tracker:
         found = work(run)
         tracker.outcome(found.figures, run_step=last_step)
-        origin = {"inputs": inputs, "provenance": stage_provenance(run.config, run.tokens_digest)}
+        origin = {"inputs": inputs, "provenance": timed(stage_provenance(run.config, run.tokens_digest), began)}
         write_json_checked(run.folder / MEASUREMENTS[measurement][1], {**found.content, **origin})
     if measurement == "downstream":
         shutil.rmtree(_pieces(run), ignore_errors=True)

@@ -10,9 +10,8 @@ from ssd_lit.support.locks import exclusive
 
 
 def summarise(exp_dir: Path) -> str:
-    from ssd_lit.report.arms_table import write_arms
     from ssd_lit.report.downstream import write_downstream
-    from ssd_lit.report.summary import write_summary
+    from ssd_lit.report.tables import write_arms, write_summary
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     with exclusive(exp_dir, "summarise"):
@@ -31,8 +30,8 @@ def figures(exp_dir: Path) -> str:
 
 
 def report(exp_dir: Path) -> str:
-    from ssd_lit.report.report import write_report
-    from ssd_lit.report.summary import check_summary
+    from ssd_lit.report.page import write_report
+    from ssd_lit.report.tables import check_summary
     from ssd_lit.support.provenance import provenance
     from ssd_lit.tracking.delivery import REPORT_SECONDS, try_for
 
@@ -68,7 +67,7 @@ def _send_experiment(exp_dir: Path) -> int:
     results = results_of(exp_dir, experiment.data)
     count = send_runs(results, [exp_dir / "runs" / run.name for run in experiment.runs()])
     if (exp_dir / "report.html").exists():
-        figures = sorted((exp_dir / "figures").iterdir())
+        figures = sorted(path for path in (exp_dir / "figures").iterdir() if not path.name.startswith("."))
         files = {None: [exp_dir / "report.html", exp_dir / "summary.csv"], "figures": figures}
         send_report(results, experiment.experiment, files)
     return count

@@ -22,6 +22,7 @@ from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.paths import checkpoint_path
 from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run
+from ssd_lit.support.provenance import timed
 from ssd_lit.training.checkpoint import (
     PREFIX,
     SWITCH_STATE,
@@ -151,7 +152,7 @@ def moefy_checkpoint(run: Run, start: Start, provenance: dict[str, object]) -> P
     write_checkpoint(checkpoint_path(run.folder, "moefy"), content)
     spent = Totals(seconds=time.perf_counter() - began)
     record = phase.record(config, start.history, before, spent, "moefied", similarity)
-    record = replace(record, inputs=run.made_from(), provenance=provenance)
+    record = replace(record, inputs=run.made_from(), provenance=timed(provenance, time.time() - spent.seconds))
     record.write(run.folder)
     close_stage(run.folder, "moefy", record)
     return record

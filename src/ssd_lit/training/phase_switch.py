@@ -12,6 +12,7 @@ from ssd_lit.models.flops import Costs
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.records import PhaseRecord, Totals, stage_of
 from ssd_lit.run import Run
+from ssd_lit.support.provenance import timed
 from ssd_lit.training.checkpoint import SWITCH_STATE
 from ssd_lit.training.checkpointing import Checkpoints
 from ssd_lit.training.module import Pretraining
@@ -66,6 +67,8 @@ class PhaseSwitch(Callback):
         self._similarity: Checks = []
         self._seconds = 0.0
         self._since: float | None = None
+        self._began: float | None = None
+        """UNIX seconds; None in a phase that an earlier process began."""
         following = next_phase(run.config, history)
         assert following is not None, "a run at its end has nothing to train"
         self.phase: Phase = following
@@ -127,7 +130,7 @@ class PhaseSwitch(Callback):
         """Put the phase that is done on record, and the state where a stage ends with it."""
         config = self.run.config
         record = self.phase.record(config, self.history, self.before, spent, ended_by, similarity)
-        record = replace(record, inputs=self._inputs, provenance=self._provenance)
+        record = replace(record, inputs=self._inputs, provenance=timed(self._provenance, self._began))
         if trainer.is_global_zero:
             record.write(self.run.folder)
         self.history.append(record)
@@ -151,7 +154,7 @@ class PhaseSwitch(Callback):
             self._begin(trainer, module)
 
     def _moefy(self, trainer: Trainer, module: Pretraining) -> None:
-        began = time.perf_counter()
+        began, self._began = time.perf_counter(), time.time()
         labels, similarity = self._find_experts(trainer, module)
         group_neurons(self.run.config, module.model, self.tracker, labels, trainer.optimizers[0])
         self._close(trainer, Totals(seconds=time.perf_counter() - began), "moefied", similarity)
@@ -171,6 +174,7 @@ class PhaseSwitch(Callback):
         module.model.set_mode("sparse" if self.phase.mode == "sparse" else "dense")
         for callback in _listeners(trainer):
             callback.on_phase_start(trainer, module, self.phase)
+        self._began = None if self._seconds else time.time()
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:

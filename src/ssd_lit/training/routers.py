@@ -21,6 +21,7 @@ from ssd_lit.moe.names import PosthocRouter
 from ssd_lit.paths import checkpoint_path
 from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run
+from ssd_lit.support.provenance import timed
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of, write_checkpoint
 from ssd_lit.training.schedule import next_phase
 
@@ -62,7 +63,7 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
     routers = sum(2.0 * p.numel() for ffn in model.ffns for p in ffn.router.parameters() if p.ndim == 2)
     spent = Totals(flops=blocks * costs.dense() / 3 + 3 * tokens * routers, seconds=time.perf_counter() - began)
     record = phase.record(config, history, history[-1].total, spent, "router trained", [])
-    record = replace(record, inputs=run.made_from(), provenance=provenance)
+    record = replace(record, inputs=run.made_from(), provenance=timed(provenance, time.time() - spent.seconds))
     record.write(run.folder)
     close_stage(run.folder, "route", record)
     return record

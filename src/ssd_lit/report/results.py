@@ -1,19 +1,24 @@
-"""What a run left behind: its config, phases, curves and evaluation, read from files."""
+"""What the runs of an experiment left behind, read from files: their records, and one table of their numbers."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from ssd_lit.config import RunConfig
+from ssd_lit.config import ModelConfig, RunConfig
+from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.records import PhaseRecord, Totals, read_chain
-from ssd_lit.support.files import read_json_checked
+from ssd_lit.support.files import check_digests, read_json_checked
 from ssd_lit.tracking.metrics_log import read_metrics
 
 Points = list[tuple[int, float]]
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+RUN = ["run", "arm", "seed"]
+"""Columns that name a run in the tables of curves and analyses."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,16 @@ class Evaluation:
     active_neurons: float | None
     routing_recall: tuple[float, ...]
     """Fraction of the oracle's activation mass that the chosen experts hold, layer by layer."""
-    tokens: int
+    blocks: int
+    """Validation blocks on which all of this was measured."""
     split: str
     held_out: dict[str, HeldOut]
     """Losses on other texts, by name."""
 
     def loss_on(self, text: str, k: int | None = None) -> float | None:
         """The loss on the split or another text, in dense mode or in sparse mode with k experts; None if not scored."""
-        found = self if text == self.split else self.held_out[text]
-        return found.loss_dense if k is None else dict(found.curve).get(k)
+        scored = self if text == self.split else self.held_out[text]
+        return scored.loss_dense if k is None else dict(scored.curve).get(k)
 
     def ks_on(self, text: str) -> list[int]:
         """The numbers of experts with which sparse mode was scored on the split or another text."""
@@ -81,10 +87,11 @@ class Evaluation:
                 active_ratio=_as_tuple(content["active_ratio"]),
                 active_neurons=content["active_neurons"],
                 routing_recall=_as_tuple(content.get("routing_recall")),
-                tokens=content["tokens"],
+                blocks=content["blocks"],
                 split=content["split"],
                 held_out={
-                    name: HeldOut(one["loss_dense"], _over_k(one["curve"])) for name, one in content["held_out"].items()
+                    name: HeldOut(scored["loss_dense"], _over_k(scored["curve"]))
+                    for name, scored in content["held_out"].items()
                 },
             )
         except (KeyError, TypeError) as error:
@@ -145,11 +152,11 @@ class RunResult:
 
     @property
     def ppl_dense(self) -> float | None:
-        return _perplexity(self.evaluation.loss_dense)
+        return perplexity_of(self.evaluation.loss_dense)
 
     @property
     def ppl_sparse(self) -> float | None:
-        return _perplexity(self.evaluation.loss_sparse)
+        return perplexity_of(self.evaluation.loss_sparse)
 
     @property
     def ppl_oracle(self) -> float | None:
@@ -159,25 +166,17 @@ class RunResult:
         """
         if self.config.method == "upcycle":
             return None
-        return _perplexity(dict(self.evaluation.oracle_curve).get(self.config.moe.top_k))
+        return perplexity_of(dict(self.evaluation.oracle_curve).get(self.config.moe.top_k))
 
-    @property
-    def recall(self) -> float | None:
-        """Routing recall, averaged over layers."""
-        layers = self.evaluation.routing_recall
-        return sum(layers) / len(layers) if layers else None
-
-    def flops_at(self, steps: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    def flops_at(self, steps: Sequence[float]) -> Array:
         """FLOPs spent at those steps of the run, those of a run it started from included."""
         return self._spent_at(steps, "train/flops", lambda total: total.flops)
 
-    def seconds_at(self, steps: Sequence[float]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    def seconds_at(self, steps: Sequence[float]) -> Array:
         """Wall-clock seconds of training spent at those steps, those of a run it started from included."""
         return self._spent_at(steps, "train/seconds", lambda total: total.seconds)
 
-    def _spent_at(
-        self, steps: Sequence[float], curve: str, get: Callable[[Totals], float]
-    ) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    def _spent_at(self, steps: Sequence[float], curve: str, get: Callable[[Totals], float]) -> Array:
         """Straight lines between the recorded points and the ends of phases; where both are, the later end counts."""
         first = self.chain[0]
         known = {0: get(first.total) if not first.steps else 0.0} | dict(self.points.get(curve, []))
@@ -190,12 +189,8 @@ class RunResult:
         return [(record.first_step, record.last_step) for record in self.chain if record.mode == "sparse"]
 
 
-def perplexity(loss: float) -> float:
-    """e to the loss; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _perplexity(loss: float | None) -> float | None:
+def perplexity_of(loss: float | None) -> float | None:
+    """The perplexity of a loss, None for none."""
     return None if loss is None else perplexity(loss)
 
 
@@ -210,6 +205,73 @@ def by_arm(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     for result in results:
         arms.setdefault(result.arm, []).append(result)
     return arms
+
+
+def run_frame(results: Sequence[RunResult]) -> pd.DataFrame:
+    """All numbers of the runs that tables, CSVs and figures share, a row a run, indexed by its name.
+
+    Steps, tokens, FLOPs and seconds include those of the run that it started from. A cell that does not apply is None;
+    columns are of objects, so that a whole number stays whole where another row has none.
+    """
+    rows = [_row(result) for result in results]
+    return pd.DataFrame(rows, index=[result.name for result in results], dtype=object)
+
+
+def _row(result: RunResult) -> dict[str, Any]:
+    config, total, evaluation = result.config, result.total, result.evaluation
+    has_experts, recall = config.method != "dense", evaluation.routing_recall
+    return {
+        "experiment": config.experiment,
+        "run": result.name,
+        "arm": config.arm,
+        "method": config.method,
+        "model": model_name(config.model),
+        "seed": config.seed,
+        "steps": total.steps,
+        "tokens": total.tokens,
+        "sparse_fraction": result.sparse_fraction,
+        "train_flops": total.flops,
+        "train_seconds": total.seconds,
+        "tokens_per_second": total.tokens / total.seconds,
+        "val_loss_dense": evaluation.loss_dense,
+        "val_loss_sparse": evaluation.loss_sparse,
+        "val_ppl_dense": result.ppl_dense,
+        "val_ppl_sparse": result.ppl_sparse,
+        "val_ppl_oracle": result.ppl_oracle,
+        "router": evaluation.router,
+        "experts": config.moe.experts if has_experts else None,
+        "top_k": config.moe.top_k if has_experts else None,
+        "active_neurons": evaluation.active_neurons,
+        "routing_recall": sum(recall) / len(recall) if recall else None,
+        "worst_recall": min(recall, default=None),
+    }
+
+
+def model_name(model: ModelConfig) -> str:
+    """The backbone and its shape in one word."""
+    return f"{model.family}-L{model.layers}-D{model.d_model}-F{model.d_ff}"
+
+
+def has_table(result: RunResult, name: str) -> bool:
+    """Whether analysis/NAME.csv was written for the run."""
+    return (result.folder / "analysis" / f"{name}.csv").is_file()
+
+
+def read_table(result: RunResult, name: str) -> pd.DataFrame:
+    """analysis/NAME.csv of a run, which it must have. Raises ValueError if it is not what the analysis wrote."""
+    folder = result.folder / "analysis"
+    check_digests(folder, {f"{name}.csv": read_json_checked(folder / "analysis.json")["digests"][f"{name}.csv"]})
+    # A token may be called "NA", which is no missing number.
+    return pd.read_csv(folder / f"{name}.csv", dtype={"token": str, "layer": str}, na_filter=False)
+
+
+def joined(tables: Sequence[tuple[RunResult, pd.DataFrame]], columns: Sequence[str]) -> pd.DataFrame:
+    """The tables of several runs one below the other, each row with its run, and with those columns."""
+    named = [
+        table.assign(run=result.name, arm=result.arm, seed=result.config.seed)[[*RUN, *columns]]
+        for result, table in tables
+    ]
+    return pd.concat(named, ignore_index=True) if named else pd.DataFrame(columns=[*RUN, *columns])
 
 
 def _load(run_dir: Path, run: RunConfig) -> RunResult:

@@ -5,14 +5,21 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from ssd_lit.report.downstream import METRICS, baselines, measure, part_name, parts, scores
-from ssd_lit.report.formatting import shortened
-from ssd_lit.report.panels import empty_figure
-from ssd_lit.report.runs import RunResult, by_arm
-from ssd_lit.report.style import GREY, WIDTH, arm_styles
-from ssd_lit.report.view import MOST_CURVES, select_arms, tell_left_out
+from ssd_lit.report.figures.style import (
+    GREY,
+    MOST_CURVES,
+    WIDTH,
+    ArmStyle,
+    arm_label,
+    arm_styles,
+    empty_figure,
+    key,
+    note_left_out,
+    select_arms,
+)
+from ssd_lit.report.results import RunResult, by_arm
 
 COLUMNS = ["run", "arm", "seed", "part", "mode", "metric", "value"]
 MARKS = {
@@ -66,23 +73,25 @@ def _dots(
         panel.axvline(100 * reference[part, metric], color=GREY, linestyle="--", linewidth=1)
         for place, arm in enumerate(arms):
             for mode in LEGENDS[benchmark]:
-                _dot(panel, table, arm, mode, (part, metric), place + OFFSETS[mode], styles[arm].colour)
-    panels[0].set_yticks(range(len(arms)), [shortened(runs[0].label, 28) for runs in arms.values()])
+                _dot(panel, table, arm, mode, (part, metric), place + OFFSETS[mode], styles[arm])
+    panels[0].set_yticks(range(len(arms)), [arm_label(runs[0]) for runs in arms.values()])
     panels[0].set_ylim(len(arms) - 0.5, -0.5)
     marks = [
-        Line2D([], [], color=GREY, lw=0, markersize=5, label=label, **MARKS[mode])  # type: ignore[arg-type]
+        key(label, color=GREY, lw=0, markersize=5, **MARKS[mode])
         for mode, label in LEGENDS[benchmark].items()
         if mode in set(table["mode"])
     ]
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks))
-    tell_left_out(figure, able, drawn)
+    note_left_out(figure, able, drawn)
     return figure, table[COLUMNS]
 
 
 def _dot(
-    panel: Axes, table: pd.DataFrame, arm: str, mode: str, column: tuple[str, str], at: float, colour: str
+    panel: Axes, table: pd.DataFrame, arm: str, mode: str, column: tuple[str, str], at: float, style: ArmStyle
 ) -> None:
-    found = measure(table, arm, mode, *column)
-    if found is not None:
-        panel.plot([100 * found.low, 100 * found.high], [at, at], color=colour, linewidth=1.2)
-        panel.plot(100 * found.mean, at, color=colour, markersize=5, **MARKS[mode])  # type: ignore[arg-type]
+    score = measure(table, arm, mode, *column)
+    if score is not None:
+        panel.plot(
+            [100 * score.low, 100 * score.high], [at, at], color=style.colour, linestyle=style.line, linewidth=1.2
+        )
+        panel.plot(100 * score.mean, at, color=style.colour, markersize=5, **MARKS[mode])  # type: ignore[arg-type]

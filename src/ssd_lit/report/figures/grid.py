@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ssd_lit.report.arms import Arm
-from ssd_lit.report.formatting import shortened
+from ssd_lit.report.arms import Arm, shortened
+from ssd_lit.report.figures.style import GREY, MARKERS, PALETTE, WIDTH, arm_label, key, ramp, scale_perplexities
 from ssd_lit.report.grid import QUANTITIES, Grid, Quantity, measured, table
-from ssd_lit.report.style import GREY, MARKERS, PALETTE, WIDTH, ramp, scale_perplexities
 
 SPREAD = 0.3
 """Fraction of the space between two values of the first key over which the series are spread."""
@@ -33,7 +32,7 @@ class Series:
     cells: dict[int, Arm]
 
 
-def draw(grid: Grid) -> tuple[Figure, pd.DataFrame]:
+def grid(grid: Grid) -> tuple[Figure, pd.DataFrame]:
     """A panel for each quantity: the first key's values along the x axis, the others' as colours."""
     series = _series(grid)
     figure = Figure(figsize=(WIDTH, 6.0))
@@ -41,8 +40,8 @@ def draw(grid: Grid) -> tuple[Figure, pd.DataFrame]:
     upper, lower = QUANTITIES[:2], QUANTITIES[2:]
     panels = figure.subplot_mosaic(
         [
-            [one.column for one in upper for _ in range(len(lower) // len(upper))],
-            [one.column for one in lower],
+            [quantity.column for quantity in upper for _ in range(len(lower) // len(upper))],
+            [quantity.column for quantity in lower],
         ],
         height_ratios=[1.7, 1.0],
     )
@@ -83,24 +82,24 @@ def _series(grid: Grid) -> list[Series]:
 
 def _draw_quantity(panel: Axes, grid: Grid, series: Sequence[Series], quantity: Quantity) -> None:
     drawn: list[float] = []
-    for one in series:
+    for line in series:
         places, means = [], []
-        for place, arm in sorted(one.cells.items()):
+        for place, arm in sorted(line.cells.items()):
             measure = measured(grid, arm, quantity)
             if measure is None or not math.isfinite(measure.mean):
                 continue
-            at = place + one.shift
+            at = place + line.shift
             places.append(at)
             means.append(measure.mean)
             drawn += measure.values
             if len(measure.values) > 1:
-                panel.vlines(at, measure.low, measure.high, color=one.colour, linewidth=1)
+                panel.vlines(at, measure.low, measure.high, color=line.colour, linewidth=1)
                 panel.plot(
-                    [at] * len(measure.values), measure.values, color=one.colour, linestyle="none", marker=".",
+                    [at] * len(measure.values), measure.values, color=line.colour, linestyle="none", marker=".",
                     markersize=4,
                 )  # fmt: skip
         panel.plot(
-            places, means, color=one.colour, linestyle=_line(grid), linewidth=1.2, marker=one.marker, markersize=4.5
+            places, means, color=line.colour, linestyle=_line(grid), linewidth=1.2, marker=line.marker, markersize=4.5
         )
     if not drawn:
         panel.text(0.5, 0.5, "does not apply", transform=panel.transAxes, ha="center", va="center", color=GREY)
@@ -144,11 +143,10 @@ def _label_values(panel: Axes, grid: Grid, room: float) -> None:
 
 def _legend(grid: Grid, series: Sequence[Series]) -> list[Line2D]:
     entries = [
-        Line2D([], [], color=one.colour, linestyle=_line(grid), marker=one.marker, markersize=4.5, label=one.label)
-        for one in series
-        if one.label
+        key(line.label, color=line.colour, linestyle=_line(grid), marker=line.marker, markersize=4.5)
+        for line in series
+        if line.label
     ]
     if grid.reference is not None:
-        label = f"{shortened(grid.reference.label)} (in dense mode)"
-        entries.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label=label))
+        entries.append(key(f"{arm_label(grid.reference.runs[0])} (in dense mode)"))
     return entries
