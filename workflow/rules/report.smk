@@ -14,8 +14,10 @@ rule summarise:
         HERE / "logs/summarise.log",
     benchmark:
         HERE / "benchmarks/summarise.tsv"
+    params:
+        experiment=HERE,
     shell:
-        "ssd-lit summarise {HERE:q} 2>&1 | keep {log:q}"
+        "ssd-lit summarise {params.experiment:q} 2>&1 | keep {log:q}"
 
 
 rule figures:
@@ -39,8 +41,9 @@ rule figures:
         HERE / "benchmarks/figures.tsv"
     params:
         captions=CAPTIONS,
+        experiment=HERE,
     shell:
-        "ssd-lit figures {HERE:q} 2>&1 | keep {log:q}"
+        "ssd-lit figures {params.experiment:q} 2>&1 | keep {log:q}"
 
 
 rule write_report:
@@ -53,5 +56,7 @@ rule write_report:
         HERE / "logs/report.log",
     benchmark:
         HERE / "benchmarks/report.tsv"
+    params:
+        experiment=HERE,
     shell:
-        "ssd-lit report {HERE:q} 2>&1 | keep {log:q}"
+        "ssd-lit report {params.experiment:q} 2>&1 | keep {log:q}"
