@@ -86,7 +86,7 @@ def test_a_name_leads_nowhere_but_into_the_results(tmp_path: Path, name: str, pl
     with pytest.raises(ConfigError):
         load_experiment(config)
     assert main(["configs", str(config), "--results", str(tmp_path / "results")]) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "tiny.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "size.yaml", "tiny.yaml"}
 
 
 def test_a_cell_of_a_grid_is_one_folder_whatever_its_values_say(tmp_path: Path) -> None:

@@ -1,43 +1,112 @@
-"""`ssd-lit STAGE ...`: what the workflow calls, and a person can call too.
+"""`ssd-lit COMMAND ...`: what the workflow calls, and a person can call too.
 
 Libraries that take seconds to import are imported by the stages that need them.
 """
 
-import argparse
 import atexit
 import gc
+import inspect
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Annotated, Any, NoReturn
 
+from typer import Argument, Exit, Option, Typer
+
+from ssd_lit import __version__
 from ssd_lit.config import ConfigError
-from ssd_lit.moe.names import Construction, PosthocRouter
-from ssd_lit.pipeline import data, exchange, publish, train
+from ssd_lit.moe.names import Construction
+from ssd_lit.pipeline import data, exchange, publish
+from ssd_lit.pipeline import train as training
 from ssd_lit.records import ALL_STAGES
 from ssd_lit.support import signals
 
-Stage = Callable[[argparse.Namespace], str]
+Experiment = Annotated[Path, Argument(metavar="EXPERIMENT", help="a YAML file under configs/")]
+DataDir = Annotated[Path, Argument(metavar="DATA_DIR", help="a folder under results/data, which holds config.yaml")]
+RunDir = Annotated[Path, Argument(metavar="RUN_DIR", help="results/EXPERIMENT/runs/RUN, which holds config.yaml")]
+ExpDir = Annotated[Path, Argument(metavar="EXP_DIR", help="results/EXPERIMENT, which holds experiment.yaml")]
+Place = Annotated[Path, Argument(metavar="PLACE", help="results/EXPERIMENT, or results/EXPERIMENT/runs/RUN")]
+Results = Annotated[Path, Option(help="the results folder")]
+Settings = Annotated[
+    list[str] | None, Argument(metavar="KEY=VALUE", help="settings to change, such as training.steps=100")
+]
+Threads = Annotated[
+    int | None, Option(min=1, max=1024, metavar="N", help="CPU threads (of a run what its config says, else all)")
+]
+MOST = 10**9
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ssd-lit {__version__}")
+        raise Exit
+
+
+Version = Annotated[bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+app = Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
+    help="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
+    epilog="An experiment, in order: configs, prepare, tokenizer, encode; train for each run; then summarise, figures, "
+    "report. `ssd-lit COMMAND --help` tells more.",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly, 75 stopped."""
-    args = _parser().parse_args(arguments)
+    """Run one command; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly, 75 stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _set_threads(args.threads or os.cpu_count() or 1)
-    if not sys.stderr.isatty():
-        # Ours too are for a terminal only.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    told = [str(value) for name in args.shown if (value := getattr(args, name)) is not None]
-    title = " ".join([args.stage, *told])
+    try:
+        app(arguments, prog_name="ssd-lit")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@app.callback()
+def _options(version: Version = False) -> None:
+    """Hold the options that stand before a command."""
+
+
+def stage(function: Callable[..., str]) -> Callable[..., None]:
+    """Make a command of a function that returns in a line what it came to.
+
+    The command tells when it begins and ends, and has the option --threads beside those of the function.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def command(threads: int | None, **given: Any) -> None:
+        _set_threads(threads or os.cpu_count() or 1)
+        if not sys.stderr.isatty():
+            # Ours too are for a terminal only.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if "threads" in signature.parameters:
+            given["threads"] = threads
+        place = next(iter(given.values()))
+        title = f"{function.__name__} {place}" if isinstance(place, Path) else function.__name__
+        raise Exit(_run(title, lambda: function(**given)))
+
+    option = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads)
+    parameters = [one for name, one in signature.parameters.items() if name != "threads"]
+    command.__signature__ = signature.replace(parameters=[*parameters, option])  # type: ignore[attr-defined]
+    command.__annotations__ = {**function.__annotations__, "threads": Threads}
+    app.command(function.__name__)(command)
+    return command
+
+
+def _run(title: str, function: Callable[[], str]) -> int:
+    """Run a stage, tell how it went, and return the exit status."""
     began = time.monotonic()
     _say(f"{title}: begins")
     try:
-        outcome = args.run(args)
+        outcome = function()
     except (ConfigError, ValueError, OSError) as error:
         _say(f"{title}: failed: {error}")
         return 1
@@ -51,112 +120,163 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ssd-lit", description="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
-        epilog="An experiment, in order: configs, prepare, tokenizer, encode; train for each run; then summarise, "
-        "figures, report. `ssd-lit COMMAND --help` tells more.",
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="stage", metavar="COMMAND", required=True)
+@stage
+def configs(experiment: Experiment, settings: Settings = None, *, results: Results = Path("results")) -> str:
+    """Check an experiment and write the resolved config of its data and runs.
 
-    def add(name: str, run: Stage, text: str, *places: tuple[str, str]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text.splitlines()[0], description=text)
-        for place, meaning in places:
-            command.add_argument(place, help=meaning, type=Path)
-        command.add_argument("--threads", type=_threads, help="CPU threads (of a run what its config says, else all)")
-        command.set_defaults(run=run, shown=[place for place, _ in places])
-        return command
+    Settings are laid over the experiment: training.steps=100 arms.ssd.switching.tau=0.9. Values are YAML; null drops
+    an arm.
+    """
+    return data.configs(experiment, results, settings or [])
 
-    data_dir = ("data_dir", "a folder under results/data that holds config.yaml")
-    run_dir = ("run_dir", "results/EXPERIMENT/runs/RUN, which holds config.yaml")
-    exp_dir = ("exp_dir", "results/EXPERIMENT, which holds experiment.yaml")
-    results = ("results", "the results folder")
 
-    configs = add(
-        "configs", lambda a: data.configs(a.experiment, a.results),
-        "Check an experiment and write the resolved config of its data and runs.",
-        ("experiment", "a YAML file under configs/"),
-    )  # fmt: skip
-    configs.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
-    add("prepare", lambda a: data.prepare(a.data_dir), "Read, clean, deduplicate and split the text.", data_dir)
-    add("tokenizer", lambda a: data.tokenizer(a.data_dir), "Train the tokenizer on the training documents.", data_dir)
-    add("encode", lambda a: data.encode(a.data_dir), "Encode all documents into blocks of tokens.", data_dir)
-    training = add(
-        "train", lambda a: train.train(a.run_dir, until=a.until, start=a.start, threads=a.threads),
-        "Take a run from where it stands to its end, measurements included; goes on where it was interrupted.", run_dir,
-    )  # fmt: skip
-    training.usage = "%(prog)s RUN_DIR [--until STAGE] [--from STAGE] [--threads N]"
-    training.add_argument("--until", metavar="STAGE", help=f"only to the end of this stage ({', '.join(ALL_STAGES)})")
-    training.add_argument(
-        "--from",
-        dest="start",
-        metavar="STAGE",
-        help="do this stage, or a phase such as 05-sparse, and all behind it anew",
+@stage
+def prepare(data_dir: DataDir) -> str:
+    """Read, clean, deduplicate and split the text."""
+    return data.prepare(data_dir)
+
+
+@stage
+def tokenizer(data_dir: DataDir) -> str:
+    """Train the tokenizer on the training documents."""
+    return data.tokenizer(data_dir)
+
+
+@stage
+def encode(data_dir: DataDir) -> str:
+    """Encode all documents into blocks of tokens."""
+    return data.encode(data_dir)
+
+
+@stage
+def train(
+    run_dir: RunDir,
+    settings: Settings = None,
+    *,
+    until: Annotated[
+        str | None, Option(metavar="STAGE", help=f"only to the end of this stage ({', '.join(ALL_STAGES)})")
+    ] = None,
+    start: Annotated[
+        str | None,
+        Option("--from", metavar="STAGE", help="do this stage, or a phase such as 05-sparse, and all behind it anew"),
+    ] = None,
+    threads: Threads = None,
+) -> str:
+    """Take a run from where it stands to its end, measurements included; goes on where it was interrupted.
+
+    Settings such as training.steps=100 are written into the run's config.yaml, and what was made from other settings is
+    made anew. They stay until `ssd-lit configs` or snakemake writes the experiment's again.
+    """
+    return training.train(run_dir, settings=settings or [], until=until, start=start, threads=threads)
+
+
+@stage
+def evaluate(run_dir: RunDir, threads: Threads = None) -> str:
+    """Measure the final model of a run into evaluation.json."""
+    return training.measure_run(run_dir, "evaluate", threads=threads)
+
+
+@stage
+def analyse(run_dir: RunDir, threads: Threads = None) -> str:
+    """Compare a run's snapshots and watch its experts, into analysis/."""
+    return training.measure_run(run_dir, "analyse", threads=threads)
+
+
+@stage
+def downstream(run_dir: RunDir, threads: Threads = None) -> str:
+    """Fine-tune on GLUE, score BLiMP: a run's final model on other tasks."""
+    return training.measure_run(run_dir, "downstream", threads=threads)
+
+
+@stage
+def moefy(
+    model: Annotated[Path, Option(metavar="DIR", help="a gpt2, bert, t5 or llama checkpoint in safetensors")],
+    experts: Annotated[int, Option(min=1, max=MOST, metavar="E", help="experts of one FFN; must divide its neurons")],
+    top_k: Annotated[int, Option(min=1, max=MOST, metavar="K", help="experts a token, unless told otherwise")],
+    out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
+    construction: Annotated[Construction, Option(help="how neurons are grouped")] = "kmeans",
+    router: Annotated[exchange.Router, Option(help="what chooses experts")] = "center",
+    seed: Annotated[int, Option(metavar="N", help="of construction and router")] = 0,
+    text: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="what kmeans_activations, coactivation and trained routers look at"),
+    ] = None,
+    calibration_tokens: Annotated[int, Option(min=1, max=MOST, metavar="T", help="tokens of it that are read")] = 8192,
+    threads: Threads = None,
+) -> str:
+    """Group the neurons of a checkpoint folder's model into experts (MoEfication)."""
+    return exchange.moefy(
+        model=model,
+        experts=experts,
+        top_k=top_k,
+        out=out,
+        construction=construction,
+        router=router,
+        seed=seed,
+        text=text,
+        calibration_tokens=calibration_tokens,
+        threads=threads,
     )
-    for name, text in (
-        ("evaluate", "Measure the final model of a run into evaluation.json."),
-        ("analyse", "Compare a run's snapshots and watch its experts, into analysis/."),
-        ("downstream", "Fine-tune on GLUE, score BLiMP: a run's final model on other tasks."),
-    ):
-        add(name, lambda a: train.measure_run(a.run_dir, a.stage, threads=a.threads), text, run_dir)
-    _add_moefy(add("moefy", _moefy, "Group the neurons of a checkpoint folder's model into experts (MoEfication)."))
-    add("summarise", lambda a: publish.summarise(a.exp_dir), "Write summary.csv, one row a run.", exp_dir)
-    add("figures", lambda a: publish.figures(a.exp_dir), "Draw the figures of an experiment.", exp_dir)
-    add("report", lambda a: publish.report(a.exp_dir), "Write report.html; keep it and the figures in MLflow.", exp_dir)
-    add(
-        "verify", lambda a: publish.verify(a.folder),
-        "Say whether results still match their inputs; exit status 1 if something does not.",
-        ("folder", "results/EXPERIMENT/runs/RUN, or results/EXPERIMENT for all runs"),
-    )  # fmt: skip
-    add("store", lambda a: publish.store(a.results), "Make the MLflow store, once, before jobs share it.", results)
-    place = ("place", "results/EXPERIMENT, or results/EXPERIMENT/runs/RUN")
-    add("send", lambda a: publish.send(a.place), "Send MLflow the points that it has not got, and the report.", place)
-    text = "Write a run's final model as a Hugging Face checkpoint folder."
-    out = add("export", lambda a: exchange.export(a.run_dir, a.out), text, run_dir)
-    out.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
-    ui = add("ui", lambda a: publish.ui(a.results, a.port), "Serve the MLflow UI on 127.0.0.1.")
-    ui.add_argument("--results", type=Path, default=Path("results"), help="the results folder (results)")
-    ui.add_argument("--port", type=_port, default=5000, help="the port (5000)")
-    return parser
 
 
-def _add_moefy(command: argparse.ArgumentParser) -> None:
-    command.usage = "%(prog)s --model DIR --experts E --top-k K --out DIR [options]"
-    add = command.add_argument
-    add("--model", type=Path, metavar="DIR", required=True, help="a gpt2, bert, t5 or llama checkpoint in safetensors")
-    add("--experts", type=_positive, metavar="E", required=True, help="experts of one FFN; must divide its neurons")
-    add("--top-k", type=_positive, metavar="K", required=True, help="experts a token, unless told otherwise")
-    add("--out", type=Path, metavar="DIR", required=True, help="the new folder")
-    add("--construction", choices=get_args(Construction), help="how neurons are grouped (kmeans)")
-    add("--router", choices=("center", "random", *get_args(PosthocRouter)), help="what chooses experts (center)")
-    add("--seed", type=int, help="of construction and router (0)")
-    add("--text", type=Path, metavar="FILE", help="what kmeans_activations, coactivation and trained routers look at")
-    add("--calibration-tokens", type=_positive, metavar="T", help="tokens of it that are read (8192)")
-    command.set_defaults(shown=["model"])
+@stage
+def summarise(exp_dir: ExpDir) -> str:
+    """Write summary.csv, one row a run."""
+    return publish.summarise(exp_dir)
 
 
-def _moefy(args: argparse.Namespace) -> str:
-    names = ("model", "experts", "top_k", "out", "construction", "router", "seed", "text", "calibration_tokens")
-    given = {name: value for name in (*names, "threads") if (value := getattr(args, name)) is not None}
-    return exchange.moefy(**given)
+@stage
+def figures(exp_dir: ExpDir) -> str:
+    """Draw the figures of an experiment."""
+    return publish.figures(exp_dir)
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < float(text) <= 1e9):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to a billion")
-    return int(text)
+@stage
+def report(exp_dir: ExpDir) -> str:
+    """Write report.html; keep it and the figures in MLflow."""
+    return publish.report(exp_dir)
 
 
-def _threads(text: str) -> int:
-    if _positive(text) > 1024:
-        raise argparse.ArgumentTypeError(f"{text} is too many; allowed: 1 to 1024")
-    return int(text)
+@stage
+def verify(folder: Place) -> str:
+    """Say whether results still match their inputs; exit status 1 if something does not."""
+    return publish.verify(folder)
 
 
-def _port(text: str) -> int:
-    if _positive(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port; allowed: 1 to 65535")
-    return int(text)
+@stage
+def store(results: Annotated[Path, Argument(metavar="RESULTS", help="the results folder")]) -> str:
+    """Make the MLflow store, once, before jobs share it."""
+    return publish.store(results)
+
+
+@stage
+def send(place: Place) -> str:
+    """Send MLflow the points that it has not got, and the report."""
+    return publish.send(place)
+
+
+@stage
+def export(run_dir: RunDir, out: Annotated[Path, Option(metavar="DIR", help="the new folder")]) -> str:
+    """Write a run's final model as a Hugging Face checkpoint folder."""
+    return exchange.export(run_dir, out)
+
+
+@stage
+def ui(
+    port: Annotated[int, Option(min=1, max=65535, help="the port")] = 5000,
+    results: Results = Path("results"),
+) -> str:
+    """Serve the MLflow UI on 127.0.0.1."""
+    return publish.ui(results, port)
+
+
+@stage
+def schema(
+    out: Annotated[Path, Option(metavar="FILE", help="the JSON schema")] = Path("configs/schema.json"),
+    page: Annotated[Path, Option(metavar="FILE", help="the reference page")] = Path("docs/settings.md"),
+) -> str:
+    """Write the JSON schema of an experiment's YAML, and the reference page of all settings."""
+    return data.schema(out, page)
 
 
 def _set_threads(threads: int) -> None:

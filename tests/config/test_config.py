@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, dump, load_experiment, load_run
-from ssd_lit.config.yaml_file import read_with_bases
+from ssd_lit.config.yaml_file import read_layers
 from ssd_lit.paths import write_configs
 from tests.conftest import Bench
 
@@ -53,7 +53,7 @@ def test_a_config_is_laid_over_its_bases_key_by_key(tmp_path: Path) -> None:
     (tmp_path / "size.yaml").write_text("seeds: [0]\nb: {d: 2}", encoding="utf-8")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/top.yaml").write_text("base: [../mid.yaml, ../size.yaml]\na: 5", encoding="utf-8")
-    assert read_with_bases(tmp_path / "sub/top.yaml") == {
+    assert read_layers(tmp_path / "sub/top.yaml")[0] == {
         "model": {"layers": 3, "d_ff": 64}, "seeds": [0], "a": 5, "b": {"c": 1, "d": 2},
     }  # fmt: skip
 

@@ -2,9 +2,9 @@
 import sys
 from pathlib import Path
 
-from ssd_lit.config import ConfigError, load_experiment
+from ssd_lit.config import ConfigError
 from ssd_lit.paths import write_configs
-from ssd_lit.pipeline.plan import Plan
+from ssd_lit.pipeline.plan import Plan, experiment_of
 from ssd_lit.report.figures import figures_of
 
 # Who stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
@@ -17,24 +17,15 @@ shell.prefix(
 
 RESULTS = Path(config.get("results", "results"))
 
-
-def experiment_file():
-    """configs/NAME.yaml for `--config experiment=NAME`, or the file itself if a path is given."""
-    name = str(config.get("experiment", "default"))
-    return Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
-
-
 try:
     if {"{", "}"} & set(str(RESULTS)):
         raise ConfigError(f"results {str(RESULTS)!r}: Snakemake takes braces for wildcards; name another folder")
-    EXPERIMENT = load_experiment(experiment_file())
+    EXPERIMENT = experiment_of(config)
     PLAN = Plan(EXPERIMENT, RESULTS)
-    JOBS = config.get("jobs", "stages")
-    if JOBS not in ("stages", "runs"):
-        raise ConfigError(f"jobs: given {JOBS!r}; allowed: stages (a job for each stage of a run), runs (one for all)")
 except ConfigError as error:
     sys.exit(f"ssd_lit: {error}")
 
+JOBS = config.get("jobs", "stages")
 DATA, HERE = PLAN.data, PLAN.here
 SUMMARY, ARMS_TABLE, REPORT = HERE / "summary.csv", HERE / "arms.csv", HERE / "report.html"
 DOWNSTREAM_TABLE = [] if EXPERIMENT.downstream is None else [HERE / "downstream.csv"]

@@ -5,8 +5,10 @@ arms, each a method with its own changes to those sections; it may be laid over 
 `load_experiment` reads and checks one; `Experiment.runs` resolves it to one `RunConfig` for each arm and seed.
 """
 
+from ssd_lit.config.data import DataConfig, FilesSource, HubSource, PackageSource, Source, TokenizerConfig
 from ssd_lit.config.experiment import Experiment, cells
 from ssd_lit.config.loading import (
+    change_run,
     dump,
     load_analysis,
     load_data,
@@ -15,32 +17,24 @@ from ssd_lit.config.loading import (
     load_experiment,
     load_resolved,
     load_run,
+    parse_changes,
+    read_changes,
 )
-from ssd_lit.config.run_config import Arm, RunConfig
-from ssd_lit.config.sections import (
+from ssd_lit.config.measurements import (
     AnalysisConfig,
     BlimpConfig,
-    DataConfig,
     DownstreamConfig,
     EvaluationConfig,
-    Family,
-    FilesSource,
-    Fraction,
     GlueConfig,
-    HubSource,
+)
+from ssd_lit.config.run_config import Arm, RunConfig
+from ssd_lit.config.section import Family, Fraction, Method, Name, Positive, Section, Seed
+from ssd_lit.config.sections import (
     KSchedule,
-    Method,
     ModelConfig,
     MoEConfig,
-    Name,
     OptimConfig,
-    PackageSource,
-    Positive,
-    Section,
-    Seed,
-    Source,
     SwitchingConfig,
-    TokenizerConfig,
     TrainingConfig,
 )
 from ssd_lit.config.yaml_file import ConfigError
@@ -75,6 +69,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "cells",
+    "change_run",
     "dump",
     "load_analysis",
     "load_data",
@@ -83,4 +78,6 @@ __all__ = [
     "load_experiment",
     "load_resolved",
     "load_run",
+    "parse_changes",
+    "read_changes",
 ]

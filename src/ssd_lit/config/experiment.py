@@ -8,17 +8,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from ssd_lit.config.checking import checked
-from ssd_lit.config.run_config import Arm, RunConfig
-from ssd_lit.config.sections import (
-    AnalysisConfig,
-    DataConfig,
-    DownstreamConfig,
-    EvaluationConfig,
-    Name,
-    Section,
-    Seed,
-)
+from ssd_lit.config.data import DataConfig
+from ssd_lit.config.measurements import AnalysisConfig, DownstreamConfig, EvaluationConfig
+from ssd_lit.config.run_config import RUN_SECTIONS, Arm, RunConfig
+from ssd_lit.config.section import Name, Section, Seed, checked
 from ssd_lit.config.yaml_file import ConfigError, shown
 
 MOST_RUNS = 10_000
@@ -34,6 +27,7 @@ class Experiment(Section):
     description: str
     """What is asked, in a sentence or two; opens the report."""
     seeds: list[Seed] = Field(default=[0], min_length=1)
+    """Every arm is run once with each."""
     data: DataConfig
     model: dict[str, Any] = {}
     moe: dict[str, Any] = {}
@@ -46,6 +40,7 @@ class Experiment(Section):
     downstream: DownstreamConfig | None = None
     """Try the models on other tasks as well; null leaves that out."""
     arms: dict[Name, Arm] = Field(min_length=1)
+    """What is compared, by name."""
 
     @model_validator(mode="after")
     def _runs_are_countable(self) -> Self:
@@ -84,8 +79,7 @@ class Experiment(Section):
     def _resolve(self, name: str, arm: Arm, values: dict[str, Any], seed: int) -> RunConfig:
         self._check_other_arms(name, arm)
         sections = {
-            key: {**copy.deepcopy(getattr(self, key)), **copy.deepcopy(getattr(arm, key))}
-            for key in ("model", "moe", "optim", "training", "switching")
+            key: {**copy.deepcopy(getattr(self, key)), **copy.deepcopy(getattr(arm, key))} for key in RUN_SECTIONS
         }
         if arm.method == "sparse" and arm.parent_arm is None and sections["model"].get("pretrained") is None:
             # The experiment's own choice is meant for the arms that have a pattern to group by.
@@ -147,7 +141,7 @@ def cells(name: str, arm: Arm) -> dict[str, tuple[Arm, dict[str, Any]]]:
 def _changes(name: str, key: str, value: Any) -> tuple[str, dict[str, Any]]:
     """The section that one value of a grid changes, and the changes."""
     section, _, setting = key.partition(".")
-    if section in ("model", "moe", "optim", "training", "switching"):
+    if section in RUN_SECTIONS:
         if setting:
             return section, {setting: value}
         if isinstance(value, dict) and value:

@@ -1,73 +1,56 @@
-"""Settings read from files and written to them."""
+"""Settings read from files, changed by the command line, and written to files."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ssd_lit.config.checking import checked
+from ssd_lit.config.data import DataConfig
+from ssd_lit.config.effects import check_effects, check_effects_in_run
 from ssd_lit.config.experiment import Experiment
-from ssd_lit.config.pretrained import embedded_tokens, tokens_of
+from ssd_lit.config.measurements import AnalysisConfig, DownstreamConfig, EvaluationConfig
 from ssd_lit.config.renamed import with_new_names
-from ssd_lit.config.run_config import RunConfig
-from ssd_lit.config.sections import (
-    AnalysisConfig,
-    DataConfig,
-    DownstreamConfig,
-    EvaluationConfig,
-    Section,
-    T,
-    TokenizerConfig,
-)
-from ssd_lit.config.yaml_file import ConfigError, read_with_bases, read_yaml
+from ssd_lit.config.run_config import RUN_SECTIONS, RunConfig
+from ssd_lit.config.section import Section, T, checked
+from ssd_lit.config.vocabulary import check_checkpoint
+from ssd_lit.config.yaml_file import ConfigError, laid_over, parse_yaml, read_layers, read_yaml, shown, typed_scalars
 from ssd_lit.support.files import check_checksum, with_checksum
 
 
-def load_experiment(path: Path) -> Experiment:
-    """Read and check an experiment and all its runs.
+def load_experiment(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
+    """Read and check an experiment and all its runs; `changes` are laid over it like a file over its bases.
 
-    Raises ConfigError with the file, the key, what was given and what is allowed.
+    Keys of the topmost layer, the changes or else the file itself, are refused where no arm can use them; what bases
+    say is shared by several experiments. Raises ConfigError with the file, the key, what was given and what is allowed.
     """
-    return _experiment(path, _check_vocabularies)
-
-
-def _experiment(path: Path, check: Callable[[Experiment], object]) -> Experiment:
     try:
-        experiment = checked(Experiment, with_new_names(read_with_bases(path)))
-        check(experiment)
+        content, own = read_layers(path)
+        if changes:
+            own = with_new_names(dict(changes))
+            content = laid_over(content, own)
+        elif _is_dump(path):
+            own = {}
+        experiment = checked(Experiment, content)
+        runs = experiment.runs()
+        check_effects(experiment, runs, own)
+        for folder in sorted({run.model.pretrained for run in runs if run.model.pretrained is not None}):
+            check_checkpoint(Path(folder), experiment.data)
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+        raise _in_file(path, error) from None
     return experiment
-
-
-def _check_vocabularies(experiment: Experiment) -> None:
-    for folder in sorted({run.model.pretrained for run in experiment.runs() if run.model.pretrained is not None}):
-        _check_vocabulary(Path(folder), experiment.data.tokenizer)
-
-
-def _check_vocabulary(checkpoint: Path, tokenizer: TokenizerConfig) -> None:
-    """Raise ConfigError if the embeddings of a checkpoint cannot be those of the tokens of the data."""
-    if tokenizer.folder is None:
-        raise ConfigError(
-            f"model.pretrained {checkpoint}: its embeddings are of its own tokenizer's tokens, not of one that is "
-            f"trained here; give its own as data.tokenizer.folder, such as {checkpoint}"
-        )
-    try:
-        tokens, rows = tokens_of(Path(tokenizer.folder)), embedded_tokens(checkpoint)
-    except ValueError as error:
-        raise ConfigError(f"data.tokenizer.folder: {error}") from None
-    if tokens > rows:
-        raise ConfigError(
-            f"data.tokenizer.folder {tokenizer.folder}: has {tokens} tokens, but the checkpoint in {checkpoint} "
-            f"(model.pretrained) embeds {rows}; give its own tokenizer"
-        )
 
 
 def load_resolved(path: Path) -> Experiment:
     """Read an experiment as `dump` wrote it. This and what follows raise ValueError for a file that is damaged."""
     check_checksum(path)
-    # What was checked then may be gone by now: results stand without it.
-    return _experiment(path, Experiment.runs)
+    try:
+        experiment = checked(Experiment, with_new_names(read_yaml(path)))
+        # Only what needs no other file: text and checkpoints may be gone by now, and results stand without them.
+        experiment.runs()
+    except ConfigError as error:
+        raise _in_file(path, error) from None
+    return experiment
 
 
 def load_run(path: Path) -> RunConfig:
@@ -100,6 +83,75 @@ def dump(section: Section) -> str:
     # The dumper in C, where PyYAML has it, writes the same ten times as fast: an experiment may have 500 runs.
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     return with_checksum(yaml.dump(section.model_dump(), Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Settings such as `training.steps=100`, a dotted key and a value in YAML each, as one nested mapping.
+
+    Raises ConfigError for one that is not of this form, or that is given twice.
+    """
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        parts = key.split(".")
+        if parts[0] == "arms" and parts[2:3] == ["grid"]:
+            # Keys of a grid are dotted themselves.
+            parts = [*parts[:3], *filter(None, [".".join(parts[3:])])]
+        if not equals or not text.strip() or not all(parts):
+            raise ConfigError(f"{shown(setting)}: expected KEY=VALUE, such as training.steps=100")
+        try:
+            value = parse_yaml(text)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        inner = changes
+        for part in parts[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                break
+        if not isinstance(inner, dict) or parts[-1] in inner:
+            raise ConfigError(f"{key}: given more than once")
+        inner[parts[-1]] = value
+    return changes
+
+
+def read_changes(value: Any) -> dict[str, Any]:
+    """Changes as Snakemake gives them: a mapping whose numbers may be strings, or YAML that holds a mapping."""
+    changes = parse_yaml(value) if isinstance(value, str) else typed_scalars(value)
+    if not isinstance(changes, dict):
+        raise ConfigError(f"given {shown(value)}; expected a mapping such as {{training: {{steps: 100}}}}")
+    return changes
+
+
+def change_run(run: RunConfig, changes: Mapping[str, Any], analysis: AnalysisConfig | None) -> RunConfig:
+    """A run with other settings. Raises ConfigError for those that are wrong, or that this run does not read.
+
+    A run whose first phase is not another's any more has one of its own.
+    """
+    own = with_new_names(dict(changes))
+    others = sorted(own.keys() - set(RUN_SECTIONS))
+    if others:
+        raise ConfigError(
+            f"{others[0]}: not a section of a run; allowed: {', '.join(RUN_SECTIONS)} (change the rest for the whole "
+            "experiment, with `ssd-lit configs`)"
+        )
+    changed = checked(RunConfig, laid_over(run.model_dump(), own))
+    check_effects_in_run(changed, own, analysis)
+    if changed.shares_warmup is not None and changed.warmup() != run.warmup():
+        changed = changed.model_copy(update={"shares_warmup": None})
+    return changed
+
+
+def _is_dump(path: Path) -> bool:
+    """Whether a file is one that `dump` wrote: it spells out all keys, also those that no arm reads."""
+    try:
+        check_checksum(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _in_file(path: Path, error: ConfigError) -> ConfigError:
+    return ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines()))
 
 
 def _load(kind: type[T], path: Path) -> T:

@@ -33,6 +33,9 @@ EMBEDDINGS = {
     "llama": ("embed_tokens.weight",),
 }
 
+# Where those families that learn positions keep them.
+POSITIONS = {"gpt2": "wpe.weight", "bert": "embeddings.position_embeddings.weight"}
+
 # The tensors of a head that are shared where the head is tied to the embeddings, and what each is shared with.
 TIED = {
     "gpt2": {"lm_head.weight": "wte.weight"},
@@ -218,7 +221,8 @@ def _first(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> StoredT
 def check_weights(folder: Path) -> None:
     """Raise ValueError where weights have not the shape that config.json says, as far as headers show.
 
-    Looks at what is most often changed by hand: the token embeddings, and the width of every FFN.
+    Looks at what is most often changed by hand: the token embeddings, the width of every FFN, and whether all layers
+    have the same tensors.
     """
     shape, tensors = checkpoint_shape(folder), stored_tensors(folder)
     family = shape["family"]
@@ -234,6 +238,27 @@ def check_weights(folder: Path) -> None:
                 f"{folder}: the FFN of layer {layer} is of shape {list(ffn.shape)}, but config.json says "
                 f"{shape['d_ff']} neurons ({KEYS[family]['d_ff']}) for every layer"
             )
+    _check_layers_alike(folder, tensors)
+
+
+def _check_layers_alike(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError if a layer lacks a tensor that another one of its stack has."""
+    stacks: dict[str, dict[str, set[str]]] = {}
+    for name in tensors:
+        if found := re.fullmatch(r"(.*?\b(?:h|layer|layers|block))\.(\d+)\.(.+)", name):
+            stack, layer, inside = found.groups()
+            stacks.setdefault(stack, {}).setdefault(layer, set()).add(inside)
+    for stack, layers in stacks.items():
+        # Of T5's layers only the first has the table of relative positions.
+        some = {
+            inside
+            for parts in layers.values()
+            for inside in parts
+            if not inside.endswith("relative_attention_bias.weight")
+        }
+        for layer, parts in layers.items():
+            if missing := sorted(some - parts):
+                raise ValueError(f"{folder}: the weights lack {stack}.{layer}.{missing[0]}, which other layers have")
 
 
 def has_tied_head(folder: Path) -> bool:
@@ -273,22 +298,16 @@ def embedded_tokens(folder: Path) -> int:
     return _embeddings(folder, family, tensors)[0].shape[0]
 
 
-def tokens_of(folder: Path) -> int:
-    """How many entries the tokenizer.json of a folder has, special tokens included.
-
-    Raises ValueError if there is none.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"no tokenizer.json in folder {str(folder)!r}")
-    content = read_json(path)
-    try:
-        vocabulary = content["model"]["vocab"]
-        # Unigram models list their entries in order.
-        ids = list(vocabulary.values()) if isinstance(vocabulary, Mapping) else list(range(len(vocabulary)))
-        return 1 + max(ids + [token["id"] for token in content.get("added_tokens") or ()])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a tokenizer") from None
+def longest_input(folder: Path) -> int | None:
+    """How many tokens the checkpoint in a folder has positions for; None for families that count no positions."""
+    settings, tensors = model_settings(folder), stored_tensors(folder)
+    name = POSITIONS.get(settings["model_type"])
+    if name is None:
+        # LLaMA turns by any angle, but is built for so many.
+        longest = settings.get("max_position_embeddings")
+        return longest if isinstance(longest, int) else None
+    positions = find_tensor(tensors, name)
+    return None if positions is None else positions.shape[0]
 
 
 def _check_embeddings(folder: Path, family: str, tensors: Mapping[str, StoredTensor]) -> None:

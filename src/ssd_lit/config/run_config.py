@@ -6,24 +6,19 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from ssd_lit.config.sections import (
-    DataConfig,
-    Method,
-    ModelConfig,
-    MoEConfig,
-    Name,
-    OptimConfig,
-    Section,
-    Seed,
-    SwitchingConfig,
-    TrainingConfig,
-)
+from ssd_lit.config.data import DataConfig
+from ssd_lit.config.section import Method, Name, Section, Seed
+from ssd_lit.config.sections import ModelConfig, MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
+
+RUN_SECTIONS = ("model", "moe", "optim", "training", "switching")
+"""The sections that an experiment, an arm and a run have, and that a grid may change."""
 
 
 class Arm(Section):
     """One method or setting compared, with its changes to the experiment's sections."""
 
     method: Method
+    """How the arm is trained; docs/method.md says what each method does."""
     label: str | None = None
     """Name in figures and tables; the arm's key if left out."""
     parent_arm: str | None = None

@@ -1,12 +1,14 @@
-"""YAML files of settings, which may build on others."""
+"""YAML of settings: read strictly, and laid over other settings."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ssd_lit.config.renamed import with_new_names
 
 MOST_BYTES = 1_000_000
 MOST_VALUES = 100_000
@@ -25,17 +27,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ConfigError("not a file" if path.exists() else "no such file")
         if path.stat().st_size > MOST_BYTES:
             raise ConfigError(f"more than {MOST_BYTES:,} bytes: no config is as large")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise ConfigError("not UTF-8 text") from None
-    except RecursionError:
-        raise ConfigError("not valid YAML: nested too deeply") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from None
-    except ConfigError:
-        raise
-    except Exception as error:  # beside YAMLError, what the constructors of dates and numbers raise
-        raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
     if content is None:
         raise ConfigError("the file is empty")
     if not isinstance(content, dict):
@@ -43,11 +39,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_with_bases(path: Path, users: Sequence[Path] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over those of the files that its key `base` names.
+def parse_yaml(text: str) -> Any:
+    """The value that a text holds as YAML. Raises ConfigError if it is not valid."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError("not valid YAML: nested too deeply") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # beside YAMLError, what the constructors of dates and numbers raise
+        raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
 
-    `base` is a path or a list of paths, relative to the file; later ones are laid over earlier ones. Mappings are
-    merged key by key, all else is replaced. Raises ConfigError for a base that is missing or builds on itself.
+
+def typed_scalars(value: Any) -> Any:
+    """A value whose strings are read as plain scalars of YAML: numbers, truths, null, else strings."""
+    if isinstance(value, Mapping):
+        return {key: typed_scalars(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [typed_scalars(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    loader: Any = _Loader("")
+    try:
+        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, value, (True, False)), value))
+    except Exception as error:  # what the constructors of dates and numbers raise
+        raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
+
+
+def read_layers(path: Path, users: Sequence[Path] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mapping in a YAML file laid over those of the files that its key `base` names, and the file's own mapping.
+
+    `base` is a path or a list of paths, relative to the file; later ones are laid over earlier ones. Settings with
+    names of earlier versions get their present names. Raises ConfigError for a base that is missing or builds on
+    itself, and for what `laid_over` refuses.
     """
     content = read_yaml(path)
     bases = content.pop("base", [])
@@ -60,10 +84,41 @@ def read_with_bases(path: Path, users: Sequence[Path] = ()) -> dict[str, Any]:
         if file in (_real(path), *users):
             raise ConfigError(f"base: {base} builds on itself")
         try:
-            merged = _laid_over(merged, read_with_bases(file, (_real(path), *users)))
+            # What a base drops may be of the base before it.
+            merged = laid_over(merged, read_layers(file, (_real(path), *users))[0])
         except ConfigError as error:
             raise ConfigError(f"base: {base}: {error}") from None
-    return _laid_over(merged, content)
+    own = with_new_names(content)
+    return laid_over(merged, own), own
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any], where: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`above` over `below`: mappings are merged key by key, all else is replaced.
+
+    null drops a mapping that is below it, and an entry of arms, of a grid or of held_out. Raises ConfigError where
+    there is no such entry to drop.
+    """
+    merged = dict(below)
+    for key, value in above.items():
+        is_entry = _has_free_names(where)
+        if value is None and is_entry and key not in below:
+            names = ", ".join(map(str, below)) or "none"
+            raise ConfigError(
+                f"{'.'.join([*where, str(key)])}: null drops what is there without it; there are: {names}"
+            )
+        if value is None and (is_entry or isinstance(below.get(key), dict)):
+            del merged[key]
+        elif isinstance(value, dict):
+            inner = below.get(key)
+            merged[key] = laid_over(inner if isinstance(inner, dict) else {}, value, (*where, str(key)))
+        else:
+            merged[key] = value
+    return merged
+
+
+def _has_free_names(where: tuple[str, ...]) -> bool:
+    """Whether the keys of a mapping are names that a config chooses."""
+    return where in (("arms",), ("data", "held_out")) or (len(where) == 3 and where[::2] == ("arms", "grid"))
 
 
 def shown(value: Any) -> str:
@@ -75,14 +130,6 @@ def shown(value: Any) -> str:
 def _real(path: Path) -> Path:
     # Not Path.resolve, which raises RuntimeError for links that go round.
     return Path(os.path.realpath(path))
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], dict):
-            merged[key] = _laid_over(below[key], above[key])
-    return merged
 
 
 class _Loader(yaml.SafeLoader):

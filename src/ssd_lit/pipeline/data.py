@@ -1,24 +1,35 @@
 """The stages that make tokens of text, once for all runs of an experiment."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_lit.config import load_data, load_experiment
+from ssd_lit.config import load_data, load_experiment, parse_changes
 from ssd_lit.paths import data_dir, write_configs
+from ssd_lit.support.files import write_text
 from ssd_lit.support.locks import exclusive
 
 
-def configs(experiment: Path, results: Path) -> str:
-    """Check an experiment and write the resolved config of its data and runs."""
+def configs(experiment: Path, results: Path, settings: Sequence[str] = ()) -> str:
+    """Check an experiment, changed by settings such as training.steps=100, and write its resolved configs."""
     from ssd_lit.data.benchmarks import check_downstream
     from ssd_lit.data.sources import check_sources
 
-    checked = load_experiment(experiment)
+    checked = load_experiment(experiment, parse_changes(settings))
     if not (data_dir(results, checked.data) / "tokens" / "index.json").exists():
         check_sources(checked.data)
     if checked.downstream is not None:
         check_downstream(checked.downstream)
     runs = write_configs(checked, results)
     return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
+
+
+def schema(out: Path, page: Path) -> str:
+    """Write the JSON schema of an experiment's YAML, and the reference page of its settings."""
+    from ssd_lit.config.schema import reference_page, schema_text
+
+    write_text(out, schema_text())
+    write_text(page, reference_page())
+    return f"{out}, {page}"
 
 
 def prepare(folder: Path) -> str:

@@ -8,6 +8,9 @@ from ssd_lit.config import ConfigError, MoEConfig
 from ssd_lit.moe.names import Construction, PosthocRouter
 from ssd_lit.run import Run
 
+Router = Literal["center", "random", PosthocRouter]
+"""What can choose the experts of a model that is not trained on."""
+
 
 def export(folder: Path, out: Path) -> str:
     """Write the final model of a run as a checkpoint folder, with the tokenizer of its data."""
@@ -26,9 +29,11 @@ def moefy(
     top_k: int,
     out: Path,
     construction: Construction = "kmeans",
-    router: Literal["center", "random"] | PosthocRouter = "center",
+    router: Router = "center",
+    seed: int = 0,
+    text: Path | None = None,
+    calibration_tokens: int = 8192,
     threads: int | None = None,
-    **calibration: Any,
 ) -> str:
     """Write the model of a checkpoint folder into a new one, its neurons grouped into experts."""
     if top_k > experts:
@@ -40,5 +45,5 @@ def moefy(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     chosen: Any = {"posthoc_router" if router in get_args(PosthocRouter) else "router": router}
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
-    moefy_folder(model, out, moe, **calibration, progress=print)
+    moefy_folder(model, out, moe, seed=seed, text=text, calibration_tokens=calibration_tokens, progress=print)
     return f"{out}: {experts} experts a layer, {top_k} a token in sparse mode"

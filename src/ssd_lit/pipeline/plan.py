@@ -7,16 +7,45 @@ decided by records and digests.
 import shutil
 import tempfile
 from atexit import register
+from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-from ssd_lit.config import Experiment
+from ssd_lit.config import ConfigError, Experiment, load_experiment, read_changes
 from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.records import MEASUREMENTS, training_stages
 from ssd_lit.run import Run
 from ssd_lit.support.files import read_json_checked
+
+CONFIG_KEYS = ("experiment", "results", "jobs", "set")
+"""What `snakemake --config` may be given: the experiment, its results folder, how a run is divided into jobs, and
+settings that are laid over the experiment."""
+
+
+def experiment_of(config: Mapping[str, Any]) -> Experiment:
+    """The experiment that `snakemake --config` asks for: configs/NAME.yaml, or a path, with the changes in `set`.
+
+    Raises ConfigError for a mistake in it, or for a key of `config` that is unknown.
+    """
+    for key in config:
+        if key not in CONFIG_KEYS:
+            nearest = get_close_matches(key, CONFIG_KEYS, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"allowed: {', '.join(CONFIG_KEYS)}"
+            raise ConfigError(f"--config {key}: unknown key; {hint}")
+    jobs = config.get("jobs", "stages")
+    if jobs not in ("stages", "runs"):
+        raise ConfigError(f"jobs: given {jobs!r}; allowed: stages (a job for each stage of a run), runs (one for all)")
+    name = str(config.get("experiment", "default"))
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
+    try:
+        changes = read_changes(config["set"]) if "set" in config else None
+    except ConfigError as error:
+        raise ConfigError(f"set: {error}") from None
+    return load_experiment(path, changes)
 
 
 class Plan:

@@ -3,29 +3,40 @@
 import gc
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ssd_lit.config import ConfigError
+from ssd_lit.config import ConfigError, change_run, dump, load_analysis, load_run, parse_changes
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, stage_of
 from ssd_lit.run import Run
 from ssd_lit.support import signals
 from ssd_lit.support.devices import reserve_gpus
-from ssd_lit.support.files import read_json_checked, whole_file, write_json_checked
+from ssd_lit.support.files import read_json_checked, whole_file, write_if_changed, write_json_checked
 from ssd_lit.support.locks import exclusive
 from ssd_lit.tracking.client import RunTracker
 from ssd_lit.tracking.metrics_log import read_metrics
 
 
-def train(folder: Path, *, until: str | None = None, start: str | None = None, threads: int | None = None) -> str:
+def train(
+    folder: Path,
+    *,
+    settings: Sequence[str] = (),
+    until: str | None = None,
+    start: str | None = None,
+    threads: int | None = None,
+) -> str:
     """Take a run on to its end, or to the end of the stage `until`.
 
-    What is done and stands on record stays as it is. `start`, a stage or a phase such as 05-sparse, is done anew with
+    What is done and stands on record stays as it is. `settings` such as training.steps=100 change the run's config
+    first: what was made from others is made anew. `start`, a stage or a phase such as 05-sparse, is done anew with
     all that follows it. Raises ConfigError for a name that the run does not have, ValueError for what it needs of
     another run and is not done, `Preempted` where a signal asked for it; the state is then saved.
     """
+    if settings and _is_first_process():
+        _change_config(folder, settings)
     run = Run.open(folder)
     last = until or run.stages[-1]
     if last not in run.stages:
@@ -82,6 +93,27 @@ def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
     # For finding reads of what was never written; nothing of ours does that.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(max(1, (threads or training.threads) // processes))
+
+
+def _change_config(folder: Path, settings: Sequence[str]) -> None:
+    """Write other settings into a run's config.yaml.
+
+    Raises ConfigError for settings that are wrong, or that would change the first phase that other runs take over.
+    """
+    with exclusive(folder, "settings"):
+        run, asked = load_run(folder / "config.yaml"), folder / "analysis.yaml"
+        try:
+            changed = change_run(run, parse_changes(settings), load_analysis(asked) if asked.exists() else None)
+        except ConfigError as error:
+            raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
+        if changed.warmup() != run.warmup():
+            for other in sorted(folder.absolute().parent.glob("*/config.yaml")):
+                if load_run(other).shares_warmup == run.name:
+                    raise ConfigError(
+                        f"{folder / 'config.yaml'}: {other.parent.name} takes over this run's first phase, which these "
+                        "settings change; change them for the whole experiment, with `ssd-lit configs`"
+                    )
+        write_if_changed(folder / "config.yaml", dump(changed))
 
 
 def _is_first_process() -> bool:

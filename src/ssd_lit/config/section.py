@@ -1,13 +1,31 @@
-"""Settings checked against their types; a mistake is told by key, value given and values allowed."""
+"""A section of settings: typed, strict, and a mistake in it told by key, value given and values allowed."""
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ssd_lit.config.sections import Section, T
 from ssd_lit.config.yaml_file import ConfigError, shown
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
+Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
+Family = Literal["gpt2", "bert", "t5", "llama"]
+Seed = Annotated[int, Field(ge=0, le=1_000_000)]
+"""scikit-learn takes seeds below 2^32, and clusterings are given a thousand for each of ours."""
+
+
+class Section(BaseModel):
+    """A block of settings that knows all its keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+T = TypeVar("T", bound=Section)
 
 
 def checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str, ...]], str] = ".".join) -> T:
