@@ -1,4 +1,4 @@
-"""GPT-2: a causal decoder whose FFN lives in one module a layer, as two Conv1D (transposed linear) maps."""
+"""GPT-2: a causal decoder; the FFN of a layer is one module of two Conv1D (transposed linear) maps."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -41,11 +41,11 @@ GATED_WEIGHTS = {
 
 
 def sites(backbone: Any) -> Sequence[FFNSite]:
-    """Those of the encoder, then those of the decoder if there is one; gated (T5 1.1) or not."""
+    """The encoder's, then the decoder's if there is one; gated (T5 1.1) or not."""
     config, base = backbone.config, backbone.base_model
     layers = [f"encoder.block.{i}.layer.1" for i in range(len(base.encoder.block))]
     if hasattr(base, "decoder"):
-        # Attention to the encoder comes between.
+        # Layer 1 of a decoder block is the attention to the encoder.
         layers += [f"decoder.block.{i}.layer.2" for i in range(len(base.decoder.block))]
     return [
         FFNSite(
