@@ -90,9 +90,7 @@ class FFNSite:
         prefix = "" if backbone.base_model is backbone else f"{backbone.base_model_prefix}."
         self._backbone = backbone
         self._modules = [f"{prefix}{layer}.{name}" for name in modules]
-        self.weights = {
-            part: Weight(f"{prefix}{layer}.{name}", transposed) for part, (name, transposed) in weights.items()
-        }
+        self.weights = {part: Weight(f"{prefix}{layer}.{name}", turned) for part, (name, turned) in weights.items()}
         """The backbone's parameter for each part."""
         self.activation = SAME_ACTIVATION.get(activation, activation)
         self.dropout = dropout
