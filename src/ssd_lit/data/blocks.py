@@ -1,5 +1,6 @@
 """Blocks of tokens, cut from a split's stream on disk without loading it."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -82,13 +83,7 @@ class StepBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self,
-        n_blocks: int,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        self, n_blocks: int, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by the {world_size} devices")
@@ -103,10 +98,7 @@ class StepBatchSampler(Sampler[list[int]]):
         self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while True:
-            yield self.batch(step)
-            step += 1
+        return map(self.batch, itertools.count(self.start_step))
 
     def batch(self, step: int) -> list[int]:
         """This rank's blocks of a step."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -92,32 +92,26 @@ def _compression(path: Path) -> str:
     return suffix if suffix in COMPRESSIONS else ""
 
 
-@contextmanager
-def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed according to its last suffix."""
+def _open_bytes(path: Path) -> Any:
+    """Opens the file for bytes, decompressed according to its last suffix."""
     match _compression(path):
         case ".gz":
-            with gzip.open(path) as file:
-                yield file  # type: ignore[misc]  # GzipFile reads like any binary file
+            return gzip.open(path)
         case ".bz2":
-            with bz2.open(path) as file:
-                yield file
+            return bz2.open(path)
         case ".xz":
-            with lzma.open(path) as file:
-                yield file
+            return lzma.open(path)
         case ".zst" | ".zstd":
             # Not the zstandard package: it does not notice a truncated file.
-            with pyarrow.CompressedInputStream(str(path), "zstd") as file:
-                yield file
+            return pyarrow.CompressedInputStream(str(path), "zstd")
         case _:
-            with path.open("rb") as file:
-                yield file
+            return path.open("rb")
 
 
 @contextmanager
 def _open_lines(path: Path) -> Iterator[Iterator[str]]:
     """The file's lines, without byte order marks, which concatenated files have inside too."""
-    with _open_bytes(path) as file, io.BufferedReader(file) as buffered:  # type: ignore[type-var]  # any binary file
+    with _open_bytes(path) as file, io.BufferedReader(file) as buffered:
         encoding = _encoding(path, buffered.peek(4)[:4])
         with io.TextIOWrapper(buffered, encoding=encoding, newline=None) as lines:
             yield (line.lstrip("\ufeff") for line in lines)
@@ -154,7 +148,7 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
             except RecursionError:
                 raise ConfigError(f"{where} is not valid JSON (nested too deeply)") from None
             except ValueError as error:
-                # Only the end of an array or object over several lines is missing: nothing else is wrong with the line.
+                # The error is at the end of the line: an array or object continues on the next one.
                 if place == 0 and isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip()):
                     raise ConfigError(f"{where} begins JSON that goes on over several lines; {_EXPECTED}") from None
                 raise ConfigError(f"{where} is not valid JSON ({_first_line(error)})") from None

@@ -45,9 +45,8 @@ def _rows(source: HubSource) -> Any:
         elif (folder / "state.json").is_file():
             rows = datasets.load_from_disk(folder)
         else:
-            split, streaming, revision = source.split, source.streaming, source.revision
             rows = datasets.load_dataset(
-                source.dataset, source.subset, split=split, streaming=streaming, revision=revision
+                source.dataset, source.subset, split=source.split, streaming=source.streaming, revision=source.revision
             )
     except ConfigError:
         raise

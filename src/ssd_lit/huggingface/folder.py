@@ -26,6 +26,7 @@ from ssd_lit.moe.backends import NAMES
 from ssd_lit.moe.ffn import ExpertFFN, Mode
 from ssd_lit.support.files import read_json, write_json
 
+INDEX = "model.safetensors.index.json"
 FORMAT = 1
 """Version of the format; raised when older versions of this package cannot read the folder."""
 
@@ -121,7 +122,7 @@ def save_folder(
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     # Left from an earlier save, these would be read instead of shards, or with other weights.
-    for name in ("experts.json", "model.safetensors", "model.safetensors.index.json"):
+    for name in ("experts.json", "model.safetensors", INDEX):
         (folder / name).unlink(missing_ok=True)
     ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
     save_dense(folder, model, family(model.config.model_type), ffns, max_shard_size=max_shard_size)
@@ -207,16 +208,11 @@ def copy_in_new_order(
     if done != moves.keys():
         raise ValueError(f"{source}: the weight files have no {min(moves.keys() - done)}")
     write_json(target / "config.json", {**model_settings(source), "architectures": [type(backbone).__name__]})
-    _copy_index(source, target)
-    copy_files(source, target, ["generation_config.json", *TOKENIZER_FILES])
-
-
-def _copy_index(source: Path, target: Path) -> None:
-    name = "model.safetensors.index.json"
-    if (source / name).is_file():
-        index = read_json(source / name)
+    if (source / INDEX).is_file():
+        index = read_json(source / INDEX)
         weight_map = {plain_name(weight): file for weight, file in index["weight_map"].items()}
-        write_json(target / name, {**index, "weight_map": weight_map})
+        write_json(target / INDEX, {**index, "weight_map": weight_map})
+    copy_files(source, target, ["generation_config.json", *TOKENIZER_FILES])
 
 
 def save_dense(

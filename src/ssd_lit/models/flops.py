@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
-from ssd_lit.data.objectives import Batch, build_objective
+from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.family import family
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
@@ -56,7 +56,9 @@ def forward_costs(model: ModelConfig, moe: MoEConfig, vocab: VocabInfo, sequence
     # Fake tensors have a shape and a device, and no memory.
     with FakeTensorMode():
         fake = LanguageModel(model, moe, vocab, context=sequence_length, read_weights=False)
-        batch = _block(model, vocab, sequence_length)
+        lengths = build_objective(family(model.family).objective, vocab).lengths(sequence_length)
+        inputs, targets = (torch.zeros(1, length, dtype=torch.long) for length in lengths)
+        batch = {"inputs": inputs, "targets": targets}
         # Kernels with built-in masks would be counted at less than the S x S square.
         fake.backbone.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -66,9 +68,3 @@ def forward_costs(model: ModelConfig, moe: MoEConfig, vocab: VocabInfo, sequence
     ffn = sum(2.0 * t * w for t, w in zip(tokens, weights, strict=True))
     scores = sum(2.0 * t * model.d_model * moe.experts for t in tokens)
     return Costs(counter.get_total_flops() - ffn, ffn, scores)
-
-
-def _block(model: ModelConfig, vocab: VocabInfo, sequence_length: int) -> Batch:
-    """A batch of one block, in the shape of the family's objective."""
-    inputs, targets = build_objective(family(model.family).objective, vocab).lengths(sequence_length)
-    return {"inputs": torch.zeros(1, inputs, dtype=torch.long), "targets": torch.zeros(1, targets, dtype=torch.long)}

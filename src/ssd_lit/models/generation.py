@@ -108,7 +108,7 @@ class Generator:
     @property
     def tokens(self) -> Tensor:
         """The prompts and their continuations so far."""
-        return self._tokens[:, : self._seen + 1].clone()
+        return self._tokens[:, : self._length + 1].clone()
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, new_tokens: int) -> None:
@@ -130,7 +130,7 @@ class Generator:
         """Go back to texts of `length` + 1 tokens."""
         self._last.copy_(self._tokens[:, length, None])
         self._position.fill_(length)
-        self._seen = length
+        self._length = length
 
     @torch.inference_mode()
     def advance(self, steps: int) -> None:
@@ -138,13 +138,13 @@ class Generator:
         if self._graph is not None:
             for _ in range(steps):
                 self._graph.replay()
-            self._seen += steps
+            self._length += steps
             return
         with nullcontext() if self._compiled else row_products(self.model):
             for _ in range(steps):
-                self._seen += 1
+                self._length += 1
                 if not self._compiled:
-                    self._cache.seen = self._seen
+                    self._cache.visible = self._length
                 self._step()
 
     def _prepare(self, prompt: Tensor, places: int) -> None:
@@ -174,7 +174,7 @@ class Generator:
         self._tokens[:, length] = out.logits[:, -1].argmax(dim=-1)
 
     def _step(self) -> None:
-        mask = self._slots[: self._cache.seen] <= self._position
+        mask = self._slots[: self._cache.visible] <= self._position
         out = self._forward(
             input_ids=self._last,
             position_ids=self._position.expand(len(self._last), 1),
@@ -211,7 +211,7 @@ class _FixedCache(Cache):
             for layer in like.layers
         ]
         self.position = position
-        self.seen = places
+        self.visible = places
         """Places that attention reads; a graph always reads all of them, since its shapes are fixed."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, ...]:
@@ -219,7 +219,7 @@ class _FixedCache(Cache):
         keys, values = self.places[layer_idx]
         keys.index_copy_(2, self.position, key_states)
         values.index_copy_(2, self.position, value_states)
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.position

@@ -41,12 +41,9 @@ WEIGHTS = {
 def sites(backbone: Any) -> Sequence[FFNSite]:
     config = backbone.config
     return [
-        FFNSite(
-            backbone, f"h.{i}", WEIGHTS, ["mlp"],
-            activation=config.activation_function, dropout=config.resid_pdrop,
-        )
+        FFNSite(backbone, f"h.{i}", WEIGHTS, ["mlp"], activation=config.activation_function, dropout=config.resid_pdrop)
         for i in range(config.n_layer)
-    ]  # fmt: skip
+    ]
 
 
 GPT2 = Family("causal", GPT2LMHeadModel, GPT2Model, "lm_head", config_of, sites)

@@ -47,13 +47,9 @@ def sites(backbone: Any) -> Sequence[FFNSite]:
     if hasattr(base, "decoder"):
         # Layer 1 of a decoder block is the attention to the encoder.
         layers += [f"decoder.block.{i}.layer.2" for i in range(len(base.decoder.block))]
-    return [
-        FFNSite(
-            backbone, layer, GATED_WEIGHTS if config.is_gated_act else WEIGHTS, ["DenseReluDense"],
-            activation=config.dense_act_fn, hidden_dropout=config.dropout_rate,
-        )
-        for layer in layers
-    ]  # fmt: skip
+    weights = GATED_WEIGHTS if config.is_gated_act else WEIGHTS
+    settings = {"activation": config.dense_act_fn, "hidden_dropout": config.dropout_rate}
+    return [FFNSite(backbone, layer, weights, ["DenseReluDense"], **settings) for layer in layers]
 
 
 T5 = Family("spans", T5ForConditionalGeneration, T5Model, "lm_head", config_of, sites)
