@@ -1,4 +1,4 @@
-"""GLUE tasks (arXiv 1804.07461) from the TSV files in which they are published."""
+"""GLUE (arXiv 1804.07461) and BLiMP (arXiv 1912.00582), read from the files in which they are published."""
 
 import csv
 import io
@@ -21,21 +21,21 @@ SPLITS = ("train", "dev")
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task keeps its examples, and how it is scored."""
+    """Columns, classes and metrics of a GLUE task."""
 
     title: str
-    """Its name, and that of its folder."""
+    """Name of the task and of its folder."""
     texts: tuple[str, ...]
-    """Columns that hold an example's text or pair of texts."""
+    """Columns of the text or pair of texts."""
     label: str
-    """The column that holds what is to be told about it."""
+    """Column of the class or score."""
     labels: tuple[str, ...]
-    """The classes, as the files write them; none where it is a number."""
+    """Classes as the files write them; empty for a score."""
     metrics: tuple[str, ...]
 
-    def target(self, written: str) -> float:
-        """The number of the class, or the number itself. Raises ValueError for what is neither."""
-        return float(self.labels.index(written) if self.labels else written)
+    def target(self, label: str) -> float:
+        """Returns the index of the class, or the score. Raises ValueError for an unknown class or no number."""
+        return float(self.labels.index(label) if self.labels else label)
 
 
 TASKS = {
@@ -47,65 +47,64 @@ TASKS = {
 
 
 class Example(NamedTuple):
-    """One text or a pair of them, and the number of its class or its score."""
+    """A text or pair of texts, and the index of its class or its score."""
 
     texts: tuple[str, ...]
     target: float
 
 
 def read_task(source: Path, name: str, split: str, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of a task's split, or all; `source` is a folder or a packed one.
+    """Returns the first `limit` examples of a task's split, or all; `source` is a folder or a tar archive of it.
 
-    A packed folder is read where it lies and never unpacked. Raises ConfigError for what is not in the published
-    format.
+    The archive is never unpacked. Raises ConfigError for files that are not in the published format.
     """
     task = TASKS[name]
     file = f"{task.title}/{split}.tsv"
     try:
         with _open(source, file) as lines:
-            # Quotes are characters of the sentences here, and stand alone as often as in pairs.
+            # Quotes are part of the sentences, and often unpaired.
             rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             missing = [column for column in (*task.texts, task.label) if column not in (rows.fieldnames or [])]
             if missing:
                 raise ConfigError(f"{source}: {file} has no column {missing[0]!r}")
-            found = [_example(task, row, f"{source}: {file}, line {rows.line_num}") for row in islice(rows, limit)]
+            examples = [_example(task, row, f"{source}: {file}, line {rows.line_num}") for row in islice(rows, limit)]
     except UnicodeDecodeError:
         raise ConfigError(f"{source}: {file} is not UTF-8 text") from None
     except (OSError, EOFError, csv.Error, tarfile.TarError, lzma.LZMAError) as error:
         raise ConfigError(f"{source}: {file} cannot be read ({error})") from None
-    if not found:
+    if not examples:
         raise ConfigError(f"{source}: {file} has no examples")
-    return found
+    return examples
 
 
 def _example(task: Task, row: dict[str, str | None], where: str) -> Example:
-    # A line that is cut short holds None in its last columns.
-    texts, written = tuple(row[column] or "" for column in task.texts), row[task.label]
-    if not all(texts) or written is None:
+    # The reader fills the missing columns of a short line with None.
+    texts, label = tuple(row[column] or "" for column in task.texts), row[task.label]
+    if not all(texts) or label is None:
         raise ConfigError(f"{where}: columns are missing")
     try:
-        return Example(texts, task.target(written))
+        return Example(texts, task.target(label))
     except ValueError:
         allowed = ", ".join(task.labels) or "numbers"
-        raise ConfigError(f"{where}: {task.label} {written!r}; allowed: {allowed}") from None
+        raise ConfigError(f"{where}: {task.label} {label!r}; allowed: {allowed}") from None
 
 
 @contextmanager
 def _open(source: Path, file: str) -> Iterator[IO[str]]:
-    """The lines of a file of the folder, without a byte-order mark."""
+    """Opens a file of a folder or tar archive as text without a byte-order mark."""
     if source.is_dir():
         with (source / file).open(encoding="utf-8-sig", newline="") as lines:
             yield lines
         return
     with tarfile.open(source) as archive:
-        packed = archive.extractfile(_member(archive, source, file))
-        assert packed is not None
-        with io.TextIOWrapper(packed, encoding="utf-8-sig", newline="") as lines:
+        content = archive.extractfile(_member(archive, source, file))
+        assert content is not None
+        with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as lines:
             yield lines
 
 
 def _member(archive: tarfile.TarFile, source: Path, file: str) -> tarfile.TarInfo:
-    """The packed file of that name, in whatever folder; links do not count."""
+    """The regular file of that name, in any folder of the archive."""
     parts = PurePosixPath(file).parts
     for member in archive:
         if member.isreg() and PurePosixPath(member.name).parts[-len(parts) :] == parts:
@@ -114,7 +113,7 @@ def _member(archive: tarfile.TarFile, source: Path, file: str) -> tarfile.TarInf
 
 
 class Pair(NamedTuple):
-    """Two sentences that differ in what makes one of them unacceptable."""
+    """A minimal pair: an acceptable and an unacceptable sentence."""
 
     good: str
     bad: str
@@ -122,37 +121,37 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairSet:
-    """The pairs that test one contrast."""
+    """The pairs of one contrast."""
 
     name: str
     field: str
-    """The part of linguistics that it belongs to, such as morphology; empty if the file does not say."""
+    """Part of linguistics, such as morphology; empty if the file has none."""
     pairs: tuple[Pair, ...]
 
 
 def read_blimp(source: Path, limit: int | None = None) -> list[PairSet]:
-    """All sets by name, each with its first `limit` pairs or all; `source` is the published .zip or its folder.
+    """Returns all sets by name, each with its first `limit` pairs or all; `source` is the published .zip or its folder.
 
-    Archives are read where they lie and never unpacked. Raises ConfigError for what is not in the published format.
+    The archive is never unpacked. Raises ConfigError for files that are not in the published format.
     """
     try:
-        found = [_pair_set(source, name, lines, limit) for name, lines in sorted(_files(source).items())]
+        pair_sets = [_pair_set(source, name, lines, limit) for name, lines in sorted(_files(source).items())]
     except UnicodeDecodeError:
         raise ConfigError(f"{source}: not UTF-8 text") from None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{source}: cannot be read ({error})") from None
-    if not found:
+    if not pair_sets:
         raise ConfigError(f"{source}: no .jsonl file in it")
-    return found
+    return pair_sets
 
 
 def _files(source: Path) -> dict[str, Iterable[str]]:
-    """The lines of every file of pairs, by its name without the suffix."""
+    """The lines of each .jsonl file, by its name without the suffix."""
     if source.is_dir():
         return {path.stem: _lines(path) for path in source.glob("*.jsonl")}
     with zipfile.ZipFile(source) as archive:
         names = [PurePosixPath(name) for name in archive.namelist() if name.endswith(".jsonl")]
-    # A Mac packs a twin that is no text, ._NAME, beside some files.
+    # macOS archives hold a binary file ._NAME beside some files.
     return {name.stem: _packed_lines(source, str(name)) for name in names if not name.name.startswith(".")}
 
 
@@ -194,7 +193,7 @@ def _pair_set(source: Path, name: str, lines: Iterable[str], limit: int | None) 
 
 
 def check_downstream(settings: DownstreamConfig) -> None:
-    """Read the first example of every file. Raises ConfigError for one that will not do."""
+    """Read the first example of every file. Raises ConfigError if that fails."""
     if settings.glue is not None:
         for name in settings.glue.tasks:
             for split in SPLITS:

@@ -1,12 +1,12 @@
 """Balanced assignment: the cheapest way to give every row a column, all columns equally often.
 
 A balanced assignment is a transport problem. Its dual has one price for each column: every row takes the column
-with the smallest cost - price, and any such assignment is the cheapest one for its own column counts. So the work is
+with the smallest cost - price, and any such assignment is the cheapest one for its own column counts. So the task is
 to find prices that make the counts equal (Bertsekas' auction, 1988, raises them bid by bid). Here they come from
 Newton's method on the dual, smoothed by an entropy term that is lowered step by step (Cuturi, 2013,
 arXiv 1306.0895): a few dozen passes over [n, E], which run for all layers at once and on a GPU. The prices need not be
-right: whatever rows they leave in the wrong column are settled exactly afterwards. Shape letters: P problems, n rows,
-E columns.
+exact: rows that they leave in the wrong column are moved by an exact method afterwards. Shape letters: P problems, n
+rows, E columns.
 """
 
 from itertools import pairwise
@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
-
 Labels = npt.NDArray[np.int64]
 
 TEMPERATURES = [4.0**-level for level in range(10)]
 """Entropy of the smoothed dual, from high to low, in units of the spread of the costs."""
 
 NEWTON_STEPS = [1] * 3 + [2] * 3 + [3] * 4
-"""Steps at each temperature where the prices must be all but right; a draft makes one."""
+"""Newton steps at each temperature of an exact assignment; a draft makes one."""
 
 FREE_ROWS = 8
-"""Rows for each column that may change columns at first when prices leave some in the wrong one."""
+"""Rows for each column that may move in the first exact attempt, if prices leave some in the wrong column."""
 
 SETTLED = 1 - 1e-6
-"""A row that gives this share to one column takes that column at lower temperatures too."""
+"""A row with this share in one column keeps that column at lower temperatures."""
 
 
 def balanced_assignment(cost: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def balanced_assignment(cost: Tensor) -> Tensor:
 
 
 def centred_costs(cost: Tensor) -> Tensor:
-    """Cost [P, n, E] less the means of its columns and rows: only differences within a row and a column matter."""
+    """Cost [P, n, E] less the means of its columns and rows: only differences within a row or column matter."""
     cost = cost - cost.mean(1, keepdim=True)
     return cost.sub_(cost.mean(2, keepdim=True))
 
@@ -65,12 +64,12 @@ def _prices(cost: Tensor) -> Tensor:
     n_problems, n, n_columns = cost.shape
     prices = cost.new_zeros(n_problems, n_columns)
     size = n // n_columns
-    wanted = torch.full_like(prices, size)
+    capacity = torch.full_like(prices, size)
     spread = cost_spread(cost)
     for level, steps in zip(TEMPERATURES, NEWTON_STEPS, strict=True):
-        prices, share = newton_prices(cost, size, wanted, prices, spread * level, steps)
-        if cost.device.type == "cpu":  # a GPU does a pass in less time than it takes to ask
-            cost, wanted = _unsettled(cost, wanted, share)
+        prices, share = newton_prices(cost, size, capacity, prices, spread * level, steps)
+        if cost.device.type == "cpu":  # on a GPU the test takes longer than a pass
+            cost, capacity = _unsettled(cost, capacity, share)
     return prices
 
 
@@ -80,10 +79,10 @@ def cost_spread(cost: Tensor) -> Tensor:
 
 
 def newton_prices(
-    cost: Tensor, size: int, wanted: Tensor, prices: Tensor, temperature: Tensor, steps: int = 1
+    cost: Tensor, size: int, capacity: Tensor, prices: Tensor, temperature: Tensor, steps: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Prices [P, E] after steps at a temperature [P, 1], and the share [P, n, E] of each row in each column before the
-    last of them. The columns of cost [P, n, E] want `wanted` rows [P, E] of it, and `size` of all rows.
+    last step. The columns take `capacity` [P, E] of the rows of cost [P, n, E], and `size` of all rows.
     """
     n_columns = cost.shape[-1]
     # Prices are defined up to a constant, so the Hessian is singular along it.
@@ -94,7 +93,7 @@ def newton_prices(
         share = torch.softmax(p[:, None] - scaled, -1)
         gram = share.mT @ share
         count = gram.sum(-1)  # a row's shares add up to 1
-        missing = wanted - count
+        missing = capacity - count
         hessian = fix - gram
         hessian.diagonal(dim1=1, dim2=2).add_(count)
         newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
@@ -105,27 +104,27 @@ def newton_prices(
     return p * temperature, share
 
 
-def _unsettled(cost: Tensor, wanted: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of cost [P, n, E] that may still change columns, and how many the columns want of them.
+def _unsettled(cost: Tensor, capacity: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of cost [P, n, E] that may still change columns, and the capacity [P, E] left for them.
 
-    share [P, n, E]: how much of each row goes to each column at the present temperature.
+    share [P, n, E]: the share of each row in each column at the present temperature.
     """
     settled = share.amax(-1) > SETTLED
     most = cost.shape[1] - int(settled.sum(-1).min())
     if most > cost.shape[1] // 2:
-        return cost, wanted
+        return cost, capacity
     rows = settled.byte().argsort(dim=-1, stable=True)[:, :most, None].expand(-1, -1, cost.shape[-1])
-    gone = share.sum(1) - share.gather(1, rows).sum(1)
-    return cost.gather(1, rows), wanted - gone.round()
+    taken = share.sum(1) - share.gather(1, rows).sum(1)
+    return cost.gather(1, rows), capacity - taken.round()
 
 
 def _settle(reduced: Tensor, labels: Tensor, size: int) -> None:
     """Make the assignment of one problem balanced, at the least cost, in place.
 
-    reduced [n, E] is cost - price, labels [n] the columns where it is least. Only rows whose choice is narrow move. The
-    sum of all rows' least reduced costs bounds any balanced assignment from below; a row whose second choice costs more
-    than what a solution is above that bound keeps its first choice in every optimum. So a solution is optimal once all
-    narrower rows were free in it.
+    reduced [n, E] is cost - price, labels [n] the columns where it is least. Only rows with a small margin between
+    their first and second choice move. The sum of all rows' least reduced costs is a lower bound for any balanced
+    assignment. A row whose margin exceeds a solution's distance to that bound keeps its first choice in every optimum.
+    So a solution is optimal once all rows with smaller margins were free to move in it.
     """
     n, columns = reduced.shape
     if columns == 1:
@@ -157,7 +156,7 @@ def _move(cost: Floats, labels: Labels, surplus: Labels) -> Labels:
     columns = cost.shape[1]
     surplus = surplus.copy()
     move = np.empty((columns, columns))  # move[a, b]: what it costs to move the best row of a to b
-    row = np.zeros((columns, columns), dtype=np.int64)  # that row
+    row = np.zeros((columns, columns), dtype=np.int64)  # the index of that row
     for a in range(columns):
         _cheapest_moves(cost, labels, a, move, row)
     for _ in range(int(surplus.clip(0).sum())):

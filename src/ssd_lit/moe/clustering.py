@@ -30,9 +30,8 @@ EXACT_ROUNDS = 8
 LEAST_GAIN = 1e-5
 """Exact rounds go on while each lowers the inertia by more than this share."""
 
-
 DRAFT_TEMPERATURES = [2e-2, 1e-3]
-"""Temperatures, one step at each, of a draft that starts from the prices of the draft before."""
+"""Temperatures, one step at each, of a draft that starts from the previous draft's prices."""
 
 
 class Clustering(NamedTuple):
@@ -54,12 +53,12 @@ def normalised_rows(weights: Tensor) -> Tensor:
 def balanced_kmeans(x: Tensor, n_clusters: int, *, init: Tensor | None = None, seed: int = 0) -> Clustering:
     """Put the rows of x [n, D] into `n_clusters` clusters of exactly n / n_clusters rows.
 
-    A cold start (k-means, then balanced assignments and centres in turn until the inertia stops falling) runs
-    always; with `init`, labels [n] of an earlier balanced clustering, a warm start from them runs beside it. The
-    better one is kept, the warm one if they tie. Runs on the device of x and in its precision, float32 or float64;
-    the assignments, and the inertia by which starts are compared, are in float64. The same arguments give the same
-    result, on a CPU whatever the number of threads, and the global random state is left alone. Raises ValueError if n
-    is not divisible by `n_clusters`, if x is not finite, or if `init` does not give a cluster for every row.
+    A cold start (k-means, then balanced assignments and centres in turn until the inertia stops falling) always runs.
+    With `init`, labels [n] of an earlier balanced clustering, there is also a warm start from them. The better one is
+    returned, the warm one if they tie. Runs on the device of x and in its precision, float32 or float64; the
+    assignments, and the inertia by which starts are compared, are in float64. The same arguments give the same result,
+    on a CPU for any number of threads, and the global random state is not used. Raises ValueError if n is not divisible
+    by `n_clusters`, if x is not finite, or if `init` does not give a cluster for every row.
     """
     return balanced_kmeans_layers([x], n_clusters, init=None if init is None else [init], seed=seed)[0]
 
@@ -67,14 +66,14 @@ def balanced_kmeans(x: Tensor, n_clusters: int, *, init: Tensor | None = None, s
 def balanced_kmeans_layers(
     layers: Sequence[Tensor], n_clusters: int, *, init: Sequence[Tensor] | None = None, seed: int = 0
 ) -> list[Clustering]:
-    """`balanced_kmeans` of the rows [n, D] of every layer; layers of one shape are clustered together."""
+    """`balanced_kmeans` of the rows [n, D] of every layer; layers of the same shape are computed together."""
     with _one_thread():
         return _cluster_layers(layers, n_clusters, init, seed)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums round differently on another number of threads. On a GPU this changes nothing."""
+    """One CPU thread: sums round differently with another number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,28 +90,28 @@ def _cluster_layers(
     for x, labels in zip(layers, init or [], strict=init is not None):
         if labels.shape != (len(x),) or not 0 <= int(labels.min()) <= int(labels.max()) < n_clusters:
             raise ValueError(f"init must give one of {n_clusters} clusters for each of {len(x)} rows")
-    found: dict[int, Clustering] = {}
+    clusterings: dict[int, Clustering] = {}
     for group in _groups(layers):
         x = torch.stack([layers[i].detach() for i in group])
         warm = None if init is None else torch.stack([init[i] for i in group]).to(x.device)
-        found.update(zip(group, _cluster(x, n_clusters, warm, seed), strict=True))
-    return [found[i] for i in range(len(layers))]
+        clusterings.update(zip(group, _cluster(x, n_clusters, warm, seed), strict=True))
+    return [clusterings[i] for i in range(len(layers))]
 
 
 def random_balanced(n: int, n_clusters: int, *, seed: int = 0) -> Tensor:
-    """Labels [n] that put rows at random into clusters of equal size; the same for the same seed."""
+    """Labels [n] of random clusters of equal size; the same for the same seed."""
     if n_clusters < 1 or n % n_clusters:
         raise ValueError(f"{n} rows do not divide into {n_clusters} clusters of equal size")
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(n) % n_clusters))
 
 
 def _groups(layers: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of layers that are clustered together: of one shape, and no more than pays or fits."""
+    """Indices of layers to compute together: of the same shape, and as many as is fast and fits."""
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for i, x in enumerate(layers):
         alike.setdefault((x.shape, x.dtype, x.device), []).append(i)
     for (shape, _, device), places in alike.items():
-        # A CPU gains from company only where calls cost more than work; a GPU needs it, up to 1 GiB of float32.
+        # On a CPU groups are faster only where calls cost more than the work; a GPU needs them, up to 1 GiB of float32.
         most = 2**28 if device.type == "cuda" else 2**20
         count = max(1, most // shape.numel())
         yield from (places[i : i + count] for i in range(0, len(places), count))
@@ -123,17 +122,17 @@ def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iter
     centers = _kmeans(x, _seeds(x, n_clusters, seed))[:, None]
     if init is not None:
         centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
-    tried = _refine(x, centers, init)
-    means, inertias = zip(*map(_measured, x, tried, [n_clusters] * len(x)), strict=True)
-    # One transfer for all layers: each would make a GPU wait.
-    for labels, centers, inertia in zip(tried.cpu(), means, torch.stack(inertias).tolist(), strict=True):
-        # The warm start stands last; min takes the first of equals.
+    candidates = _refine(x, centers, init)
+    means, inertias = zip(*map(_measured, x, candidates, [n_clusters] * len(x)), strict=True)
+    # One transfer for all layers: each makes a GPU wait.
+    for labels, centers, inertia in zip(candidates.cpu(), means, torch.stack(inertias).tolist(), strict=True):
+        # The warm start is last; min returns the first of equals.
         best = min(reversed(range(len(labels))), key=inertia.__getitem__)
         yield Clustering(labels[best], centers[best], inertia[best])
 
 
 def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for what is reported and compared."""
+    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for the result and the comparison."""
     rows = x.double()
     centers = _centers(rows[None], labels[None], n_clusters)[0]
     inertia = torch.stack([(rows - means[own]).square().sum() for means, own in zip(centers, labels, strict=True)])
@@ -141,11 +140,11 @@ def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tenso
 
 
 def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
-    """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that helps most.
+    """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that lowers inertia most.
 
-    Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a chance that grows with its squared distance
-    to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise comes from
-    the CPU and is the same for all layers, so that a layer's result depends on nothing else.
+    Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a probability proportional to its squared
+    distance to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise is
+    drawn on the CPU and is the same for all layers, so that a layer's result does not depend on the others.
     """
     layers, n, _ = x.shape
     trials = 2 + int(math.log(n_clusters))
@@ -168,7 +167,7 @@ def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
-    """Lloyd's rounds from centers [L, E, D]; a cluster that is left empty keeps its centre."""
+    """Lloyd's rounds from centers [L, E, D]; an empty cluster keeps its centre."""
     before: Tensor | None = None
     for _ in range(KMEANS_ROUNDS):
         labels = _costs(x, centers[:, None]).argmin(-1)
@@ -184,8 +183,8 @@ def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
 def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
     """Balanced assignments and centres in turn: drafts, then exact ones; labels [L, S, n] of the best exact round.
 
-    x [L, n, D] and centers [L, S, E, D] to begin with. `init`, labels [L, n] of which the last start's centres are the
-    means, is kept if an exact round from it does not gain, or if no later one does.
+    x [L, n, D], initial centers [L, S, E, D]. `init`, labels [L, n] whose means are the centres of the last start, is
+    kept if an exact round from it does not gain, or if no later round does.
     """
     layers, starts, n_clusters, _ = centers.shape
     labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
@@ -195,16 +194,16 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
     if init is not None:
         labels[:, -1] = init
         inertia[:, -1:] = _inertia(squares, centers[:, -1:], x.shape[1])
-        # Drafts would shake a clustering that is as good as it gets.
+        # If it has converged, drafts would only make it worse.
         means = _centers(x, _exact_round(x, centers[:, -1:]), n_clusters)
         going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
     centers = _draft(x, centers)
     for _ in range(EXACT_ROUNDS):
-        found = _exact_round(x, centers)
-        centers = _centers(x, found, n_clusters)
+        new = _exact_round(x, centers)
+        centers = _centers(x, new, n_clusters)
         reached = _inertia(squares, centers, x.shape[1])
         going &= reached < inertia * (1 - LEAST_GAIN)
-        labels = torch.where(going[..., None], found, labels)
+        labels = torch.where(going[..., None], new, labels)
         inertia = torch.where(going, reached, inertia)
         if not going.any():
             break
@@ -212,7 +211,7 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
 
 
 def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
-    """Inertia [L, S] of balanced clusters of n rows with means [L, S, E, D]: no second pass over the rows.
+    """Inertia [L, S] of balanced clusters of n rows with means [L, S, E, D], without a pass over the rows.
 
     squares [L, 1]: sum of the rows' squared lengths.
     """
@@ -227,18 +226,18 @@ def _exact_round(x: Tensor, centers: Tensor) -> Tensor:
 def _draft(x: Tensor, centers: Tensor) -> Tensor:
     """Better centres [L, S, E, D] from rounds whose clusters are only nearly equal in size.
 
-    Centres hardly move between two rounds, so each round takes few steps from the prices of the round before; rows left
-    in the wrong column stay there. Nothing is asked of a GPU on the way, so it never waits.
+    Centres hardly move between two rounds, so each round takes few steps from the previous round's prices; rows left in
+    the wrong cluster stay there. Nothing is read back from a GPU, so it never waits.
     """
     layers, starts, n_clusters, _ = centers.shape
     size = x.shape[1] // n_clusters
     prices = x.new_zeros(layers * starts, n_clusters, dtype=torch.float64)
-    wanted = torch.full_like(prices, size)
+    capacity = torch.full_like(prices, size)
     for temperatures in [TEMPERATURES] + [DRAFT_TEMPERATURES] * (DRAFT_ROUNDS - 1):
         cost = centred_costs(_costs(x, centers).double().flatten(0, 1))
         spread = cost_spread(cost)
         for level in temperatures:
-            prices, _ = newton_prices(cost, size, wanted, prices, spread * level)
+            prices, _ = newton_prices(cost, size, capacity, prices, spread * level)
         labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
         centers = _centers(x, labels, n_clusters)
     return centers
@@ -254,7 +253,7 @@ def _costs(x: Tensor, centers: Tensor) -> Tensor:
 def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """The mean [L, S, E, D] of each cluster's rows, for labels [L, S, n]; the origin for an empty one."""
     layers, starts, n = labels.shape
-    # A product adds in a fixed order; a scatter on a GPU does not.
+    # A matrix product adds in a fixed order; a scatter on a GPU does not.
     member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
     sums = (member.view(layers, -1, n) @ x).view(layers, starts, n_clusters, -1)
     return sums / member.sum(-1, keepdim=True).clamp(min=1)

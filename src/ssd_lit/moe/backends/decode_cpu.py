@@ -1,6 +1,6 @@
 """The sparse FFN for one token or a few on the CPU: products of a row with views of the chosen experts' weights.
 
-For generation. It learns correctly too, but slowly: each view has a gradient of full size.
+For generation. Its gradients are correct too, but slow: each view has a gradient of full size.
 """
 
 import torch
@@ -10,11 +10,11 @@ from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.routing import Routing
 
 BLOCK = 16
-"""Neurons of one product: MKL computes a matrix-vector product on one core, but a batch of them on all."""
+"""Neurons of one product: MKL computes one matrix-vector product on one core, but a batch of them on all."""
 
 
 def decode_cpu(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
-    """Token by token, expert by expert: reads the chosen experts' weights where they lie, and no others.
+    """Token by token, expert by expert: reads only the chosen experts' weights, in place.
 
     torch.compile breaks its graph here, where the chosen experts become numbers.
     """
@@ -32,7 +32,7 @@ def decode_cpu(x: Tensor, choice: Routing, experts: Experts, activation: Activat
         row = x[t].expand(blocks, 1, width)
         y = x.new_zeros(blocks, 1, width)
         for k, e in enumerate(chosen):
-            if e == n_experts:  # stands where a token has fewer than K experts
+            if e == n_experts:  # fills the places of a token with fewer than K experts
                 continue
             gate = None if w_gate is None else _products(row, w_gate[e], b_gate, e)
             hidden = activation(_products(row, w_in[e], b_in, e), gate)

@@ -13,27 +13,27 @@ from ssd_lit.moe.routing import Routing
 
 @torch.library.custom_op("ssd_lit::gathered_products", mutates_args=())
 def gathered_products(x: Tensor, w: Tensor, b: Tensor | None, token: Tensor, count: Tensor) -> Tensor:
-    """What each pair's token gives the neurons of its expert: x [T, D], w [E, H, D], b [E, H] -> [N, H]."""
+    """Each pair's token times its expert's weights: x [T, D], w [E, H, D], b [E, H] -> [N, H]."""
     y = x.new_empty(len(token), w.shape[1])
     counts = count.tolist()
     rows = _workspace(x, counts)
     for e, tokens, out in _by_expert(counts, token, y):
-        found = torch.index_select(x, 0, tokens, out=rows[: len(tokens)])
+        gathered = torch.index_select(x, 0, tokens, out=rows[: len(tokens)])
         if b is None:
-            torch.mm(found, w[e].T, out=out)
+            torch.mm(gathered, w[e].T, out=out)
         else:
-            torch.addmm(b[e], found, w[e].T, out=out)
+            torch.addmm(b[e], gathered, w[e].T, out=out)
     return y
 
 
 @torch.library.custom_op("ssd_lit::scattered_products", mutates_args=())
 def scattered_products(h: Tensor, w: Tensor, token: Tensor, count: Tensor, tokens: int) -> Tensor:
-    """What the pairs' neurons add to their tokens: h [N, H], w [E, H, D] -> [T, D]."""
+    """The sum over a token's pairs of neurons times their expert's weights: h [N, H], w [E, H, D] -> [T, D]."""
     y = h.new_zeros(tokens, w.shape[2])
     counts = count.tolist()
     rows = _workspace(y, counts)
-    for e, mine, hidden in _by_expert(counts, token, h):
-        y.index_add_(0, mine, torch.mm(hidden, w[e], out=rows[: len(mine)]))
+    for e, indices, hidden in _by_expert(counts, token, h):
+        y.index_add_(0, indices, torch.mm(hidden, w[e], out=rows[: len(indices)]))
     return y
 
 
@@ -45,8 +45,8 @@ def product_gradients(h: Tensor, x: Tensor, token: Tensor, count: Tensor) -> Ten
     rows = _workspace(x, counts)
     for e, tokens, hidden in _by_expert(counts, token, h):
         torch.mm(hidden.T, torch.index_select(x, 0, tokens, out=rows[: len(tokens)]), out=dw[e])
-    for e, found in enumerate(counts):
-        if not found:
+    for e, n_tokens in enumerate(counts):
+        if not n_tokens:
             dw[e].zero_()
     return dw
 
@@ -58,7 +58,7 @@ def _by_expert(counts: list[int], token: Tensor, neurons: Tensor) -> Iterator[tu
 
 
 def _workspace(like: Tensor, counts: list[int]) -> Tensor:
-    """Rows for the tokens of one expert at a time: fresh memory for those of all would cost more than the products."""
+    """Rows for the tokens of one expert at a time: allocating them for all would take longer than the products."""
     return like.new_empty(max(counts), like.shape[1])
 
 
@@ -153,9 +153,9 @@ def _sorted_by_expert(choice: Routing, n_experts: int) -> tuple[Tensor, Tensor]:
     """Places [N] in the flattened choice, sorted by their expert, and how many tokens go to each [E]."""
     expert = choice.experts.flatten()
     place = expert.argsort(stable=True)
-    # bincount would say the same, but torch.compile does not know how long its answer is.
+    # Not bincount: torch.compile does not know the size of its output.
     count = expert.new_zeros(n_experts + 1).scatter_add(0, expert, torch.ones_like(expert))[:n_experts]
-    # Places without an expert stand last.
+    # Places without an expert come last.
     return (place[: int(count.sum())] if choice.ragged else place), count
 
 
