@@ -60,7 +60,7 @@ class Run:
     # Its inputs.
 
     def made_from(self) -> Inputs:
-        """All inputs of the run's weights: SHA-256 of its config, digests of its tokens and of the weights it starts from.
+        """Digests of all inputs of the run's weights: its config, its tokens and the weights that it starts from.
 
         The latter are of a shared warm-up or of the parent run's final model; None for initial weights of its own. If
         the run matches another's FLOPs, also the other's final weights. Raises ValueError if another run that it needs
@@ -102,7 +102,7 @@ class Run:
         return read_chain(self.folder, self.config.method)
 
     def checkpoint(self, stage: str) -> Path:
-        """The checkpoint at the end of a training stage; a shared warm-up's is in the folder of the run that trained it."""
+        """The checkpoint at the end of a training stage; a shared warm-up's is in its owner's folder."""
         if stage == "warmup" and self.config.shares_warmup is not None:
             return checkpoint_path(self.folder.parent / self.config.shares_warmup, stage)
         return checkpoint_path(self.folder, stage)
@@ -149,7 +149,7 @@ class Run:
         return self.has_checkpoint(stage) or any(map(self._is_trained, later))
 
     def has_checkpoint(self, stage: str) -> bool:
-        """Whether the checkpoint of a recorded stage exists. Raises ValueError if its size differs from the recorded."""
+        """Whether the checkpoint of a recorded stage exists. Raises ValueError if its size is not the recorded one."""
         path = self.checkpoint(stage)
         if path.exists() and path.stat().st_size != self.stage(stage).size:
             raise ValueError(f"{path}: damaged (its size differs from the recorded size); delete it and run again")

@@ -12,7 +12,7 @@ from ssd_lit.support.files import sha256, write_json_checked
 from ssd_lit.tracking.client import RunTracker
 
 
-class Measured(NamedTuple):
+class Found(NamedTuple):
     """The result of a measurement."""
 
     content: dict[str, Any]
@@ -41,17 +41,17 @@ def measure(run: Run, measurement: str) -> str:
     return measured.summary
 
 
-def _evaluate(run: Run) -> Measured:
+def _evaluate(run: Run) -> Found:
     from ssd_lit.evaluation.evaluate import evaluate_run, outcome
 
     content = evaluate_run(run, load_evaluation(run.folder / "evaluation.yaml"))
     metrics = outcome(content)
     perplexities = {mode: metrics.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
     values = [f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None]
-    return Measured(content, metrics, ", ".join(values))
+    return Found(content, metrics, ", ".join(values))
 
 
-def _analyse(run: Run) -> Measured:
+def _analyse(run: Run) -> Found:
     from ssd_lit.evaluation.analysis import analyse_run
 
     content = analyse_run(run, load_analysis(run.folder / "analysis.yaml"))
@@ -64,17 +64,17 @@ def _analyse(run: Run) -> Measured:
     digests = {name: sha256(run.folder / "analysis" / name) for name in content["written"]}
     left_out = "; ".join(sorted(set(content["left_out"].values())))
     summary = ", ".join(content["written"]) or f"nothing to write: {left_out}"
-    return Measured({**content, "digests": digests}, metrics, summary)
+    return Found({**content, "digests": digests}, metrics, summary)
 
 
-def _downstream(run: Run) -> Measured:
+def _downstream(run: Run) -> Found:
     """After an interruption it resumes with the fine-tuning that is not done."""
     from ssd_lit.evaluation.downstream import evaluate_downstream, means
 
     content = evaluate_downstream(run, load_downstream(run.folder / "downstream.yaml"), _partial_results(run))
     metrics = means(content)
     values = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in metrics.items()]
-    return Measured(content, metrics, ", ".join(values) or "; ".join(content["left_out"].values()))
+    return Found(content, metrics, ", ".join(values) or "; ".join(content["left_out"].values()))
 
 
 def _partial_results(run: Run) -> Path:
