@@ -1,8 +1,7 @@
 """Evaluation of a run's final model: loss in both modes and over k, activation sparsity, routing recall."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +50,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     routed = config.moe.posthoc_router is not None
     ks = sorted({top_k, *(k for k in settings.top_k_curve if k <= config.moe.experts)}) if has_sparse else []
     curve = {k: _sparse_loss(model, batches, k) for k in tqdm(ks, desc="top-k curve", disable=None)}
-    with _oracle(model):
-        oracle = {k: _sparse_loss(model, batches, k) for k in tqdm(ks, desc="oracle curve", disable=None)}
+    oracle = {k: _oracle_loss(model, batches, k) for k in tqdm(ks, desc="oracle curve", disable=None)}
     ratios = _dense_ratios(model, batches) if has_dense else None
     held_out = {
         name: _held_out(model, batches_of(name), has_dense, ks)
@@ -127,6 +125,16 @@ def _sparse_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> floa
     return _loss(model, batches)
 
 
+def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
+    """The sparse loss with routing by the true activation mass."""
+    for ffn in model.ffns:
+        ffn.oracle = True
+    loss = _sparse_loss(model, batches, k)
+    for ffn in model.ffns:
+        ffn.oracle = False
+    return loss
+
+
 def _by_threshold(model: LanguageModel, batches: Sequence[Batch], threshold: float) -> dict[str, float]:
     """The loss with dynamic k at a threshold, and the mean k."""
     model.set_mode("sparse")
@@ -161,13 +169,3 @@ def _by_layer(
     ]
     means: list[float] = torch.tensor(values).mean(dim=0).tolist()
     return means
-
-
-@contextmanager
-def _oracle(model: LanguageModel) -> Iterator[None]:
-    """Route every layer by its experts' true activation mass."""
-    for ffn in model.ffns:
-        ffn.oracle = True
-    yield
-    for ffn in model.ffns:
-        ffn.oracle = False

@@ -86,15 +86,14 @@ class ActivationMonitor(PhaseCallback):
     def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         self._watch = RoutingWatch(f"{self._run} {phase.name}")
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, *_: Any) -> None:  # type: ignore[override]
         if trainer.global_step % self._log_every:
             return
         ffns = module.model.ffns
         # In the precision of the training itself.
         with trainer.precision_plugin.forward_context():
-            inputs = ffn_inputs(module.model, _first_sequences(batch))
+            count = min(SEQUENCES, max(1, TOKENS // batch["inputs"].shape[1]))
+            inputs = ffn_inputs(module.model, {name: rows[:count] for name, rows in batch.items()})
             own = torch.stack([_fractions(ffn, x) for ffn, x in zip(ffns, inputs, strict=True)])  # [L, 1 + E]
         # One transfer: any other read of a value would make the host wait for the device once more.
         fractions = trainer.strategy.reduce(own, reduce_op="mean").cpu()
@@ -113,11 +112,6 @@ class ActivationMonitor(PhaseCallback):
 
     def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         self._watch.close(module.model.ffns[0].top_k)
-
-
-def _first_sequences(batch: Batch) -> Batch:
-    count = min(SEQUENCES, max(1, TOKENS // batch["inputs"].shape[1]))
-    return {name: rows[:count] for name, rows in batch.items()}
 
 
 def _fractions(ffn: ExpertFFN, x: Tensor) -> Tensor:

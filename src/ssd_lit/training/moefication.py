@@ -87,12 +87,6 @@ def group_neurons(
     tracker.reorder([moefy(ffn, ids, permuted) for ffn, ids in zip(model.ffns, labels, strict=True)])
 
 
-def clusters_in(switch_state: dict[str, Any]) -> int:
-    """The number of clusters in a phase switch's state; 0 if it holds no clustering."""
-    labels = switch_state["tracker"]["labels"]
-    return int(labels[0].max()) + 1 if labels else 0
-
-
 def upcycled(config: RunConfig, checkpoint: dict[str, Any], vocab: VocabInfo) -> dict[str, Tensor]:
     """The weights of a model whose experts are copies of a dense checkpoint's FFNs, all others as in the checkpoint."""
     dense = build_model(config.model_copy(update={"method": "dense"}), vocab, read_weights=not checkpoint)
@@ -169,10 +163,12 @@ def _moefied(
     model = build_model(config, run.vocab, read_weights=not checkpoint)
     if checkpoint:
         load_beside_routers(model, checkpoint)
-    switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
-    if switch is not None and (history or (before.sparse_steps and clusters_in(switch) == config.moe.experts)):
+    clustering = checkpoint.get("callbacks", {}).get(SWITCH_STATE, {}).get("tracker")
+    if clustering is not None:
+        experts = int(clustering["labels"][0].max()) + 1 if clustering["labels"] else 0
         # Experts that were trained keep their neurons, also from another run; a dense run's neurons are clustered anew.
-        tracker.load_state_dict(switch["tracker"])
+        if history or (before.sparse_steps and experts == config.moe.experts):
+            tracker.load_state_dict(clustering)
     optimizer = build_optimizer(model, config.optim) if history else None
     if optimizer is not None:
         optimizer.load_state_dict(checkpoint["optimizer_states"][0])

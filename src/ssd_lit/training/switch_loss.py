@@ -45,9 +45,7 @@ class SwitchLossLogger(PhaseCallback):
         self._losses = torch.full_like(self._losses, torch.nan)
         self._phase, self._mode = phase.index, phase.mode
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any) -> None:  # type: ignore[override]
         loss: Tensor = outputs["loss"]
         self._losses = self._losses.to(loss.device)
         self._losses[trainer.global_step % STEPS] = loss
@@ -63,15 +61,11 @@ class SwitchLossLogger(PhaseCallback):
                 self._switch.run.config.name, phase.name, self._before, self._before + jump,
             )  # fmt: skip
 
-    def on_save_checkpoint(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         losses = self._reduced(trainer).tolist()
         checkpoint[STATE_KEY] = {"phase": self._phase, "mode": self._mode, "before": self._before, "losses": losses}
 
-    def on_load_checkpoint(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         state = checkpoint.get(STATE_KEY)
         if state is not None:
             self._phase, self._mode, self._before = state["phase"], state["mode"], state["before"]
