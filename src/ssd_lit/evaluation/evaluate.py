@@ -13,7 +13,7 @@ from ssd_lit.data.blocks import TokenBlocks, scoring_batches
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.ffn import ExpertFFN, Mode
 from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
@@ -49,9 +49,9 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     has_dense, has_sparse = run.has_dense_mode, run.has_experts
     routed = config.moe.posthoc_router is not None
     ks = sorted({top_k, *(k for k in settings.top_k_curve if k <= config.moe.experts)}) if has_sparse else []
-    curve = {k: _sparse_loss(model, batches, k) for k in tqdm(ks, desc="top-k curve", disable=None)}
+    curve = {k: _loss(model, batches, "sparse", k) for k in tqdm(ks, desc="top-k curve", disable=None)}
     oracle = {k: _oracle_loss(model, batches, k) for k in tqdm(ks, desc="oracle curve", disable=None)}
-    ratios = _dense_ratios(model, batches) if has_dense else None
+    ratios = _by_layer(model, batches, active_ratio, "dense") if has_dense else None
     held_out = {
         name: _held_out(model, batches_of(name), has_dense, ks)
         for name in tqdm(config.data.held_out, desc="held-out texts", disable=None)
@@ -60,7 +60,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
         "split": SPLIT,
         "blocks": count,
         "tokens": count * config.data.sequence_length,
-        "loss_dense": _dense_loss(model, batches) if has_dense else None,
+        "loss_dense": _loss(model, batches, "dense") if has_dense else None,
         "loss_sparse": curve.get(top_k),
         "experts": config.moe.experts if has_sparse else None,
         "top_k": top_k if has_sparse else None,
@@ -71,7 +71,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
         "active_ratio": ratios,
         "active_neurons": sum(ratios) / len(ratios) * config.model.d_ff if ratios else None,
         "held_out": held_out,
-        "routing_recall": _recall(model, batches, top_k) if has_sparse else None,
+        "routing_recall": _by_layer(model, batches, routing_recall, "sparse", top_k) if has_sparse else None,
     }
 
 
@@ -98,13 +98,14 @@ def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, k
     """The losses on one held-out text, in dense mode and over k."""
     return {
         "blocks": sum(len(batch["inputs"]) for batch in batches),
-        "loss_dense": _dense_loss(model, batches) if has_dense else None,
-        "curve": [{"top_k": k, "loss": _sparse_loss(model, batches, k)} for k in ks],
+        "loss_dense": _loss(model, batches, "dense") if has_dense else None,
+        "curve": [{"top_k": k, "loss": _loss(model, batches, "sparse", k)} for k in ks],
     }
 
 
-def _loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
+def _loss(model: LanguageModel, batches: Sequence[Batch], mode: Mode, k: int | None = None) -> float:
     """The mean over all targets; summed on the device, with one sync at the end."""
+    model.set_mode(mode, k)
     total = torch.zeros((), device=batches[0]["inputs"].device)
     for batch in batches:
         total = total + model.loss(batch).float() * _targets(batch)
@@ -115,21 +116,11 @@ def _targets(batch: Batch) -> Tensor:
     return (batch["targets"] != IGNORED).sum()
 
 
-def _dense_loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
-    model.set_mode("dense")
-    return _loss(model, batches)
-
-
-def _sparse_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
-    model.set_mode("sparse", k)
-    return _loss(model, batches)
-
-
 def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
     """The sparse loss with routing by the true activation mass."""
     for ffn in model.ffns:
         ffn.oracle = True
-    loss = _sparse_loss(model, batches, k)
+    loss = _loss(model, batches, "sparse", k)
     for ffn in model.ffns:
         ffn.oracle = False
     return loss
@@ -137,32 +128,24 @@ def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> floa
 
 def _by_threshold(model: LanguageModel, batches: Sequence[Batch], threshold: float) -> dict[str, float]:
     """The loss with dynamic k at a threshold, and the mean k."""
-    model.set_mode("sparse")
     for ffn in model.ffns:
         ffn.threshold = threshold
-    loss = _loss(model, batches)
-    loads = torch.tensor(_by_layer(model, batches, lambda ffn, x: float(expert_load(ffn, x).sum())))
+    loss = _loss(model, batches, "sparse")
+    loads = torch.tensor(_by_layer(model, batches, lambda ffn, x: float(expert_load(ffn, x).sum()), "sparse"))
     for ffn in model.ffns:
         ffn.threshold = None
     return {"threshold": threshold, "mean_k": float(loads.mean()), "loss": loss}
 
 
-def _dense_ratios(model: LanguageModel, batches: Sequence[Batch]) -> list[float]:
-    """The active-neuron ratio of each layer in dense mode."""
-    model.set_mode("dense")
-    return _by_layer(model, batches, active_ratio)
-
-
-def _recall(model: LanguageModel, batches: Sequence[Batch], k: int) -> list[float]:
-    """Routing recall of each layer on its inputs in sparse mode."""
-    model.set_mode("sparse", k)
-    return _by_layer(model, batches, routing_recall)
-
-
 def _by_layer(
-    model: LanguageModel, batches: Sequence[Batch], measure: Callable[[ExpertFFN, Tensor], float]
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    measure: Callable[[ExpertFFN, Tensor], float],
+    mode: Mode,
+    k: int | None = None,
 ) -> list[float]:
     """A measure of every layer, averaged over the first WATCHED batches."""
+    model.set_mode(mode, k)
     values = [
         [measure(ffn, x) for ffn, x in zip(model.ffns, ffn_inputs(model, batch), strict=True)]
         for batch in batches[:WATCHED]

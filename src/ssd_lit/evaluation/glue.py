@@ -81,7 +81,7 @@ def _shortened(parts: Sequence[list[int]], most: int) -> list[list[int]]:
 class Classifier(nn.Module):
     """An encoder with a linear head on the mean of its last hidden states; tokens [B, S] -> outputs [B, C].
 
-    Not the first token's state: no token represents a whole text in pre-training.
+    The mean, not the first token's state: pre-training makes no token represent its whole text.
     """
 
     def __init__(self, model: LanguageModel, outputs: int, dropout: float = 0.1):

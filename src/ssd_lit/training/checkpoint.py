@@ -1,7 +1,6 @@
 """Reading and writing checkpoints, building models from them, and finding where a run resumes."""
 
 import zipfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +159,9 @@ def starting_point(run: Run) -> Start:
     if done:
         record = run.stage(done[-1])
         start = Start(phases[: record.phase + 1], run.checkpoint(done[-1]), record.step)
-    for path in _own_checkpoints(run, phases):
+    rolling = rolling_checkpoint(run.folder)
+    kept = [phase_dir(run.folder, record.index, record.mode) / "weights.ckpt" for record in reversed(phases)]
+    for path in filter(Path.exists, [rolling, previous_checkpoint(rolling), *kept]):  # newest first
         try:
             content = read_checkpoint(path, mapped=True)
         except ValueError as error:
@@ -176,10 +177,3 @@ def starting_point(run: Run) -> Start:
 def spent_elsewhere(run: Run) -> Totals:
     """The totals of the run whose final model this one starts from."""
     return Totals() if run.config.parent_run is None else run.other(run.config.parent_run).chain()[-1].total
-
-
-def _own_checkpoints(run: Run, phases: list[PhaseRecord]) -> Iterator[Path]:
-    """The checkpoints within stages, newest first."""
-    rolling = rolling_checkpoint(run.folder)
-    kept = [phase_dir(run.folder, record.index, record.mode) / "weights.ckpt" for record in reversed(phases)]
-    yield from (path for path in (rolling, previous_checkpoint(rolling), *kept) if path.exists())
