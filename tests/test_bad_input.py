@@ -380,7 +380,7 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("a run before the one that it starts from", Command(f"train {POSTHOC}"),
      f"{RUN}/stages/dense.json: not found; `ssd-lit train "),
     ("an analysis that nobody asked for", Command(f"analyse {RUN}"),
-     "analysis.yaml: not found; the experiment does not ask for it"),
+     "analysis.yaml: not found; the experiment has no such measurement of this run"),
     ("a run not yet trained", Command(f"evaluate {RUN}"),
      "00-dense/phase.json: not found; `ssd-lit train /"),
     ("an experiment not yet run", Command("summarise results/quick"),

@@ -10,7 +10,6 @@ from ssd_lit.support.files import archive_digest, read_json_checked, write_json_
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
-
 _STAGES = {
     "dense": ("dense",),
     "ssd": ("warmup", "moefy", "sparse_phases"),
@@ -18,14 +17,12 @@ _STAGES = {
     "upcycle": ("moefy", "sparse_phases"),
     "posthoc": ("moefy",),
 }
-
 MEASUREMENTS = {
     "evaluate": ("evaluation.yaml", "evaluation.json"),
     "analyse": ("analysis.yaml", "analysis/analysis.json"),
     "downstream": ("downstream.yaml", "downstream/downstream.json"),
 }
 """The stages after the training, in order: settings file, without which a stage is left out, and result of each."""
-
 ALL_STAGES = ("warmup", "moefy", "sparse_phases", "dense", "route", *MEASUREMENTS)
 """Every stage that a run may have, in order."""
 
@@ -57,7 +54,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """phase.json: what a phase did, why it ended and what comes next."""
+    """phase.json: steps and costs of a phase, why it ended, and the next phase's mode."""
 
     index: int
     mode: str

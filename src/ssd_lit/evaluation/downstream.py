@@ -1,19 +1,19 @@
 """The final model of a run on downstream benchmarks: GLUE after fine-tuning, BLiMP without."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssd_lit.config import BlimpConfig, DownstreamConfig, RunConfig
+from ssd_lit.config import DownstreamConfig, RunConfig
 from ssd_lit.data.benchmarks import TASKS, read_blimp
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
 from ssd_lit.evaluation.resumable import ResumableResults
-from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.ffn import Mode
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
@@ -38,13 +38,19 @@ def evaluate_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> d
         "eos_id": run.vocab.eos_id,
         "longest": config.data.sequence_length,
     }
-    modes, partial_results = _modes(run), ResumableResults(pieces, _inputs(run, settings))
+    modes: tuple[Mode, ...] = (*(("dense",) if run.has_dense_mode else ()), *(("sparse",) if run.has_experts else ()))
+    partial_results = ResumableResults(pieces, _inputs(run, settings))
     if settings.glue is not None and "glue" not in missing:
         content["glue"] = score_on_glue(
             model, settings.glue, modes=modes, pieces=partial_results, title=config.name, **shared
         )
     if settings.blimp is not None and "blimp" not in missing:
-        content["blimp"] = {"scores": _blimp(model, settings.blimp, modes, partial_results, config.name, shared)}
+        sets, scores = read_blimp(Path(settings.blimp.file), settings.blimp.limit), []
+        for mode in modes:
+            model.set_mode(mode)
+            score = partial(score_on_blimp, model, sets, title=f"{config.name} BLiMP {mode}", **shared)
+            scores += [{"mode": mode, **entry} for entry in partial_results.get(f"blimp-{mode}", score)]
+        content["blimp"] = {"scores": scores}
     return content
 
 
@@ -67,27 +73,6 @@ def _why_not(benchmark: str, config: RunConfig) -> str | None:
     if benchmark == "blimp" and family not in ("gpt2", "llama"):
         return f"only models that predict the next token score sentences, and this one is {family}"
     return None
-
-
-def _modes(run: Run) -> tuple[str, ...]:
-    """The modes that the model has; experts that are copies have no dense one."""
-    return (*(("dense",) if run.has_dense_mode else ()), *(("sparse",) if run.has_experts else ()))
-
-
-def _blimp(
-    model: LanguageModel,
-    settings: BlimpConfig,
-    modes: Sequence[str],
-    pieces: ResumableResults,
-    title: str,
-    shared: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    sets, scores = read_blimp(Path(settings.file), settings.limit), []
-    for mode in modes:
-        model.set_mode("sparse" if mode == "sparse" else "dense")
-        score = partial(score_on_blimp, model, sets, title=f"{title} BLiMP {mode}", **shared)
-        scores += [{"mode": mode, **entry} for entry in pieces.get(f"blimp-{mode}", score)]
-    return scores
 
 
 def _inputs(run: Run, settings: DownstreamConfig) -> dict[str, Any]:

@@ -27,14 +27,11 @@ from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 SPLIT = "validation"
-
 MIN_COUNT = 10
 """The least number of times that a token must occur for its preferences to be reported."""
-
 LOAD_COLUMNS = ["layer", "expert", "load"]
 ROUTING_COLUMNS = ["layer", "top_k", "chosen_share", "oracle_share", "recall"]
 TOKEN_COLUMNS = ["layer", "expert", "rank", "token_id", "token", "seen", "count", "lift"]
-
 BLANKS = str.maketrans({" ": "\N{OPEN BOX}", "\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"})
 
 

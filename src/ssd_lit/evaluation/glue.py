@@ -151,7 +151,6 @@ def outputs_for(classifier: Classifier, texts: Texts) -> Tensor:
 
 
 Scores = dict[str, float]
-
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": binary_accuracy,
     "f1": binary_f1_score,

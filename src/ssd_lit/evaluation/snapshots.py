@@ -25,7 +25,6 @@ from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_c
 from ssd_lit.training.moefication import layer_activations
 
 COLUMNS = ["construction", "experts", "layer", "step_a", "step_b", "similarity"]
-
 Setting = tuple[Construction, int]
 """A construction and a number of clusters."""
 

@@ -58,7 +58,7 @@ def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -
     run = Run.open(folder)
     settings = run.folder / MEASUREMENTS[measurement][0]
     if not settings.exists():
-        raise ConfigError(f"{settings}: not found; the experiment does not ask for it")
+        raise ConfigError(f"{settings}: not found; the experiment has no such measurement of this run")
     with exclusive(run.folder, measurement):
         _restore_stage_records(run)
         if run.is_done(measurement):
@@ -110,7 +110,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
                 fit(run, [name for name in missing if name != "route"][-1], tracker, provenance)
             remaining = [name for name in missing if not run.is_done(name)]
             if remaining == missing:
-                raise ConfigError(f"{stage}: its result does not match what it was made from")
+                raise ConfigError(f"{stage}: its result does not match its inputs")
             missing = remaining
         for stage in filter(run.is_done, run.training_stages):
             _finish(run, stage, tracker)
@@ -169,12 +169,12 @@ def _remove_from(run: Run, start: str) -> int:
         )
     index = places[start]
     done = [stage for stage in run.training_stages if run.is_done(stage) and run.has_checkpoint(stage)]
-    kept = [-1, *(run.stage(stage).phase for stage in done)]
-    kept += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
-    if index - 1 not in kept:
+    saved = [-1, *(run.stage(stage).phase for stage in done)]  # phases with a checkpoint of their end
+    saved += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
+    if index - 1 not in saved:
         raise ConfigError(
             f"--from {start}: no checkpoint from before it was kept; training.keep_phases keeps them, and without it "
-            f"allowed: {', '.join(place for place, first in places.items() if first - 1 in kept)}"
+            f"allowed: {', '.join(place for place, first in places.items() if first - 1 in saved)}"
         )
     first_step = phases[index].first_step
     _remove(run, index, first_step)
@@ -189,9 +189,9 @@ def _remove(run: Run, index: int, first_step: int) -> None:
     for folder in run.folder.glob("phases/*-*"):
         if int(folder.name.partition("-")[0]) >= index:
             shutil.rmtree(folder)
-    kept = {path.stem for path in run.folder.glob("stages/*.json") if StageRecord.read(path).phase < index}
+    earlier = {path.stem for path in run.folder.glob("stages/*.json") if StageRecord.read(path).phase < index}
     for path in [*run.folder.glob("stages/*.json"), *run.folder.glob("checkpoints/*.ckpt")]:
-        if path.stem not in kept:
+        if path.stem not in earlier:
             path.unlink()
     shutil.rmtree(run.folder / "work", ignore_errors=True)
     for step, snapshot in snapshots(run.folder):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
 _held: list[FileLock] = []
 """The locks that this process holds until it ends, however it ends."""
 

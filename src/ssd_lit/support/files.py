@@ -147,12 +147,10 @@ def check_checksum(path: Path) -> None:
         raise ValueError(f"{path}: damaged (its checksum does not fit); `ssd-lit configs` or snakemake writes it anew")
 
 
-def write_if_changed(path: Path, text: str) -> bool:
-    """Write `text` unless `path` already holds it, to keep its modification time; returns whether it was written."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return False
-    write_text(path, text)
-    return True
+def write_if_changed(path: Path, text: str) -> None:
+    """Write `text` unless `path` already holds it, to keep its modification time."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def sha256(path: Path) -> str:

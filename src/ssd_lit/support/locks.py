@@ -14,7 +14,6 @@ from ssd_lit.support.files import naming
 
 FIRST_MESSAGE, NEXT_MESSAGE = 10.0, 60.0
 """Seconds of waiting before the first message about the holder of the folder, and between later ones."""
-
 _SETTINGS_AGE = 3600.0
 """Seconds after which a temporary settings file is taken for a killed process's."""
 

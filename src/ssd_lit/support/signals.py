@@ -7,9 +7,7 @@ from types import FrameType
 
 STATUS = 75
 """Exit status of a stage that was stopped, and of no other: EX_TEMPFAIL, "try again"."""
-
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
 _IMPORT_SECONDS = 0.05
 """Delay after which a signal that came during an import is sent again."""
 

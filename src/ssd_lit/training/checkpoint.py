@@ -90,7 +90,7 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     Tensors that are `mapped` are read on first use, and need the file as long as they live.
     """
     if not path.exists():
-        raise ValueError(f"{path}: not found; `ssd-lit train` makes it anew")
+        raise ValueError(f"{path}: not found; `ssd-lit train` writes it again")
     try:
         check_checkpoint(path)
     except ValueError as error:

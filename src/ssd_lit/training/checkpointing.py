@@ -231,5 +231,6 @@ class Snapshots(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         if trainer.is_global_zero and trainer.global_step % self._every == 0:
-            path = snapshot_path(self._run_dir, trainer.global_step)
-            write_checkpoint(path, {"state_dict": weights_of(module.model)})
+            write_checkpoint(
+                snapshot_path(self._run_dir, trainer.global_step), {"state_dict": weights_of(module.model)}
+            )

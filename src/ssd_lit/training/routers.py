@@ -120,10 +120,8 @@ def _examples(run: Run, model: LanguageModel) -> Iterator[list[Example]]:
     blocks = TokenBlocks(run.tokens, "train")
     device = model.ffns[0].w_in.device
     for step, places in enumerate(StepBatchSampler(len(blocks), config.training.batch_size, config.seed)):
-        batch = {
-            name: rows.to(device)
-            for name, rows in torch.utils.data.default_collate(blocks.__getitems__(places)).items()
-        }
+        rows = torch.utils.data.default_collate(blocks.__getitems__(places))
+        batch = {name: x.to(device) for name, x in rows.items()}
         generator = torch.Generator(device).manual_seed(config.seed + step)
         noise = torch.rand(*batch["inputs"].shape, objective.noise_per_token, generator=generator, device=device)
         inputs = [x.float() for x in ffn_inputs(model, objective(batch, noise))]
