@@ -200,7 +200,7 @@ def _remove(run: Run, index: int, first_step: int) -> None:
 
 
 def _restore_stage_records(run: Run) -> None:
-    """Write the records of stages that are done again: a workflow deletes them when it plans the stage once more."""
+    """Restore the records of stages that are done: a workflow deletes them when it plans the stage again."""
     for stage in run.training_stages:
         records, path = _records_of(run, stage), checkpoint_path(run.folder, stage)
         if not records or stage_path(run.folder, stage).exists() or not path.exists():
@@ -238,9 +238,7 @@ def _adopt_warmup(run: Run, tracker: RunTracker) -> None:
 def _finish(run: Run, stage: str, tracker: RunTracker) -> None:
     """Log the totals of a training stage to MLflow."""
     records = _records_of(run, stage)
-    totals = {
-        name: sum(getattr(record, name) for record in records) for name in ("steps", "tokens", "flops", "seconds")
-    }
+    totals = {name: sum(getattr(r, name) for r in records) for name in ("steps", "tokens", "flops", "seconds")}
     tracker.finish(stage, totals, {"phases": str(len(records)), "ended_by": records[-1].ended_by})
 
 

@@ -173,8 +173,8 @@ class RollingCheckpoint(Callback):
     phase is done. Must be the last callback, to save the state that the others leave. While a checkpoint is being
     written, the next one waits for a later step.
 
-    One process stops after any step. Several processes stop together; they agree on a stop, or on a checkpoint that is
-    due by the clock, at the steps at which they wait for each other anyway: those that are logged or validated.
+    A single process stops after any step. Several processes stop together: they agree on a stop, or on a checkpoint
+    that is due by the clock, at the steps at which they wait for each other anyway, those that are logged or validated.
     """
 
     def __init__(self, checkpoints: Checkpoints, training: TrainingConfig):
@@ -231,6 +231,5 @@ class Snapshots(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         if trainer.is_global_zero and trainer.global_step % self._every == 0:
-            write_checkpoint(
-                snapshot_path(self._run_dir, trainer.global_step), {"state_dict": weights_of(module.model)}
-            )
+            path = snapshot_path(self._run_dir, trainer.global_step)
+            write_checkpoint(path, {"state_dict": weights_of(module.model)})

@@ -104,7 +104,7 @@ def _first_non_finite(module: Pretraining, step: int) -> str:
             hook.remove()
     names.append("in the loss")
     bad.append(_any_bad([loss], module.device))
-    # Not .backward(), whose gradient sync needs all processes: some may have failed before.
+    # Not .backward(): its gradient sync waits for all processes, of which only one may come this far.
     parameters = [(name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
     for (name, _), gradient in zip(parameters, gradients, strict=True):

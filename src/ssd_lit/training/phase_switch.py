@@ -55,7 +55,7 @@ class PhaseSwitch(Callback):
         self.history = list(history)
         self.tracker = PatternTracker(run.config.moe.experts, seed=run.config.seed)
         self.ended_by: str | None = None
-        """Why the phase ends with the last step; None while it goes on."""
+        """Why the phase ends with the step just done; None while it goes on."""
         self._start = start
         """Totals of the run whose model this one starts from."""
         self._until = until

@@ -56,7 +56,7 @@ class Phase:
         ended_by: str,
         similarity: list[list[float]],
     ) -> PhaseRecord:
-        """The record of this phase, done after `history`; `before` is the totals at its start."""
+        """The record of this phase, done after `history`; `before` holds the totals at its start."""
         record = PhaseRecord(
             index=self.index,
             mode=self.mode,
