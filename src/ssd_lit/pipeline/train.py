@@ -32,7 +32,7 @@ def train(folder: Path, *, until: str | None = None, start: str | None = None, t
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
     stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # set by Lightning in the processes of further devices
+    if not _is_first_process():
         take_machine(run, threads, run.config.training.devices)
         return _train_further_device(run, stages)
     with exclusive(run.folder, f"train to {last}"):
@@ -80,6 +80,11 @@ def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
     # The filling is for finding reads of uninitialised memory; there are none here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(max(1, (threads or training.threads) // processes))
+
+
+def _is_first_process() -> bool:
+    """Whether this process keeps the records; false in those that Lightning starts for further devices."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
