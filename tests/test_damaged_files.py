@@ -242,4 +242,4 @@ def test_verify_tells_results_that_no_longer_match_their_inputs(
     (done.results.parent / "text.txt").write_text("other text\n")
     main(["verify", str(run)])
     (tmp_path / "kept.txt").rename(done.results.parent / "text.txt")
-    assert "text.txt: not the file that the documents were read from" in capsys.readouterr().out
+    assert "text.txt: changed since the documents were read from it" in capsys.readouterr().out

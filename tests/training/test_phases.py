@@ -214,7 +214,7 @@ def test_a_run_in_pieces_is_the_run_in_one_process(whole: Bench, tmp_path: Path)
 
 def test_from_a_phase_that_was_not_kept_is_refused(whole: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     before = whole.checkpoint("ssd").read_bytes()
-    for start, told in (("05-sparse", "training.keep_phases keeps them"), ("09-dense", "has not come there")):
+    for start, told in (("05-sparse", "training.keep_phases keeps them"), ("09-dense", "has not reached it")):
         assert main(["train", str(whole.dir("ssd")), "--from", start]) == 1
         assert told in capsys.readouterr().err
     assert whole.checkpoint("ssd").read_bytes() == before
@@ -232,7 +232,7 @@ def test_a_stage_whose_result_stands_is_not_done_again_whoever_removed_its_recor
         (run / f"stages/{stage}.json").unlink()
         capsys.readouterr()
         assert main(["train", str(run), "--until", stage]) == 0
-        assert f"{stage}: its result stands" in capsys.readouterr().out
+        assert f"{stage}: done already; its record is restored" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in kept} == kept
 
 

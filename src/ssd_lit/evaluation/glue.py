@@ -1,4 +1,4 @@
-"""What the final bert of a run is worth on GLUE once it is fine-tuned, in both modes."""
+"""GLUE scores of a run's final bert after fine-tuning, in both modes."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -27,20 +27,20 @@ SCORED = 64
 
 @dataclass(frozen=True)
 class Texts:
-    """Examples as a model reads them, filled up behind."""
+    """Tokenized examples, padded on the right."""
 
     tokens: Tensor
     """[N, S], on the device."""
     lengths: Tensor
-    """[N], on the host, which cuts batches by it."""
+    """[N], on the host, for the width of batches."""
     cut: int
-    """How many of them were too long."""
+    """The number of examples that were too long."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Those rows, tokens [B, S] and which of them are real [B, S], no longer than the longest of them."""
+        """Tokens [B, S] of those rows, S the longest length among them, and a mask [B, S] of the real ones."""
         lengths = self.lengths[rows]
         width, device = int(lengths.max()), self.tokens.device
         tokens = self.tokens[rows.to(device), :width]
@@ -50,37 +50,38 @@ class Texts:
 def encode(
     texts: Sequence[Sequence[str]], tokenizer: Tokenizer, eos_id: int, longest: int, device: torch.device
 ) -> Texts:
-    """Texts or pairs of them as rows of at most `longest` tokens.
+    """Tokenize texts or pairs of texts, as rows of at most `longest` tokens.
 
-    Each text is ended by the end-of-text token, and one more stands before the first: the documents of the
-    pre-training follow each other so, and our tokenizer has no [CLS] and no [SEP]. Too long a row loses tokens at
-    the end of its longest text.
+    An end-of-text token ends each text, and one more starts the row: so documents follow each other in pre-training,
+    and the tokenizer has no [CLS] and no [SEP]. A row that is too long loses tokens at the end of its longest text.
     """
     columns: list[list[list[int]]] = [
-        [one.ids for one in tokenizer.encode_batch_fast(list(column), add_special_tokens=False)]
+        [encoding.ids for encoding in tokenizer.encode_batch_fast(list(column), add_special_tokens=False)]
         for column in zip(*texts, strict=True)
     ]
     room = longest - len(columns) - 1  # beside the end-of-text tokens
-    whole = list(zip(*columns, strict=True))
-    parts = [_shortened(one, room) for one in whole]
-    rows = [torch.tensor([eos_id, *(token for part in one for token in (*part, eos_id))]) for one in parts]
+    examples = list(zip(*columns, strict=True))
+    rows = [
+        torch.tensor([eos_id, *(token for part in _shortened(example, room) for token in (*part, eos_id))])
+        for example in examples
+    ]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=eos_id)
-    cut = sum(sum(map(len, one)) > room for one in whole)
+    cut = sum(sum(map(len, example)) > room for example in examples)
     return Texts(padded.to(device), torch.tensor([len(row) for row in rows]), cut)
 
 
 def _shortened(parts: Sequence[list[int]], most: int) -> list[list[int]]:
-    """The parts without the last tokens of the longest of them, so that no more than `most` are left."""
-    kept = [len(part) for part in parts]
-    while sum(kept) > most:
-        kept[kept.index(max(kept))] -= 1
-    return [part[:count] for part, count in zip(parts, kept, strict=True)]
+    """Drop tokens at the end of the longest part, one at a time, until at most `most` are left in all."""
+    lengths = [len(part) for part in parts]
+    while sum(lengths) > most:
+        lengths[lengths.index(max(lengths))] -= 1
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
 class Classifier(nn.Module):
     """An encoder with a linear head on the mean of its last hidden states; tokens [B, S] -> outputs [B, C].
 
-    The mean, and not the first token's state: pre-training has made no token stand for its whole text.
+    The mean, not the first token's state: pre-training makes no token represent its whole text.
     """
 
     def __init__(self, model: LanguageModel, outputs: int, dropout: float = 0.1):
@@ -93,7 +94,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
-        # Averaged in full precision under autocast too.
+        # Averaged in fp32 under autocast too.
         hidden = self.model.backbone.base_model(input_ids=tokens, attention_mask=real).last_hidden_state.float()
         weights = real[..., None].float()
         pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
@@ -104,11 +105,10 @@ class Classifier(nn.Module):
 def fine_tune(
     model: LanguageModel, texts: Texts, targets: Tensor, classes: int, settings: GlueConfig, seed: int, title: str
 ) -> Classifier:
-    """Train the model, in the mode that it is in, and a head for it: on classes, or on a score if there are none.
+    """Train the model in its current mode with a new head: classification, or regression if `classes` is 0.
 
-    `targets` [N] are numbers of classes, or scores. All weights but the routers' centres are trained; those of a
-    frozen router stay, and a learned gate has no balancing loss here. A function of the weights and the seed, on one
-    machine.
+    `targets` [N] are class ids or scores. All weights are trained but the routers' centres and the weights of frozen
+    routers; a learned gate has no balancing loss here. A function of the weights and the seed, on one machine.
     """
     torch.manual_seed(seed)
     device = texts.tokens.device
@@ -125,8 +125,8 @@ def fine_tune(
     for rows in tqdm(_shuffled(len(texts), settings, seed), desc=title, total=steps, unit="step", disable=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             outputs = classifier(*texts.batch(rows)).float()
-        mine = targets[rows.to(device)]
-        loss = F.cross_entropy(outputs, mine.long()) if classes else F.mse_loss(outputs[:, 0], mine)
+        labels = targets[rows.to(device)]
+        loss = F.cross_entropy(outputs, labels.long()) if classes else F.mse_loss(outputs[:, 0], labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(classifier.parameters(), optim.grad_clip)
@@ -136,7 +136,7 @@ def fine_tune(
 
 
 def _shuffled(count: int, settings: GlueConfig, seed: int) -> Iterator[Tensor]:
-    """The numbers of the examples of each batch, every epoch in an order of its own."""
+    """The example indices of each batch, shuffled anew in every epoch."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(settings.epochs):
         yield from torch.randperm(count, generator=generator).split(settings.batch_size)
@@ -144,14 +144,13 @@ def _shuffled(count: int, settings: GlueConfig, seed: int) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def outputs_for(classifier: Classifier, texts: Texts) -> Tensor:
-    """What the classifier says of every example, [N, C], in fp32 and on the host."""
+    """The classifier's outputs for every example, [N, C], in fp32 and on the host."""
     order = texts.lengths.argsort(stable=True)
-    found = torch.cat([classifier(*texts.batch(rows)) for rows in order.split(SCORED)]).float().cpu()
-    return torch.empty_like(found).index_copy_(0, order, found)
+    outputs = torch.cat([classifier(*texts.batch(rows)) for rows in order.split(SCORED)]).float().cpu()
+    return torch.empty_like(outputs).index_copy_(0, order, outputs)
 
 
 Scores = dict[str, float]
-
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": binary_accuracy,
     "f1": binary_f1_score,
@@ -173,13 +172,13 @@ def score_on_glue(
 ) -> dict[str, Any]:
     """Fine-tune the model on every task with every seed, in each of the `modes`; returns glue of downstream.json.
 
-    - scores: one entry a task, mode and seed. Mode dense is fine-tuned and scored densely, dense_to_sparse is that
-      same model scored with its experts: neurons stay in theirs, whose centres follow the fine-tuned rows, while a
-      trained router stays what it was. Mode sparse is fine-tuned and scored with experts, chosen as they were.
-    - baseline: what always naming the commonest class of the training examples scores; no correlation, 0, for STS-B.
-    - examples: those of train and dev, and how many of either were cut to `longest` tokens.
+    - scores: one entry a task, mode and seed. Mode dense is fine-tuned and scored densely. dense_to_sparse is the same
+      model scored with its experts: neurons stay in their experts, whose centres are recomputed from the fine-tuned
+      rows; a trained router stays unchanged. Mode sparse is fine-tuned and scored with experts and the same routers.
+    - baseline: the score of always predicting the commonest training class; no correlation, 0, for STS-B.
+    - examples: the numbers of train and dev examples, and of those cut to `longest` tokens.
 
-    The model itself stays as it is.
+    Does not change `model`.
     """
     scores, baseline, examples = [], {}, {}
     for name in settings.tasks:
@@ -188,13 +187,13 @@ def score_on_glue(
         for seed in settings.seeds:
             for mode in modes:
                 tune = partial(_tuned, model, task, settings, seed, mode, modes, title)
-                found = pieces.get(f"glue-{name}-{mode}-seed{seed}", tune)
-                scores += [{"task": name, "mode": tried, "seed": seed, **values} for tried, values in found.items()]
+                by_mode = pieces.get(f"glue-{name}-{mode}-seed{seed}", tune)
+                scores += [{"task": name, "mode": scored, "seed": seed, **values} for scored, values in by_mode.items()]
     return {"examples": examples, "baseline": baseline, "scores": scores}
 
 
 class _TaskData:
-    """A task's examples as the model reads them."""
+    """A task's tokenized examples and their targets."""
 
     def __init__(
         self, name: str, settings: GlueConfig, tokenizer: Tokenizer, eos_id: int, longest: int, device: torch.device
@@ -203,17 +202,13 @@ class _TaskData:
         source = Path(settings.folder)
         train, dev = read_task(source, name, "train", settings.limit), read_task(source, name, "dev")
         self.texts, self.dev_texts = (
-            encode([one.texts for one in part], tokenizer, eos_id, longest, device) for part in (train, dev)
+            encode([example.texts for example in part], tokenizer, eos_id, longest, device) for part in (train, dev)
         )
-        self.targets, self.dev_targets = (torch.tensor([one.target for one in part]) for part in (train, dev))
-        self.counts = {
-            "train": len(train),
-            "dev": len(dev),
-            "cut": self.texts.cut + self.dev_texts.cut,
-        }
+        self.targets, self.dev_targets = (torch.tensor([example.target for example in part]) for part in (train, dev))
+        self.counts = {"train": len(train), "dev": len(dev), "cut": self.texts.cut + self.dev_texts.cut}
 
     def learnable_targets(self) -> Tensor:
-        """Classes as they are, scores with mean 0 and variance 1, of which no correlation takes notice."""
+        """Classes unchanged; scores standardised to mean 0 and variance 1, which changes no correlation."""
         if self.task.labels:
             return self.targets
         return (self.targets - self.targets.mean()) / self.targets.std().clamp_min(1e-6)
@@ -227,7 +222,7 @@ class _TaskData:
 
     def _measure(self, answers: Tensor) -> Scores:
         if not self.task.labels and float(answers.std()) == 0:
-            # No correlation is defined with what is always the same.
+            # A correlation with a constant is not defined.
             return dict.fromkeys(self.task.metrics, 0.0)
         targets = self.dev_targets.long() if self.task.labels else self.dev_targets
         return {metric: float(METRICS[metric](answers, targets)) for metric in self.task.metrics}
@@ -242,16 +237,16 @@ def _tuned(
     modes: tuple[str, ...],
     title: str,
 ) -> dict[str, Scores]:
-    """The scores of a copy of the model that was fine-tuned in a mode, in each way that it serves."""
-    mine = copy.deepcopy(model)
-    mine.set_mode("sparse" if mode == "sparse" else "dense")
+    """The scores of a copy of the model fine-tuned in one mode, by the mode in which it is scored."""
+    model = copy.deepcopy(model)
+    model.set_mode("sparse" if mode == "sparse" else "dense")
     name = f"{title} {data.task.title} {mode} seed {seed}"
     texts, targets = data.texts, data.learnable_targets()
-    classifier = fine_tune(mine, texts, targets, len(data.task.labels), settings, seed, name)
-    found = {mode: data.score(classifier)}
+    classifier = fine_tune(model, texts, targets, len(data.task.labels), settings, seed, name)
+    scores = {mode: data.score(classifier)}
     if mode == "dense" and "sparse" in modes:
-        for ffn in mine.ffns:
+        for ffn in model.ffns:
             ffn.router.on_permuted(ffn.gating_weight)
-        mine.set_mode("sparse")
-        found["dense_to_sparse"] = data.score(classifier)
-    return found
+        model.set_mode("sparse")
+        scores["dense_to_sparse"] = data.score(classifier)
+    return scores

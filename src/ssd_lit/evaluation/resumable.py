@@ -1,4 +1,4 @@
-"""What a long stage has found so far, so that it goes on where it was ended."""
+"""Partial results of a long stage, from which it resumes after an interruption."""
 
 import shutil
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from ssd_lit.support.files import read_json_checked, write_json_checked
 
 
 class ResumableResults:
-    """ResumableResults of a stage's work, each kept in a file of the folder as soon as it is done.
+    """Partial results, each written to a file of the folder as soon as it is done.
 
-    `inputs` is all that decides them, as JSON has it: pieces of other inputs are thrown away.
+    `inputs`, as JSON, is all that they depend on: results of other inputs are deleted.
     """
 
     def __init__(self, folder: Path, inputs: dict[str, Any]):
         self._folder = folder
-        book = folder / "inputs.json"
-        if not (book.exists() and read_json_checked(book) == inputs):
+        path = folder / "inputs.json"
+        if not (path.exists() and read_json_checked(path) == inputs):
             shutil.rmtree(folder, ignore_errors=True)
-            write_json_checked(book, inputs)
+            write_json_checked(path, inputs)
 
     def get(self, name: str, work: Callable[[], Any]) -> Any:
-        """The piece of that name: read, if it was done before, or else done and kept."""
+        """The result of that name, read if it is there, else computed by `work` and written."""
         path = self._folder / f"{name}.json"
         if path.exists():
             return read_json_checked(path)["found"]
-        found = work()
-        write_json_checked(path, {"found": found})
-        return found
+        result = work()
+        write_json_checked(path, {"found": result})
+        return result

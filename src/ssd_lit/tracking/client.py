@@ -1,9 +1,9 @@
-"""The tracker of a run's stages. MLflow is known to this package only, and imported where it is needed.
+"""The tracker of a run's stages. Only this package uses MLflow, and imports it where it is needed.
 
-Points go to the run's metrics.jsonl first, and what a stage came to into its mlflow.json. A thread takes both from
-there to MLflow, remembering how far it came; with the server away they wait in the files, and training never does. A
-stage waits at its end for CLOSE_SECONDS, or for CLOSE_SHARE of the time it took if that is more; what is left goes with
-the next stage of the run, with the report, or with `ssd-lit send`.
+Points are written to the run's metrics.jsonl, and results of stages to its mlflow.json. A thread sends both to MLflow
+and records its progress; if the server is unreachable they wait in the files, without delaying training. At its end a
+stage waits for the thread for CLOSE_SECONDS, or for CLOSE_SHARE of its run time if that is more; the rest is sent by
+the run's next stage, by the report, or by `ssd-lit send`.
 """
 
 import logging
@@ -33,12 +33,11 @@ CLOSE_SECONDS, CLOSE_SHARE = 10.0, 0.02
 
 
 class RunTracker:
-    """The MLflow run of one of our runs, while a stage of it works.
+    """Tracks a stage of a run in MLflow; a context manager.
 
-    Use as a context manager. The run is found again by a key that mlflow.json held before the run was made; so is the
-    stage's child run. `resume_step` is the step the stage starts from: points beyond it, of an earlier attempt that is
-    now replaced, are dropped, and since MLflow cannot drop points its old run is set aside (deleted in its sense,
-    tagged `superseded_by`) for a new one.
+    The MLflow run and the stage's child run are found again by a key, written to mlflow.json before they are created.
+    `resume_step` is the step the stage starts from: points after it, of an earlier attempt, are dropped. Since MLflow
+    cannot drop points, its old run is replaced by a new one (deleted in MLflow's sense, tagged `superseded_by`).
     """
 
     def __init__(
@@ -78,20 +77,20 @@ class RunTracker:
         self._points.log(step, values)
 
     def begin(self, stage: str) -> None:
-        """The work that follows is of this stage."""
+        """Set the stage of the work that follows."""
         if stage != self._stage:
             self._spool.update(tags={**self._spool.record.tags, "stage": stage})
             self._stage = stage
 
     def finish(self, stage: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """A stage is done; what it came to is for its child run."""
+        """End a stage; its metrics and tags go to its child run."""
         self._spool.end(stage, "FINISHED", metrics, tags, None)
         self._finished.add(stage)
 
     def outcome(
         self, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None, *, run_step: int | None = None
     ) -> None:
-        """What the stage came to: for its child run, and with `run_step` for the run itself at that step."""
+        """Set the stage's results: for its child run, and with `run_step` for the run itself at that step."""
         self._outcome = metrics, tags or {}, run_step
 
     def __enter__(self) -> Self:
@@ -108,18 +107,18 @@ class RunTracker:
             if error is not None or self._stage not in self._finished:
                 self._spool.end(self._stage, status, *self._outcome)
         finally:
-            self._stop.set()  # a full disk must not keep the thread going
+            self._stop.set()  # after an error too, such as a full disk
         self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
         waiting = self._spool.waiting()
         if waiting:
             log.warning(
-                "MLflow has not got all of %s: %s wait for the next stage, or for `ssd-lit send %s`",
+                "%s: %s not sent to MLflow yet; the next stage sends them, or `ssd-lit send %s`",
                 self._config.name, waiting, self._run_dir,
             )  # fmt: skip
 
     def _send_all(self) -> None:
-        """The thread: connect, send what is new now and then, and once more at the end."""
-        wait, warned, shown = SEND_SECONDS, False, ""
+        """The thread: connects, sends what is new every SEND_SECONDS, and once more at the end."""
+        wait, warned, stage = SEND_SECONDS, False, ""
         delivery: Delivery | None = None
         system: _SystemWatch | None = None
         while True:
@@ -129,9 +128,9 @@ class RunTracker:
                     fresh = Delivery(connect(self._results), self._results, self._config, self._spool)
                     fresh.connect()
                     system, delivery = _SystemWatch(fresh.run_id, self._results), fresh
-                if self._stage != shown:
+                if self._stage != stage:
                     delivery.begin(self._stage)
-                    shown = self._stage
+                    stage = self._stage
                 delivery.send_points()
                 if last:
                     delivery.send_endings()
@@ -141,7 +140,7 @@ class RunTracker:
             except Exception as error:
                 if not warned and not last:
                     uri = masked(tracking_uri(self._results))
-                    log.warning("MLflow at %s: %s; what there is to send waits in files", uri, first_line(error))
+                    log.warning("MLflow at %s: %s; points wait in files until it answers", uri, first_line(error))
                 warned, wait = True, min(2 * wait, LONGEST_WAIT)
             if last:
                 return
@@ -149,7 +148,7 @@ class RunTracker:
 
 
 class _SystemWatch:
-    """MLflow's own sampling of processor, memory and GPU; what a server that is away misses of it is not kept."""
+    """MLflow's own sampling of processor, memory and GPU; samples are lost while the server is unreachable."""
 
     def __init__(self, run_id: str, results: Path):
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -161,7 +160,7 @@ class _SystemWatch:
         self._monitor.start()
 
     def finish(self) -> None:
-        """End the sampling; what a stage shorter than the sampling interval has collected is sent too."""
+        """End the sampling, and send the samples of the last, incomplete interval."""
         self._monitor.finish()
         self._monitor.publish_metrics(self._monitor.aggregate_metrics())
         self._monitor.mlflow_logger.flush()

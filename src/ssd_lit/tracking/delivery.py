@@ -1,4 +1,4 @@
-"""Delivers runs and reports to MLflow, from the files that they wrote."""
+"""Sends runs and reports to MLflow, from their files."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
 
-
-BATCH = 1000  # the largest number of metrics that MLflow takes in one request
+BATCH = 1000  # the largest number of metrics that MLflow accepts in one request
 REPORT_SECONDS = 60.0
 KEY, PARENT = "ssd_lit.key", "mlflow.parentRunId"
 
 
 class Delivery:
-    """Brings to MLflow what the spool of a run holds. Every step may be repeated: its answer may have been lost."""
+    """Sends a run's spool to MLflow. Every method may be repeated, because a response may be lost."""
 
     def __init__(self, client: "MlflowClient", results: Path, config: RunConfig, spool: Spool):
         self._client = client
@@ -38,23 +37,23 @@ class Delivery:
         return self._spool.record.run_id
 
     def connect(self) -> None:
-        """Find the run or make it, and tell what describes it."""
+        """Find the run or create it, and log its settings, tags and data set."""
         client, spool, record = self._client, self._spool, self._spool.record
         with FileLock(self._results / ".mlflow.lock"):
             self._experiment = _experiment(client, self._results, self._config.experiment)
         run = _find_or_create(client, self._experiment, record.key, record.tags, record.run_id)
         if record.run_id != run.info.run_id:
-            # A run that MLflow does not have any more, or another store: it is told everything.
+            # MLflow no longer has the run, or this is another store: send everything.
             spool.update(run_id=run.info.run_id, sent=0)
         self._set_aside_superseded()
         _log_new(client, run, self._config, record.tags)
-        known = run.inputs.dataset_inputs if run.inputs else []
-        if record.data_digest not in {one.dataset.digest for one in known}:
-            with FileLock(self._results / ".mlflow.lock"):  # two runs of one data set would both make its row
+        inputs = run.inputs.dataset_inputs if run.inputs else []
+        if record.data_digest not in {data.dataset.digest for data in inputs}:
+            with FileLock(self._results / ".mlflow.lock"):  # two runs of one data set would both create its row
                 self._log_data()
 
     def begin(self, stage: str) -> None:
-        """Show the run and the stage's child run as running."""
+        """Mark the run and the stage's child run as running."""
         for run_id in (self.run_id, self._child(stage).info.run_id):
             self._client.update_run(run_id, status="RUNNING")
         self._client.set_tag(self.run_id, "stage", stage)
@@ -73,12 +72,12 @@ class Delivery:
                 for name, value in point["values"].items()
             ]
             for i in range(0, len(metrics), BATCH):
-                # Sent twice, a point is the same row of the store: an answer or a record that is lost adds nothing.
+                # A point that is sent again, after a lost response or record, is the same row of the store.
                 self._client.log_batch(self.run_id, metrics=metrics[i : i + BATCH])
             self._spool.update(sent=end)
 
     def send_endings(self) -> None:
-        """Tell what the stages came to that ended."""
+        """Send the results of the stages that ended."""
         for stage, ending in list(self._spool.record.ended.items()):
             child = self._child(stage)
             _log_outcome(self._client, child, ending, step=0)
@@ -98,7 +97,7 @@ class Delivery:
         return child
 
     def _set_aside_superseded(self) -> None:
-        """Hand the children of replaced runs over, and delete those runs with the children that are left to them."""
+        """Move the children that are kept to this run, and delete the replaced runs with their other children."""
         client, record = self._client, self._spool.record
         for old in record.superseded:
             if not _is_active(client, old):
@@ -124,9 +123,9 @@ class Delivery:
 
 
 def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
-    """Send what waits in runs, however long it takes; returns how many runs had anything.
+    """Send what is not sent yet of several runs; returns the number of runs that had anything.
 
-    A run that a stage works on is left to that stage. Raises ValueError if MLflow is away.
+    Skips a run whose stage is running, which sends it. Raises ValueError if MLflow is unreachable.
     """
     sent = 0
     for run_dir in run_dirs:
@@ -147,9 +146,9 @@ def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
 
 
 def send_report(results: Path, experiment: str, files: Mapping[str | None, Sequence[Path]]) -> None:
-    """Keep files, by folder, as artifacts of the experiment's one run named `report`.
+    """Upload files, by folder, as artifacts of the experiment's one run named `report`.
 
-    Raises ValueError if MLflow is away.
+    Raises ValueError if MLflow is unreachable.
     """
     try:
         client = connect(results)
@@ -165,51 +164,53 @@ def send_report(results: Path, experiment: str, files: Mapping[str | None, Seque
 
 
 def try_for(seconds: float, send: Callable[[], object]) -> str | None:
-    """Send for at most so long; None if all went, or why not. What goes on after that ends with the process."""
-    failed: list[str] = []
+    """Run `send` for at most `seconds`; returns None, or why it failed.
+
+    After that it runs on in a thread that ends with the process.
+    """
+    errors: list[str] = []
 
     def work() -> None:
         try:
             send()
         except ValueError as error:
-            failed.append(str(error))
+            errors.append(str(error))
 
     thread = threading.Thread(target=work, name="mlflow", daemon=True)
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         return f"MLflow takes more than {seconds:.0f} s"
-    return failed[0] if failed else None
+    return errors[0] if errors else None
 
 
 def _experiment(client: "MlflowClient", results: Path, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
     local = tracking_uri(results).startswith("sqlite:")
-    where = artifact_place(results, name) if local else None
-    return str(client.create_experiment(name, artifact_location=where))
+    return str(client.create_experiment(name, artifact_location=artifact_place(results, name) if local else None))
 
 
 def _find_or_create(
     client: "MlflowClient", experiment: str, key: str, tags: Mapping[str, str], known: str | None
 ) -> "MlflowRun":
-    """The run that carries the key: the `known` one, else the oldest, else a new one; any others are deleted.
+    """The run with the key: the `known` one, else the oldest, else a new one; deletes any others.
 
-    Others were made by requests that were carried out although their answers never came.
+    Others come from requests that were executed but whose responses were lost.
     """
-    found = list(client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", order_by=["attributes.start_time ASC"]))
-    if not found:
+    runs = list(client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", order_by=["attributes.start_time ASC"]))
+    if not runs:
         return client.create_run(experiment, tags={**tags, KEY: key})
-    kept = next((run for run in found if run.info.run_id == known), found[0])
-    for twin in found:
-        if twin is not kept:
-            client.delete_run(twin.info.run_id)
-    return kept
+    chosen = next((run for run in runs if run.info.run_id == known), runs[0])
+    for run in runs:
+        if run is not chosen:
+            client.delete_run(run.info.run_id)
+    return chosen
 
 
 def _is_active(client: "MlflowClient", run_id: str) -> bool:
-    """Whether MLflow has the run, and not as a deleted one."""
+    """Whether MLflow has the run, not deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -221,7 +222,7 @@ def _is_active(client: "MlflowClient", run_id: str) -> bool:
 
 
 def _log_outcome(client: "MlflowClient", run: "MlflowRun", ending: Mapping[str, Any], step: int) -> None:
-    """Log what a stage came to, but for metrics whose latest value it is already: a stage that ran twice adds none."""
+    """Log the results of a stage, except metrics whose latest value is the same: a repeated stage adds none."""
     from mlflow.entities import Metric, RunTag
 
     known = run.data.metrics
@@ -234,7 +235,7 @@ def _log_outcome(client: "MlflowClient", run: "MlflowRun", ending: Mapping[str, 
 
 
 def _log_new(client: "MlflowClient", run: "MlflowRun", config: RunConfig, tags: Mapping[str, str]) -> None:
-    """Log the settings that the run has not got yet, and the tags."""
+    """Log the settings that the run lacks, and the tags."""
     from mlflow.entities import Param, RunTag
 
     flat = dict(_flatten(config.model_dump()))

@@ -1,4 +1,4 @@
-"""The MLflow store: where it is, how it is made, reached, served."""
+"""The MLflow store: its address, creation, connection and server."""
 
 import logging
 import os
@@ -16,9 +16,9 @@ from ssd_lit.support.files import whole_file
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# Read by MLflow itself. By default it retries for minutes; here the thread tries again, and first looks whether a
-# request that got no answer was carried out. A slow server has half a minute for each. By default it also reports its
-# use to its makers, and prints addresses into the stages' logs.
+# Read by MLflow. By default it retries for minutes; here the thread retries, after checking whether a request without
+# a response was executed. A request may take half a minute. By default MLflow also sends telemetry, and prints URLs
+# into the stages' logs.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -34,14 +34,14 @@ def tracking_uri(results: Path) -> str:
 
 
 def masked(uri: str) -> str:
-    """A URI, or text with one in it, without the password or token that it may carry, for people to read."""
+    """A URI, or text that contains one, with its password or token masked."""
     return re.sub(r"://([^/\s:@]*:)\S*@", r"://\1***@", re.sub(r"://[^/\s:@]+@", "://***@", uri))
 
 
 def ensure_store(results: Path) -> None:
-    """Make the local store, once, before several processes use it; a fresh one cannot be made by two at a time.
+    """Create the local store, if there is none, before several processes use it: two cannot create it at once.
 
-    It is made aside: MLflow cannot go on from one that it could not finish. Raises OSError if it cannot be made.
+    Created under a temporary name, because MLflow cannot complete a partial one. Raises OSError if that fails.
     """
     path = Path(tracking_uri(results).removeprefix("sqlite:///"))
     if not tracking_uri(results).startswith("sqlite:///") or path.exists():
@@ -52,20 +52,20 @@ def ensure_store(results: Path) -> None:
             return
         from mlflow import MlflowClient
 
-        for left in path.parent.glob(f".{path.name}.*"):
-            left.unlink()  # by one who was killed
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            leftover.unlink()  # of a killed process
         with whole_file(path) as part:
             try:
                 MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
-            except Exception as error:  # the database's own
-                raise OSError(f"{path}: the MLflow store cannot be made: {first_line(error)}") from None
+            except Exception as error:  # of many types, from the database
+                raise OSError(f"{path}: the MLflow store cannot be created: {first_line(error)}") from None
 
 
 def serve(results: Path, port: int) -> list[str]:
-    """The command that serves the store and its UI on 127.0.0.1; sets what it needs in the environment."""
+    """The command that serves the store and its UI on 127.0.0.1; sets the environment variables that it needs."""
     # One worker and no job runner start in a third of the time and a sixth of the memory.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    # Not an argument: everyone on the machine may read those, and a URI may hold a password.
+    # Not an argument: every user of the machine can read those, and a URI may hold a password.
     os.environ["MLFLOW_BACKEND_STORE_URI"] = _store_uri(results)
     return [
         sys.executable, "-m", "mlflow", "server",
@@ -77,7 +77,7 @@ def serve(results: Path, port: int) -> list[str]:
 def connect(results: Path) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It logs a traceback for each error of the database that it raises, which we tell in a line.
+    # MLflow logs a traceback for each database error that it raises, which is reported in one line instead.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
@@ -85,14 +85,14 @@ def connect(results: Path) -> "MlflowClient":
 
 
 def _store_uri(results: Path) -> str:
-    """The tracking URI, to be used at once: our own store knows by then where the results lie."""
+    """The tracking URI, after updating the artifact locations of a local store."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         follow_results(results)
     return tracking_uri(results)
 
 
 def first_line(error: Exception) -> str:
-    # First masked, then cut: half a URI would not be known as one.
+    # Masked before it is cut: half a URI would not be recognised.
     return masked((str(error) or type(error).__name__).splitlines()[0])[:200]
 
 
@@ -102,23 +102,22 @@ def artifact_place(results: Path, experiment: str) -> str:
 
 
 def follow_results(results: Path) -> None:
-    """Have the store name the places of artifacts where the results lie now; nothing if there is none.
+    """Update the artifact locations in the local store, if there is one, to the current results folder.
 
-    MLflow writes absolute places into its store. After a move they lead nowhere, and in a copy to the original.
+    MLflow stores absolute paths. After a move they point nowhere, and in a copy to the original.
     """
     store, here = results.resolve() / "mlflow.db", results.resolve().as_uri()
     if not store.exists():
         return
     with closing(sqlite3.connect(store, timeout=60)) as connection, connection:
-        for number, name, place in connection.execute(
-            "SELECT experiment_id, name, artifact_location FROM experiments"
-        ).fetchall():
-            now = artifact_place(results, name)
-            if place == now or not place.endswith(now.removeprefix(here)):
+        experiments = connection.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
+        for number, name, old in experiments:
+            new = artifact_place(results, name)
+            if old == new or not old.endswith(new.removeprefix(here)):
                 continue
-            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (now, number))
+            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (new, number))
             connection.execute(
                 "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
                 "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-                (now, len(place) + 1, number, len(place), place),
+                (new, len(old) + 1, number, len(old), old),
             )

@@ -1,4 +1,4 @@
-"""The training of a run: one Lightning `fit` that goes through phase after phase."""
+"""The training of a run: one Lightning `fit` for all its phases."""
 
 import logging
 import multiprocessing
@@ -35,7 +35,7 @@ PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorder | None) -> Trainer:
-    """The trainer of a run, which its phase switch ends.
+    """The trainer of a run; `switch` ends the training.
 
     Fitting starts a process for each further device. Raises ValueError if the machine has too few GPUs.
     """
@@ -45,12 +45,11 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     meter = ThroughputLogger(switch, costs)
     snapshots = [Snapshots(run.folder, training.snapshot_every)] if training.snapshot_every else []
     return Trainer(
-        # The phase switch ends the training, and nothing else.
-        max_epochs=-1,
+        max_epochs=-1,  # only the phase switch ends the training
         devices=training.devices,
         # No buffer changes in a step, and a validation may be longer in one process than in another.
         strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
-        # A cluster gives a stage one task: Lightning would take that for the number of processes.
+        # A cluster gives a stage one task, which Lightning would take for the number of processes.
         plugins=[LightningEnvironment(), switch.checkpoints.writer],
         precision=PRECISION[training.precision],
         gradient_clip_val=config.optim.grad_clip,
@@ -60,8 +59,8 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
         use_distributed_sampler=False,
         logger=RecorderLogger(recorder),
         callbacks=[
-            # In this order at the end of a step: decide, measure what is sound, show, and save what is then known. A
-            # phase that ends is validated behind the step; the switch then comes first again, and saving last.
+            # The order at the end of a step: decide whether the phase ends, measure, check, show, save. A phase that
+            # ends is validated after the step; there too the switch comes first and saving last.
             switch,
             ActivationMonitor(config.name, training.log_every),
             NonFinite(switch),
@@ -81,32 +80,32 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back Lightning's greetings, its advice on settings that we chose, and warnings that only it can heed."""
+    """Silence Lightning's start-up messages, its advice on settings, and warnings that only Lightning can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
-        warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # the module's is meant
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # older releases of torch know no other name
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of an old name in torch
+        warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # overridden on purpose
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # older torch has no other name for it
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning uses an old name in torch
         yield
 
 
 def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str, object]) -> PhaseSwitch:
-    """Train from where the run stands to the end of a stage; all is on record and on the disk when it returns.
+    """Train a run from its latest state to the end of the stage `until`; returns its phase switch.
 
-    Only the first process needs a recorder. Returns the phase switch, which knows the phases that were gone through.
+    All records and checkpoints are on the disk on return. Only the first process needs a recorder.
     """
     config, start = run.config, starting_point(run)
     model = build_model(config, run.vocab, read_weights=start.checkpoint is None, draw_weights=start.checkpoint is None)
     if start.checkpoint is not None and not start.step:
-        # Before the run's own first step there is no optimiser state to go on from, only weights.
+        # Before the run's own first step there are only weights to load, no optimiser state.
         load_weights(model, read_checkpoint(start.checkpoint))
     objective = build_objective(model.objective_name, run.vocab)
     elsewhere = spent_elsewhere(run)
-    # Reading goes on where the run that this one started from stopped, in the same order.
+    # Reads on from the data position of the run that this one starts from, in the same order.
     data = TokenData.of_run(config, run.tokens, objective.noise_per_token, skipped_steps=elsewhere.steps)
     costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
     backend = _backend(config, model)
@@ -120,25 +119,25 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
             trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
         except Preempted:
             if trainer.strategy.launcher is not None:
-                # Asked while the processes of further devices waited for this one to begin.
+                # The signal came while the processes of further devices waited for this one to begin.
                 trainer.strategy.launcher.kill(signal.SIGTERM)
             raise
         finally:
             for worker in multiprocessing.active_children():
-                # Data workers do not hear the SIGTERM that schedulers send to all, and Python would wait for them.
+                # Data workers ignore the SIGTERM that schedulers send to all, and Python would wait for them.
                 worker.kill()
                 worker.join()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # What this process measures next is not for the others to take part in.
+        # The measurements that follow run in this process only.
         torch.distributed.destroy_process_group()
     torch.compiler.reset()
     return switch
 
 
 def _backend(config: RunConfig, model: LanguageModel) -> str:
-    """The name of the backend that training takes, for `auto` the one that fits its batches.
+    """The name of the backend that training uses, for `auto` the fastest for its batches.
 
-    Raises ValueError for one that this machine cannot run, before any phase is trained in vain.
+    Raises ValueError for one that this machine cannot run, before any phase is trained.
     """
     ffn, name = model.ffns[0], config.moe.backend
     activation = Activation(ffn.activation, ffn.hidden_dropout.p)

@@ -1,4 +1,4 @@
-"""MoEfication of a model in training: its neurons move into expert order where they lie, Adam's moments with them."""
+"""MoEfication of a model in training: permutes its neurons into expert order in place, with Adam's moments."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,21 +49,21 @@ def find_experts(
     tokens_dir: Path,
     vocab: VocabInfo,
 ) -> tuple[list[Tensor], Checks]:
-    """The expert of every neuron, labels [F] layer by layer, and the check of similarity that came with it, if any.
+    """The experts of all neurons, labels [F] a layer, and the similarity check made along with them, if any.
 
-    Changes the tracker's clustering, and nothing of the model but its mode.
+    Changes the tracker's clustering, and the model's mode only.
     """
     moe, rows = config.moe, [ffn.gating_weight for ffn in model.ffns]
     if moe.construction == "kmeans":
         step = history[-1].last_step if history else 0
         checks = history[-1].similarity if history else []
         if checks and checks[-1][0] == step:
-            # The phase before ended with a check: these very weights are clustered already.
+            # The phase before ended with a check, which clustered the same weights.
             return tracker.labels, []
-        # Where training's checks cluster: a GPU takes all layers in a part of a second, a core several seconds.
+        # A GPU clusters all layers in less than a second, one core in several seconds.
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found = tracker.update([w.to(device) for w in rows])
-        return tracker.labels, [[step, found]] if history and found is not None else []
+        value = tracker.update([w.to(device) for w in rows])
+        return tracker.labels, [[step, value]] if history and value is not None else []
     activations: Iterable[Tensor | None] = [None] * len(rows)
     if moe.construction in NEEDS_ACTIVATIONS:
         activations = layer_activations(model, tokens_dir, moe.calibration_blocks, vocab)
@@ -82,20 +82,14 @@ def group_neurons(
 ) -> None:
     """Move every neuron to its expert: weights, biases, moments, the routers' centres, the tracker's labels.
 
-    All tensors stay where they are in memory, so what was compiled for them stays valid.
+    All tensors keep their memory, so compiled code stays valid.
     """
-    moved = optimizer if config.moe.permute_optimizer else None
-    tracker.reorder([moefy(ffn, ids, moved) for ffn, ids in zip(model.ffns, labels, strict=True)])
-
-
-def clusters_in(switch_state: dict[str, Any]) -> int:
-    """The number of clusters of the clustering that a phase switch knew; 0 if it knew none."""
-    labels = switch_state["tracker"]["labels"]
-    return int(labels[0].max()) + 1 if labels else 0
+    permuted = optimizer if config.moe.permute_optimizer else None
+    tracker.reorder([moefy(ffn, ids, permuted) for ffn, ids in zip(model.ffns, labels, strict=True)])
 
 
 def upcycled(config: RunConfig, checkpoint: dict[str, Any], vocab: VocabInfo) -> dict[str, Tensor]:
-    """The weights of a model whose experts are copies of a dense checkpoint's FFNs, all else as it was there."""
+    """The weights of a model whose experts are copies of a dense checkpoint's FFNs, all others as in the checkpoint."""
     dense = build_model(config.model_copy(update={"method": "dense"}), vocab, read_weights=not checkpoint)
     if checkpoint:
         load_beside_routers(dense, checkpoint)
@@ -114,21 +108,21 @@ def layer_activations(model: LanguageModel, tokens_dir: Path, blocks: int, vocab
     objective = build_objective(model.objective_name, vocab)
     chosen = spread_blocks(len(TokenBlocks(tokens_dir, "train")), blocks)
     device = model.ffns[0].w_in.device
-    seen: list[list[Tensor]] = [[] for _ in model.ffns]
+    inputs: list[list[Tensor]] = [[] for _ in model.ffns]
     for batch in scoring_batches(tokens_dir, "train", chosen, objective, device):
-        for found, x in zip(seen, ffn_inputs(model, batch), strict=True):
-            found.append(x.cpu())
-    # Inputs are several times narrower than activations: only one layer's need be there at a time.
-    for ffn, inputs in zip(model.ffns, seen, strict=True):
-        yield torch.cat([ffn.activations(x.to(device)).cpu() for x in inputs])
-        inputs.clear()
+        for layer_inputs, x in zip(inputs, ffn_inputs(model, batch), strict=True):
+            layer_inputs.append(x.cpu())
+    # Inputs are several times narrower than activations, of which one layer's are held at a time.
+    for ffn, layer_inputs in zip(model.ffns, inputs, strict=True):
+        yield torch.cat([ffn.activations(x.to(device)).cpu() for x in layer_inputs])
+        layer_inputs.clear()
 
 
 def moefy_checkpoint(run: Run, start: Start, provenance: dict[str, object]) -> PhaseRecord:
-    """Give every layer its experts, and put phase and stage on record; returns the record of the phase.
+    """MoEfy every layer from a checkpoint, and write the records of phase and stage; returns that of the phase.
 
-    Reads the warm-up's checkpoint; without one that of the run that this one starts from, or takes first weights. An
-    ssd run in one process does the same on its live model (`PhaseSwitch`), with the same result.
+    Starts from the warm-up's checkpoint, else from the final model of the parent run, else from initial weights. In an
+    ssd run that goes on in one process, `PhaseSwitch` does the same on the live model, with the same result.
     """
     began, config = time.perf_counter(), run.config
     phase = next_phase(config, start.history)
@@ -161,19 +155,21 @@ def moefy_checkpoint(run: Run, start: Start, provenance: dict[str, object]) -> P
 def _moefied(
     run: Run, checkpoint: dict[str, Any], tracker: PatternTracker, history: list[PhaseRecord], before: Totals
 ) -> tuple[dict[str, Any], Checks]:
-    """The checkpoint with its neurons in expert order, and the check of similarity that came with it, if any.
+    """The checkpoint with its neurons in expert order, and the similarity check made along with it, if any.
 
-    What was spent up to it, `before`, tells whether its neurons were trained as experts. Of another run's checkpoint
-    the weights are kept.
+    `before` is what was spent up to the checkpoint; its sparse steps show whether experts were trained. Of another
+    run's checkpoint only the weights are kept.
     """
     config = run.config
     model = build_model(config, run.vocab, read_weights=not checkpoint)
     if checkpoint:
         load_beside_routers(model, checkpoint)
-    switch = checkpoint.get("callbacks", {}).get(SWITCH_STATE)
-    if switch is not None and (history or (before.sparse_steps and clusters_in(switch) == config.moe.experts)):
-        # Experts that were trained together stay together, in another run as well; a dense one's are looked for anew.
-        tracker.load_state_dict(switch["tracker"])
+    clustering = checkpoint.get("callbacks", {}).get(SWITCH_STATE, {}).get("tracker")
+    if clustering is not None:
+        experts = int(clustering["labels"][0].max()) + 1 if clustering["labels"] else 0
+        # Experts that were trained keep their neurons, also from another run; a dense run's neurons are clustered anew.
+        if history or (before.sparse_steps and experts == config.moe.experts):
+            tracker.load_state_dict(clustering)
     optimizer = build_optimizer(model, config.optim) if history else None
     if optimizer is not None:
         optimizer.load_state_dict(checkpoint["optimizer_states"][0])

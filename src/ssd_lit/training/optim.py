@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, the same through all phases of a run."""
+"""AdamW, its learning rate schedule, and the guard that skips updates that are not finite."""
 
 import math
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from ssd_lit.config import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW with decoupled decay on matrices and embeddings, none on norms and biases (one-dimensional).
 
-    One fused kernel updates all, and leaves the update out where it is told so (`leave_out_if`). Its state loads from
-    a checkpoint of any device or kernel.
+    A fused kernel applies the update, or skips it (`leave_out_if`). Its state loads from a checkpoint of any device or
+    kernel.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -30,20 +30,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 
 
 def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The state to load, for our own kernel: a checkpoint names the one that it was written with."""
+    """The state to load, set to the fused kernel: a checkpoint names the kernel that it was written with."""
     return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
 
 
 def leave_out_if(flag: Tensor, optimizer: Optimizer) -> None:
     """Have the next update change neither weights nor state if `flag` [], a float on their device, is 1.
 
-    By the way in which `torch.amp.GradScaler` tells a fused optimizer: the kernel reads it, the host does not.
+    Uses the interface of `torch.amp.GradScaler` to fused optimizers: the kernel reads the flag, without a device sync.
     """
     optimizer.found_inf = flag  # type: ignore[attr-defined]
 
 
 def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:
-    """The learning rate of a step (0-based) as a share of `config.lr`.
+    """The learning rate of a step (0-based) as a fraction of `config.lr`.
 
     Linear warm-up, then either a cosine to `min_lr_fraction` at the last step, or a constant rate and a linear
     decay to `min_lr_fraction` over the last `decay_fraction` of all steps.
@@ -66,32 +66,32 @@ def build_scheduler(optimizer: AdamW, config: OptimConfig, steps: int) -> Lambda
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The updates that were left out."""
+    """Counts of the updates that were left out."""
 
     total: int = 0
     row: int = 0
-    """How many in a row up to now; stays where it is once it has reached the limit."""
+    """The number in a row up to now; stops counting at the limit."""
     step: int = 0
-    """The last of them, as the number of steps done before it."""
+    """The step (0-based) of the last of them."""
 
 
 class NonFiniteGuard:
-    """Tells the optimiser at every step whether to leave the update out.
+    """Decides at every step, on the device, whether the update is left out because its gradient is not finite.
 
-    After `limit` such updates in a row all later ones are left out too: weights and optimiser state stay as they were
-    before the first of them, until somebody looks.
+    After `limit` such updates in a row all later ones are left out too, so that weights and optimiser state stay as
+    they were before the first of them until the host reads the counts.
     """
 
     def __init__(self, limit: int):
         self.limit = limit
         self.restore(LeftOut())
 
-    def restore(self, found: LeftOut) -> None:
-        """Go on counting from `found`."""
-        self._total, self._row, self._step = (torch.tensor(n) for n in (found.total, found.row, found.step))
+    def restore(self, counts: LeftOut) -> None:
+        """Continue counting from `counts`."""
+        self._total, self._row, self._step = (torch.tensor(n) for n in (counts.total, counts.row, counts.step))
 
     def update(self, norm: Tensor, step: int) -> Tensor:
-        """1 if the update is to be left out, else 0, as a float on the device of `norm`, the norm of its gradient."""
+        """1 if the update is to be left out, else 0; a float on the device of `norm`, its gradient's norm."""
         # Moved at the first step only.
         total, row, last = (count.to(norm.device) for count in (self._total, self._row, self._step))
         halted = row >= self.limit
@@ -102,5 +102,5 @@ class NonFiniteGuard:
         return (halted | bad).float()
 
     def read(self) -> LeftOut:
-        """What was left out so far; waits for the device."""
+        """The counts so far; waits for the device."""
         return LeftOut(*torch.stack([self._total, self._row, self._step]).tolist())

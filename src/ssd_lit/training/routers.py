@@ -1,4 +1,4 @@
-"""Training the routers of a finished model: no other weight changes."""
+"""Training the post-hoc routers of a finished model, all other weights frozen."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,10 +33,10 @@ Example = tuple[Tensor, Tensor]
 
 
 def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object]) -> PhaseRecord:
-    """Train a router for every layer of the MoEfied model, and put phase and stage on record; returns the former.
+    """Train a router for every layer of the MoEfied model; writes the records of phase and stage, returns the former.
 
-    All other weights are those of the stage before; the checkpoint holds weights only. The FLOPs are those of the
-    model's forward passes and of the routers' own, the steps are not steps of the run.
+    All other weights are those of the stage before; the checkpoint holds weights only. The FLOPs count the model's
+    forward passes and the routers' training. The steps do not count as steps of the run.
     """
     began, config = time.perf_counter(), run.config
     before, *_ = (stage for stage in reversed(run.training_stages) if stage != "route")
@@ -52,7 +52,7 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
     for step, loss in enumerate(fit_routers(model.ffns, examples, config.moe)):
         if step % config.training.log_every == 0:
             recorder.log(history[-1].last_step + step, {"router/loss": loss.item()})
-    # The loss is a mean over tokens of finite outputs of a frozen model: only the routers can leave the numbers.
+    # The frozen model's outputs are finite: only the routers can diverge.
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{config.name} {phase.name}: the routers' weights are not finite; lower moe.router_lr")
     write_checkpoint(checkpoint_path(run.folder, "route"), {"state_dict": weights_of(model.cpu())})
@@ -70,9 +70,9 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
 
 
 def fit_routers(ffns: Sequence[ExpertFFN], examples: Iterable[Sequence[Example]], moe: MoEConfig) -> Iterator[Tensor]:
-    """Train the routers of some FFNs, and nothing else, for `moe.router_steps` steps; yields the loss of every step.
+    """Train the routers of some FFNs for `moe.router_steps` steps; yields the loss of every step.
 
-    An element of `examples` is one step's: an `Example` for every FFN.
+    An element of `examples` is the batch of a step: one `Example` for every FFN.
     """
     kind = moe.posthoc_router
     assert kind is not None, "there is no router to train"
@@ -82,7 +82,7 @@ def fit_routers(ffns: Sequence[ExpertFFN], examples: Iterable[Sequence[Example]]
     optimizer = torch.optim.AdamW(parameters, lr=moe.router_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moe.router_steps)
     for _, batch in zip(range(moe.router_steps), examples, strict=False):
-        losses = [router_loss(ffn.router(x), wanted, kind) for ffn, (x, wanted) in zip(ffns, batch, strict=True)]
+        losses = [router_loss(ffn.router(x), target, kind) for ffn, (x, target) in zip(ffns, batch, strict=True)]
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -95,7 +95,7 @@ def fit_routers(ffns: Sequence[ExpertFFN], examples: Iterable[Sequence[Example]]
 def contributions(ffn: ExpertFFN, x: Tensor, kind: PosthocRouter) -> Tensor:
     """What each expert contributes to tokens x [T, D], as [T, E].
 
-    `mass_mlp` and `centers`: its share of the token's activation mass (MoEfication, arXiv 2110.01786, section 3.3).
+    `mass_mlp` and `centers`: its fraction of the token's activation mass (MoEfication, arXiv 2110.01786, section 3.3).
     `norm_mlp`: the L2 norm of its output (D2DMoE, arXiv 2310.04361, section 3.2), in units of the mean over tokens and
     experts.
     """
@@ -107,24 +107,22 @@ def contributions(ffn: ExpertFFN, x: Tensor, kind: PosthocRouter) -> Tensor:
 
 
 def router_loss(scores: Tensor, contributed: Tensor, kind: PosthocRouter) -> Tensor:
-    """How far a router's scores [T, E] are from the contributions [T, E]: cross-entropy, or mean squared error."""
+    """Loss of scores [T, E] against contributions [T, E]: mean squared error for `norm_mlp`, else cross-entropy."""
     if kind == "norm_mlp":
         return F.mse_loss(scores, contributed)
     return F.cross_entropy(scores.clamp_min(1e-6).log(), contributed)
 
 
 def _examples(run: Run, model: LanguageModel) -> Iterator[list[Example]]:
-    """The examples of every step, without end: batches of the training split from its first on."""
+    """The examples of every step, without end, from the training split's first batch on."""
     config, kind = run.config, run.config.moe.posthoc_router
     assert kind is not None
     objective = build_objective(model.objective_name, run.vocab)
     blocks = TokenBlocks(run.tokens, "train")
     device = model.ffns[0].w_in.device
     for step, places in enumerate(StepBatchSampler(len(blocks), config.training.batch_size, config.seed)):
-        batch = {
-            name: rows.to(device)
-            for name, rows in torch.utils.data.default_collate(blocks.__getitems__(places)).items()
-        }
+        rows = torch.utils.data.default_collate(blocks.__getitems__(places))
+        batch = {name: x.to(device) for name, x in rows.items()}
         generator = torch.Generator(device).manual_seed(config.seed + step)
         noise = torch.rand(*batch["inputs"].shape, objective.noise_per_token, generator=generator, device=device)
         inputs = [x.float() for x in ffn_inputs(model, objective(batch, noise))]

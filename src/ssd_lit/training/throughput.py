@@ -1,4 +1,4 @@
-"""Loss, speed and cost of training, at every logged step."""
+"""Loss, throughput and cost of training at every logged step, and the progress display."""
 
 import sys
 import time
@@ -15,23 +15,24 @@ from ssd_lit.training.schedule import Phase, phase_flops
 
 
 class ThroughputLogger(PhaseCallback):
-    """Logs the loss over the steps since the last logged one, tokens a second, training FLOPs, seconds and MFU.
+    """Logs the mean loss since the last logged step, tokens a second, training FLOPs, seconds and MFU.
 
-    It logs at the end of a phase too, so that no point is of two phases.
+    Logs at the end of a phase too, so that no point covers two phases.
     """
 
     def __init__(self, switch: PhaseSwitch, costs: Costs):
         self.last: dict[str, float] = {}
-        """The values logged last."""
+        """The latest logged values."""
         self._switch = switch
         self._config = switch.run.config
         self._costs = costs
         self._flops = 0.0
-        """Those of the phase."""
+        """FLOPs of the phase."""
         self._peak: float | None = None
         self._since = 0.0
         """Seconds of the phase at the last logged step."""
         self._steps = 0
+        """Steps since the last logged one."""
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         if module.device.type == "cuda" and self._config.training.precision == "bf16":
@@ -66,10 +67,11 @@ class ThroughputLogger(PhaseCallback):
 
 
 LINE_SECONDS = 15.0
+"""Time between progress lines where there is no terminal."""
 
 
 class Progress(PhaseCallback):
-    """Shows phase, step, loss, tokens a second and time left: a bar on a terminal, else a line now and then."""
+    """Shows phase, step, loss, tokens a second and time left: a bar on a terminal, else lines in the log."""
 
     def __init__(self, switch: PhaseSwitch, meter: ThroughputLogger):
         self._switch = switch
@@ -83,13 +85,13 @@ class Progress(PhaseCallback):
         config = self._switch.run.config
         if self._bar is None:
             self._last_line = time.monotonic()
-            # Written as lines where nobody would see a bar move, as in a log file.
+            # Without a terminal the bar only formats the lines that are printed.
             self._bar = tqdm(
                 total=config.training.steps,
                 initial=trainer.global_step,
                 unit="step",
                 dynamic_ncols=True,
-                file=sys.stderr if sys.stderr.isatty() else _Nowhere(),
+                file=sys.stderr if sys.stderr.isatty() else _NullWriter(),
             )
         self._bar.set_description_str(f"{config.name} {phase.name}")
 
@@ -109,9 +111,7 @@ class Progress(PhaseCallback):
             self._bar.close()
 
 
-class _Nowhere:
-    """A file that forgets."""
-
+class _NullWriter:
     def write(self, text: str) -> int:
         return len(text)
 
