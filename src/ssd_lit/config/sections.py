@@ -200,4 +200,4 @@ class SwitchingConfig(Section):
     final_dense_steps: Positive = 100
     """Dense steps kept for the end."""
     switch_points: list[Positive] | None = None
-    """Instead of all these but check_every: the global steps at which the mode changes, to sparse and back in turn."""
+    """Instead of all these but check_every: the global steps at which the mode changes, dense to sparse and back."""
