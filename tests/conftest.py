@@ -67,20 +67,17 @@ def tiny_experiment(folder: Path, **changes: Any) -> Path:
             "tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 12,
             "sparse_steps": 8, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8,
         },
-        "evaluation": {"top_k_curve": [1, 2, 4]},
+        "evaluation": {"blocks": 8, "top_k_curve": [1, 2, 4]},
     }  # fmt: skip
-    own = {
-        "evaluation": {"blocks": 8},
-        "arms": {
-            "dense": {"method": "dense"}, "ssd": {"method": "ssd"}, "sparse": {"method": "sparse"},
-            "posthoc": {"method": "posthoc", "parent_arm": "dense"},
-        },
+    arms = {
+        "dense": {"method": "dense"}, "ssd": {"method": "ssd"}, "sparse": {"method": "sparse"},
+        "posthoc": {"method": "posthoc", "parent_arm": "dense"},
     }  # fmt: skip
-    # What is shared by several experiments lies in a base: not every arm need use all of it.
-    shared = {key: value for key, value in content.items() if key not in changes}
+    # Sections lie in a base, for which not every arm need use all of them.
+    shared = {**content, **{key: value for key, value in changes.items() if key != "arms"}}
     (folder / "size.yaml").write_text(yaml.safe_dump(shared), encoding="utf-8")
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({"base": "size.yaml", **own, **changes}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({"base": "size.yaml", "arms": changes.get("arms", arms)}), encoding="utf-8")
     return path
 
 

@@ -9,9 +9,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ssd_lit.cli import main
-from ssd_lit.config import ConfigError, dump, load_experiment, load_run
+from ssd_lit.config import ConfigError, Experiment, dump, load_experiment, load_run, parse_changes, read_changes
 from ssd_lit.config.yaml_file import read_layers
 from ssd_lit.paths import write_configs
+from ssd_lit.pipeline.plan import experiment_of
 from tests.conftest import Bench
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,36 @@ def test_a_config_is_laid_over_its_bases_key_by_key(tmp_path: Path) -> None:
     assert read_layers(tmp_path / "sub/top.yaml")[0] == {
         "model": {"layers": 3, "d_ff": 64}, "seeds": [0], "a": 5, "b": {"c": 1, "d": 2},
     }  # fmt: skip
+
+
+def test_null_drops_an_arm_and_other_mappings_of_a_base(tmp_path: Path) -> None:
+    base = yaml.safe_load((ROOT / "configs/quick.yaml").read_text(encoding="utf-8"))
+    base["optim"]["lr"] = 3e-3
+    base["data"]["held_out"] = {"novel": "novel.txt", "news": "news.txt"}
+    base["arms"]["ssd"]["grid"] = {"moe.top_k": [1, 2], "optim.lr": [0.1]}
+    base["analysis"] = {"tokens": 3}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    path = tmp_path / "top.yaml"
+
+    def over(text: str) -> Experiment:
+        path.write_text(f"base: base.yaml\n{text}", encoding="utf-8")
+        return load_experiment(path)
+
+    assert set(over("arms: {sparse: null, dense: null, posthoc: null}").arms) == {"ssd"}
+    assert over("data: {held_out: {news: null}}").data.held_out == {"novel": "novel.txt"}
+    assert over("data: {held_out: null}").data.held_out == {}
+    assert list(over("arms: {ssd: {grid: {moe.top_k: null}}}").arms["ssd"].grid) == ["optim.lr"]
+    assert over("arms: {ssd: {grid: null}}").arms["ssd"].grid == {}
+    assert over("analysis: null").analysis is None
+    assert over("data: {max_megabytes: null}").data.max_megabytes is None
+    for text, message in (
+        ("arms: {sdd: null}", "arms.sdd: nothing to drop; without it there are: dense, posthoc, sparse, ssd"),
+        ("data: {held_out: {newz: null}}", "data.held_out.newz: nothing to drop; without it there are: news, novel"),
+        ("arms: {ssd: {grid: {moe.topk: null}}}", "arms.ssd.grid.moe.topk: nothing to drop"),
+        ("arms: {dense: null}", "arms.posthoc.parent_arm: given 'dense'; allowed: "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            over(text)
 
 
 def test_a_base_that_builds_on_its_user_is_told(tmp_path: Path) -> None:
@@ -152,3 +183,44 @@ def test_settings_are_read_under_the_names_they_had_before(tmp_path: Path, caplo
     assert load_experiment(old) == load_experiment(new)
     assert "start_from: called parent_arm now" in caplog.text
     assert "mass: called mass_mlp now" in caplog.text
+
+
+def test_settings_on_a_command_line_become_a_mapping() -> None:
+    settings = ["training.steps=100", "optim.lr=3e-4", "arms.ssd.grid.moe.top_k=[1, 2]", "arms.a={method: dense}"]
+    assert parse_changes(settings) == {
+        "training": {"steps": 100}, "optim": {"lr": 3e-4},
+        "arms": {"ssd": {"grid": {"moe.top_k": [1, 2]}}, "a": {"method": "dense"}},
+    }  # fmt: skip
+    for wrong in (["a"], ["a="], ["=1"], ["a..b=1"], [".=1"], ["arms.a.grid.=1"]):
+        with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+            parse_changes(wrong)
+    for twice in (["a=1", "a=2"], ["a=1", "a.b=2"], ["a.b=1", "a=2"]):
+        with pytest.raises(ConfigError, match="given more than once"):
+            parse_changes(twice)
+
+
+def test_what_snakemake_makes_of_changes_is_read_as_yaml_is() -> None:
+    text = "{a: {b: 100, c: 3e-4, d: null, e: true, f: [1, two]}, g: 'a: b', h: ''}"
+    as_strings = yaml.load(text, Loader=yaml.BaseLoader)
+    assert as_strings["a"]["b"] == "100"
+    expected = {"a": {"b": 100, "c": 3e-4, "d": None, "e": True, "f": [1, "two"]}, "g": "a: b"}
+    assert read_changes(as_strings) == {**expected, "h": None}
+    assert read_changes(text) == {**expected, "h": ""}
+    for wrong in (5, "training", [1], None):
+        with pytest.raises(ConfigError, match="expected a mapping"):
+            read_changes(wrong)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"expriment": "quick"}, "--config expriment: unknown key; did you mean 'experiment'?"),
+        ({"cores": 2}, "--config cores: unknown key; allowed: experiment, results, jobs, set"),
+        ({"jobs": "run"}, "jobs: given 'run'; allowed: stages"),
+        ({"set": 5}, "set: given 5; expected a mapping such as"),
+    ],
+)
+def test_a_mistake_in_what_snakemake_is_given_is_told(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        experiment_of(config)
+    assert message in str(told.value)

@@ -2,10 +2,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
-from ssd_lit.config.pretrained import checkpoint_shape, model_settings, weight_files
+from ssd_lit.config import ConfigError, DataConfig
+from ssd_lit.config.pretrained import check_complete, checkpoint_shape, model_settings, weight_files
+from ssd_lit.config.vocabulary import check_checkpoint
 from ssd_lit.support.files import write_json
-from tests.checkpoint_folders import save_model
+from tests.checkpoint_folders import MODELS, VOCABULARY, change_weights, save_model
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_inner": 48, "activation_function": "relu"},
@@ -74,3 +77,55 @@ def test_weights_are_one_file_or_the_shards_of_an_index(tmp_path: Path) -> None:
     found[0].unlink()
     with pytest.raises(ValueError, match=f"missing or no safetensors: {found[0].name}"):
         weight_files(tmp_path / "many")
+
+
+def data(tokenizer: Path, length: int = 16) -> DataConfig:
+    source = {"kind": "files", "paths": ["text.txt"]}
+    section = {"name": "a", "sources": [source], "tokenizer": {"folder": str(tokenizer)}, "sequence_length": length}
+    return DataConfig.model_validate(section)
+
+
+def save_words(folder: Path, words: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token=words[0])).save(str(folder / "tokenizer.json"))
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_own_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "gpt2")
+    words = [f"w{number}" for number in range(VOCABULARY)]
+    save_words(tmp_path / "other", [*words[:2], words[3], words[2], *words[4:]])
+    # Without one of its own there is nothing to compare with.
+    check_checkpoint(tmp_path / "model", data(tmp_path / "other"))
+    save_words(tmp_path / "model", words)
+    with pytest.raises(ConfigError, match=r"its token 2 is 'w3', but that of the checkpoint in .* is 'w2'"):
+        check_checkpoint(tmp_path / "model", data(tmp_path / "other"))
+    save_words(tmp_path / "fewer", words[:-3])
+    check_checkpoint(tmp_path / "model", data(tmp_path / "fewer"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_blocks_longer_than_a_checkpoint_reads_are_refused(tmp_path: Path, family: str) -> None:
+    save_model(tmp_path, family)
+    save_words(tmp_path, [f"w{number}" for number in range(VOCABULARY)])
+    check_checkpoint(tmp_path, data(tmp_path, length=32))
+    with pytest.raises(ConfigError, match=r"data\.sequence_length 33: .* reads 32 tokens at most"):
+        check_checkpoint(tmp_path, data(tmp_path, length=33))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("t5 encoder", "t5 tagger"))])
+def test_a_whole_checkpoint_is_complete(tmp_path: Path, name: str) -> None:
+    save_model(tmp_path, name)
+    check_complete(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("gpt2", "h.1.attn.c_attn.weight"), ("bert", "encoder.layer.0.output.LayerNorm.weight"), ("llama", "norm.weight"),
+     ("t5", "decoder.block.1.layer.1.EncDecAttention.q.weight"), ("gpt2 base", "wpe.weight")],
+)  # fmt: skip
+def test_a_checkpoint_without_a_tensor_is_refused(tmp_path: Path, name: str, lost: str) -> None:
+    save_model(tmp_path, name)
+    change_weights(tmp_path, lambda weights: {key: value for key, value in weights.items() if not key.endswith(lost)})
+    with pytest.raises(ValueError, match=f"the weights lack {lost}"):
+        check_complete(tmp_path)

@@ -280,13 +280,11 @@ def test_mistakes_are_answered_in_a_line(gpt2: Bench, tmp_path: Path, capsys: py
 
     def called_wrongly(*arguments: object) -> str:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments), "--threads", "1"])
-        assert ended.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert main([*map(str, arguments), "--threads", "1"]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "Error: " in line]
         assert len(lines) == 1
         assert not out.exists()
-        return lines[0].partition("error: ")[2]
+        return lines[0].partition("Error: ")[2]
 
     def refused(model: Path, *more: object, experts: int = 8, top_k: int = 2) -> str:
         return told("moefy", "--model", model, "--experts", experts, "--top-k", top_k, "--out", out, *more)
@@ -301,13 +299,11 @@ def test_mistakes_are_answered_in_a_line(gpt2: Bench, tmp_path: Path, capsys: py
     assert "--text" in refused(dense, "--router", "mass_mlp")
     text = gpt2.results.parent / "text.txt"
     assert "no tokenizer.json in folder" in refused(dense, "--text", text)
-    required = "the following arguments are required: "
-    assert called_wrongly("moefy") == f"{required}--model, --experts, --top-k, --out"
-    assert called_wrongly("moefy", "--model", dense, "--experts", 8) == f"{required}--top-k, --out"
+    assert called_wrongly("moefy") == "Missing option '--model'."
+    assert called_wrongly("moefy", "--model", dense, "--experts", 8) == "Missing option '--top-k'."
     # A run is MoEfied by its training.
-    assert called_wrongly("moefy", run) == f"{required}--model, --experts, --top-k, --out"
     whole = ("--model", dense, "--experts", 8, "--top-k", 2, "--out", out)
-    assert called_wrongly("moefy", run, *whole) == f"unrecognized arguments: {run}"
+    assert called_wrongly("moefy", run, *whole) == f"Got unexpected extra argument(s) ({run})"
     assert "copies of whole FFNs" in told("export", gpt2.dir("up"), "--out", out)
     assert "no such file" in told("export", tmp_path, "--out", out)
     (full := tmp_path / "full").mkdir()

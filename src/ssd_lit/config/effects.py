@@ -172,12 +172,6 @@ RULES = (
         lambda run, _: run.training.snapshot_every is not None and run.method != "upcycle",
         "there are no snapshots to compare without training.snapshot_every",
     ),
-    Rule(("downstream.glue",), lambda run, _: run.model.family == "bert", "only models of family bert are fine-tuned"),
-    Rule(
-        ("downstream.blimp",),
-        lambda run, _: run.model.family in ("gpt2", "llama"),
-        "only models of families gpt2 and llama score sentences",
-    ),
 )
 
 _ALWAYS_GIVEN = frozenset(
@@ -211,9 +205,10 @@ def check_effects_in_run(run: RunConfig, given: Mapping[str, Any], analysis: Ana
 
 def _check(key: str, path: tuple[str, ...], runs: Sequence[RunConfig], analysis: AnalysisConfig | None) -> None:
     rules = [rule for rule in RULES if any(f"{key}.".startswith(f"{one}.") for one in rule.keys)]
-    broken = [[rule for rule in rules if not rule.is_read(run, analysis)] for run in runs]
+    broken = [[rule.why for rule in rules if not rule.is_read(run, analysis)] for run in runs]
     if broken and all(broken):
-        raise ConfigError(f"{'.'.join(path)}: has no effect here: {broken[0][0].why}")
+        # Of the run that is nearest to reading it.
+        raise ConfigError(f"{'.'.join(path)}: has no effect here: {min(broken, key=len)[0]}")
 
 
 def _keys_of_arm(path: tuple[str, ...], value: Any) -> list[str]:

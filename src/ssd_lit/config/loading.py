@@ -94,9 +94,9 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         parts = key.split(".")
-        if parts[0] == "arms" and parts[2:3] == ["grid"]:
+        if parts[0] == "arms" and parts[2:3] == ["grid"] and len(parts) > 3:
             # Keys of a grid are dotted themselves.
-            parts = [*parts[:3], *filter(None, [".".join(parts[3:])])]
+            parts = [*parts[:3], ".".join(parts[3:])]
         if not equals or not text.strip() or not all(parts):
             raise ConfigError(f"{shown(setting)}: expected KEY=VALUE, such as training.steps=100")
         try:

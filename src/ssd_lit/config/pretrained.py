@@ -33,6 +33,32 @@ EMBEDDINGS = {
     "llama": ("embed_tokens.weight",),
 }
 
+# The modules with a weight that every base model has, by the prefix of their names; {} is the layer. FFNs are looked at
+# by themselves.
+MODULES = {
+    "gpt2": {"": "wpe ln_f", "h.{}.": "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_proj"},
+    "bert": {
+        "embeddings.": "position_embeddings token_type_embeddings LayerNorm",
+        "encoder.layer.{}.": "attention.self.query attention.self.key attention.self.value attention.output.dense "
+        "attention.output.LayerNorm output.dense output.LayerNorm",
+    },
+    "t5": {
+        "encoder.": "final_layer_norm",
+        "encoder.block.{}.": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v "
+        "layer.0.SelfAttention.o layer.0.layer_norm layer.1.DenseReluDense.wo layer.1.layer_norm",
+        "decoder.": "final_layer_norm",
+        "decoder.block.{}.": "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.v "
+        "layer.0.SelfAttention.o layer.0.layer_norm layer.1.EncDecAttention.q layer.1.EncDecAttention.k "
+        "layer.1.EncDecAttention.v layer.1.EncDecAttention.o layer.1.layer_norm layer.2.DenseReluDense.wo "
+        "layer.2.layer_norm",
+    },
+    "llama": {
+        "": "norm",
+        "layers.{}.": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj input_layernorm "
+        "mlp.gate_proj mlp.down_proj post_attention_layernorm",
+    },
+}
+
 # Where those families that learn positions keep them.
 POSITIONS = {"gpt2": "wpe.weight", "bert": "embeddings.position_embeddings.weight"}
 
@@ -221,8 +247,7 @@ def _first(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> StoredT
 def check_weights(folder: Path) -> None:
     """Raise ValueError where weights have not the shape that config.json says, as far as headers show.
 
-    Looks at what is most often changed by hand: the token embeddings, the width of every FFN, and whether all layers
-    have the same tensors.
+    Looks at what is most often changed by hand: the token embeddings, and the width of every FFN.
     """
     shape, tensors = checkpoint_shape(folder), stored_tensors(folder)
     family = shape["family"]
@@ -238,27 +263,23 @@ def check_weights(folder: Path) -> None:
                 f"{folder}: the FFN of layer {layer} is of shape {list(ffn.shape)}, but config.json says "
                 f"{shape['d_ff']} neurons ({KEYS[family]['d_ff']}) for every layer"
             )
-    _check_layers_alike(folder, tensors)
 
 
-def _check_layers_alike(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ValueError if a layer lacks a tensor that another one of its stack has."""
-    stacks: dict[str, dict[str, set[str]]] = {}
-    for name in tensors:
-        if found := re.fullmatch(r"(.*?\b(?:h|layer|layers|block))\.(\d+)\.(.+)", name):
-            stack, layer, inside = found.groups()
-            stacks.setdefault(stack, {}).setdefault(layer, set()).add(inside)
-    for stack, layers in stacks.items():
-        # Of T5's layers only the first has the table of relative positions.
-        some = {
-            inside
-            for parts in layers.values()
-            for inside in parts
-            if not inside.endswith("relative_attention_bias.weight")
-        }
-        for layer, parts in layers.items():
-            if missing := sorted(some - parts):
-                raise ValueError(f"{folder}: the weights lack {stack}.{layer}.{missing[0]}, which other layers have")
+def check_complete(folder: Path) -> None:
+    """Raise ValueError if the base model of a checkpoint lacks a weight matrix or norm, as far as names show."""
+    settings, tensors = model_settings(folder), stored_tensors(folder)
+    family = settings["model_type"]
+    layers = settings[KEYS[family]["layers"]]
+    # What models with a head put a prefix before, and what the first BERTs called the weight of a norm.
+    names = {name.replace(".gamma", ".weight") for name in tensors}
+    names |= {name.partition(".")[2] for name in names}
+    for stack, modules in MODULES[family].items():
+        count = settings.get("num_decoder_layers") or layers if stack.startswith("decoder.block") else layers
+        for place in [stack.format(layer) for layer in range(count)] if "{}" in stack else [stack]:
+            for module in modules.split():
+                name = f"{place}{module}.weight"
+                if name not in names:
+                    raise ValueError(f"{folder}: the weights lack {name}")
 
 
 def has_tied_head(folder: Path) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ssd_lit.config.data import DataConfig
-from ssd_lit.config.pretrained import embedded_tokens, longest_input
+from ssd_lit.config.pretrained import check_complete, embedded_tokens, longest_input
 from ssd_lit.config.yaml_file import ConfigError, shown
 from ssd_lit.support.files import read_json
 
@@ -27,6 +27,10 @@ def check_checkpoint(checkpoint: Path, data: DataConfig) -> None:
         own = token_ids(checkpoint) if (checkpoint / "tokenizer.json").is_file() else ids
     except ValueError as error:
         raise ConfigError(f"data.tokenizer.folder: {error}") from None
+    try:
+        check_complete(checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"model.pretrained: {error}") from None
     tokens = 1 + max(ids.values(), default=-1)
     if tokens > rows:
         raise ConfigError(

@@ -103,9 +103,7 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any], where: tuple[s
         is_entry = _has_free_names(where)
         if value is None and is_entry and key not in below:
             names = ", ".join(map(str, below)) or "none"
-            raise ConfigError(
-                f"{'.'.join([*where, str(key)])}: null drops what is there without it; there are: {names}"
-            )
+            raise ConfigError(f"{'.'.join([*where, str(key)])}: nothing to drop; without it there are: {names}")
         if value is None and (is_entry or isinstance(below.get(key), dict)):
             del merged[key]
         elif isinstance(value, dict):
