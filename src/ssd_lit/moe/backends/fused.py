@@ -29,7 +29,7 @@ def fused(x: Tensor, choice: Routing, experts: Experts, activation: Activation) 
     if activation.dropout:
         raise ValueError("backend 'fused': dropout of activations is not supported; take 'grouped'")
     y: Tensor = _forward(
-        x, choice.experts, choice.weights, *experts, activation.name, choice.ragged
+        x, choice.experts, choice.weights, *experts[:4], activation.name, choice.ragged
     )[0]  # fmt: skip
     return y
 
