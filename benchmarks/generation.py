@@ -27,9 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ssd_lit.config import MoEConfig
 from ssd_lit.huggingface.folder import open_folder, set_mode
 from ssd_lit.models import generation
-from ssd_lit.models.families import family
+from ssd_lit.models.family import family, swap_ffns
 from ssd_lit.models.generation import Generator
-from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.support.files import write_json
 

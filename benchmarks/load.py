@@ -33,7 +33,6 @@ from ssd_lit.config import Experiment, RunConfig, load_experiment
 from ssd_lit.data.packages import package_documents
 from ssd_lit.paths import run_dir, stage_path, write_configs
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of, training_stages
-from ssd_lit.report.names import figure_names
 from ssd_lit.run import Run
 from ssd_lit.support.files import read_json, read_json_checked, sha256, write_json, write_json_checked
 
@@ -256,8 +255,7 @@ def make_tables(experiment: Experiment, results: Path) -> None:
     """Tables, figures and report, all empty: only their dates are looked at."""
     here = results / experiment.experiment
     (here / "figures").mkdir(exist_ok=True)
-    figures = [here / f"figures/{name}.{kind}" for name in figure_names(experiment) for kind in ("svg", "png", "csv")]
-    for path in (here / "summary.csv", here / "arms.csv", *figures, here / "report.html"):
+    for path in (here / "summary.csv", here / "arms.csv", here / "figures", here / "report.html"):
         path.touch()
 
 
@@ -323,10 +321,11 @@ def store(results: Path, runs: int) -> dict[str, Any]:
     """Seconds of a batch of 1000 points, sent as the tracker does, while the store fills and once it is full."""
     from mlflow.entities import Metric
 
-    from ssd_lit.tracking.client import BATCH, _client, ensure_store
+    from ssd_lit.tracking.delivery import BATCH
+    from ssd_lit.tracking.store import connect, ensure_store
 
     ensure_store(results)
-    client = _client(results)
+    client = connect(results)
     experiment = client.create_experiment("many")
     ids = [client.create_run(experiment).info.run_id for _ in range(runs)]
 

@@ -43,7 +43,7 @@ from ssd_lit.config import MoEConfig, PackageSource  # noqa: E402
 from ssd_lit.data.sources import documents  # noqa: E402
 from ssd_lit.huggingface.moefy import moefy_folder  # noqa: E402
 from ssd_lit.moe.ffn import ExpertFFN  # noqa: E402
-from ssd_lit.report.style import GREY, LINES, PALETTE, WIDTH, figure_settings  # noqa: E402
+from ssd_lit.report.figures.style import GREY, LINES, PALETTE, WIDTH, figure_settings  # noqa: E402
 from ssd_lit.support.files import sha256, whole_file, write_json  # noqa: E402
 from ssd_lit.support.provenance import provenance  # noqa: E402
 

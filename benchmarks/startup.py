@@ -39,15 +39,15 @@ STAGES = {
     "prepare": ("ssd_lit.data.documents", "prepare_documents"),
     "tokenizer": ("ssd_lit.data.tokenizer", "train_tokenizer"),
     "encode": ("ssd_lit.data.encode", "encode_documents"),
-    "store": ("ssd_lit.tracking.client", "ensure_store"),
-    "train": ("ssd_lit.training.trainer", "Trainer.fit"),
-    "moefy": ("ssd_lit.training.moefy_stage", "find_experts"),
-    "route": ("ssd_lit.training.router_phase", "Trainer.fit"),
+    "store": ("ssd_lit.tracking.store", "ensure_store"),
+    "train": ("ssd_lit.training.fit", "Trainer.fit"),
+    "moefy": ("ssd_lit.training.moefication", "find_experts"),
+    "route": ("ssd_lit.training.routers", "fit_routers"),
     "evaluate": ("ssd_lit.evaluation.evaluate", "scoring_batches"),
     "analyse": ("ssd_lit.evaluation.experts", "final_model"),
-    "summarise": ("ssd_lit.report.arms_table", "write_arms"),
+    "summarise": ("ssd_lit.report.tables", "write_arms"),
     "figures": ("ssd_lit.report.figures", "write_figures"),
-    "report": ("ssd_lit.report.report", "write_report"),
+    "report": ("ssd_lit.report.page", "write_report"),
 }
 KINDS = {"warmup": "train", "sparse_phases": "train", "dense": "train", "run": "train", "downstream": "evaluate"}
 """Kind of stage of the jobs that have another name, the nearest for those that are not measured themselves."""

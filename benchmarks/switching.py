@@ -317,7 +317,7 @@ def child(run: Path) -> int:
     """`ssd-lit train RUN`, with one more callback."""
     from ssd_lit import cli
     from ssd_lit.training import fit
-    from ssd_lit.training.trainer import build_trainer
+    from ssd_lit.training.fit import build_trainer
 
     clocks: list[Clock] = []
 

@@ -40,11 +40,10 @@ from ssd_lit.support.files import sha256, write_json, write_json_checked, write_
 from ssd_lit.tracking.metrics_log import MetricsLog
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint
-from ssd_lit.training.meter import ThroughputLogger
+from ssd_lit.training.fit import build_trainer, quiet
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseSwitch
-from ssd_lit.training.progress import Progress
-from ssd_lit.training.trainer import build_trainer, quiet
+from ssd_lit.training.throughput import Progress, ThroughputLogger
 
 RESULT = RESULTS / "throughput.json"
 LOG_EVERY = 10

@@ -27,7 +27,7 @@ import yaml
 from machine import RESULTS, machine
 
 from ssd_lit.support.files import read_json, write_json
-from ssd_lit.tracking.client import ensure_store
+from ssd_lit.tracking.store import ensure_store
 
 ROOT = Path(__file__).parents[1]
 RESULT = RESULTS / "tracking.json"

@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[str, Any, str]] = {
     "t5 encoder": ("T5EncoderModel", T5, "AutoModelForTextEncoding"),
     "t5 tagger": ("T5ForTokenClassification", T5, "AutoModelForTokenClassification"),
     "llama": ("LlamaForCausalLM", LLAMA, "AutoModelForCausalLM"),
+    "llama biased": ("LlamaForCausalLM", LlamaConfig(**{**LLAMA.to_dict(), "mlp_bias": True}), "AutoModelForCausalLM"),
     "llama base": ("LlamaModel", LLAMA, "AutoModel"),
     "llama reader": ("LlamaForQuestionAnswering", LLAMA, "AutoModelForQuestionAnswering"),
 }

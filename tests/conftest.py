@@ -15,7 +15,7 @@ from ssd_lit.config import RunConfig, load_experiment
 from ssd_lit.paths import run_dir
 from ssd_lit.records import PhaseRecord
 from ssd_lit.run import Run
-from ssd_lit.tracking.client import ensure_store
+from ssd_lit.tracking.store import ensure_store
 
 # Before any test imports MLflow: it reports its use to its makers by default.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

@@ -13,7 +13,7 @@ from pathlib import Path
 from ssd_lit import cli
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ssd_lit.training.fit", "ssd_lit.training.moefy_stage", "mlflow.tracking"])
+SERVER.set_forkserver_preload(["ssd_lit.training.fit", "ssd_lit.training.moefication", "mlflow.tracking"])
 
 
 class Forked:

@@ -10,8 +10,7 @@ import torch
 from ssd_lit.cli import main
 from ssd_lit.config import load_run
 from ssd_lit.records import PhaseRecord
-from ssd_lit.report.analyses import read_table
-from ssd_lit.report.runs import load_results
+from ssd_lit.report.results import load_results, read_table
 from ssd_lit.support.files import archive_digest, read_json_checked, write_json_checked
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import read_checkpoint, write_checkpoint
@@ -207,6 +206,7 @@ def test_what_a_run_was_made_from_is_on_record(done: Bench) -> None:
         assert provenance["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
         assert provenance["commit"]
         assert provenance["machine"]["processor"]
+        assert provenance["began"] <= provenance["ended"]
     assert record.inputs == done.open("ssd").made_from()
     assert evaluation["inputs"]["weights"] == archive_digest(run / "checkpoints/sparse_phases.ckpt")
 
@@ -242,4 +242,4 @@ def test_verify_tells_results_that_no_longer_match_their_inputs(
     (done.results.parent / "text.txt").write_text("other text\n")
     main(["verify", str(run)])
     (tmp_path / "kept.txt").rename(done.results.parent / "text.txt")
-    assert "text.txt: not the file that the documents were read from" in capsys.readouterr().out
+    assert "text.txt: changed since the documents were read from it" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, load_experiment
 from ssd_lit.support.files import write_json_checked
-from ssd_lit.tracking.client import masked, serve
+from ssd_lit.tracking.store import masked, serve
 from ssd_lit.training.checkpoint import read_checkpoint
 from tests.conftest import Bench, tiny_experiment
 

@@ -1,4 +1,4 @@
-"""Where the files of data, experiments and runs lie under results/.
+"""Paths of data, experiments and runs under results/, and their settings files.
 
 results/data/<name>-<digest>/        config.yaml, documents/, tokenizer/, tokens/
 results/<experiment>/                experiment.yaml, summary.csv, figures/, report.html
@@ -6,9 +6,9 @@ results/<experiment>/runs/<run>/     config.yaml, evaluation.yaml, metrics.jsonl
     phases/<NN>-<mode>/              phase.json; weights.ckpt where training.keep_phases is set
     stages/<stage>.json              a training stage that is done, and the digest of its checkpoint
     checkpoints/<stage>.ckpt         the state at the end of that stage
-    downstream/                      downstream.json, and pieces/ while it is made
-    snapshots/                       step-<NNNNNNNN>.pt, if any are wanted
-    work/                            while it trains: made_from.json, rolling.ckpt and previous.ckpt
+    downstream/                      downstream.json, and pieces/ until it is complete
+    snapshots/                       step-<NNNNNNNN>.pt with training.snapshot_every
+    work/                            during training: made_from.json, rolling.ckpt and previous.ckpt
 """
 
 from pathlib import Path
@@ -26,18 +26,18 @@ def run_dir(results: Path, run: RunConfig) -> Path:
 
 
 def results_of(folder: Path, data: DataConfig) -> Path:
-    """The results folder that a run's or an experiment's folder lies in: the nearest one above with its data.
+    """The results folder of a run's or an experiment's folder: the nearest parent that holds its data.
 
-    Not resolved, for an experiment's folder may be a link to another disk. Raises ValueError if there is none.
+    Links are not resolved: an experiment's folder may be a link to another disk. Raises ValueError if there is none.
     """
-    for above in folder.absolute().parents:
-        if data_dir(above, data).is_dir():
-            return above
+    for parent in folder.absolute().parents:
+        if data_dir(parent, data).is_dir():
+            return parent
     raise ValueError(f"{folder}: no folder above it holds {data_dir(Path(), data)}; `ssd-lit configs` makes it")
 
 
 def phase_name(index: int, mode: str) -> str:
-    """Folder name of a phase: its place in the run, then its mode."""
+    """Folder name of a phase: its index in the run, then its mode."""
     return f"{index:02d}-{mode}"
 
 
@@ -56,41 +56,40 @@ def checkpoint_path(run_dir: Path, stage: str) -> Path:
 
 
 def rolling_checkpoint(run_dir: Path) -> Path:
-    """What training goes on from after an interruption."""
+    """The state that training resumes from after an interruption."""
     return run_dir / "work" / "rolling.ckpt"
 
 
 def previous_checkpoint(rolling: Path) -> Path:
-    """The rolling checkpoint before, for the case that the newest one is damaged."""
+    """The rolling checkpoint before the newest, in case that is damaged."""
     return rolling.with_name("previous.ckpt")
 
 
 def snapshot_path(run_dir: Path, step: int) -> Path:
-    """The weights as they were after a step."""
+    """The weights after a step."""
     return run_dir / "snapshots" / f"step-{step:08d}.pt"
 
 
 def snapshots(run_dir: Path) -> list[tuple[int, Path]]:
-    """The snapshots of a run with their steps, in order."""
+    """Steps and paths of a run's snapshots, by step."""
     return [(int(path.stem.removeprefix("step-")), path) for path in sorted((run_dir / "snapshots").glob("step-*.pt"))]
 
 
 def write_configs(experiment: Experiment, results: Path) -> list[RunConfig]:
-    """Give every run and data set its own resolved config file, touched only if its content changes.
+    """Write the resolved settings files of an experiment where their content changes; returns its runs.
 
-    A measurement that the experiment does not ask for any more loses its settings; what it found stays.
+    Deletes the settings of measurements that the experiment no longer has, and keeps their results.
     """
-    runs = experiment.runs()
     for path, text in config_files(experiment, results).items():
         if text is None:
             path.unlink(missing_ok=True)
         else:
             write_if_changed(path, text)
-    return runs
+    return experiment.runs()
 
 
 def config_files(experiment: Experiment, results: Path) -> dict[Path, str | None]:
-    """The settings files of an experiment and their content, None for one that is not to be there."""
+    """The settings files of an experiment and their content, None for a file that must not exist."""
     files: dict[Path, str | None] = {
         results / experiment.experiment / "experiment.yaml": dump(experiment),
         data_dir(results, experiment.data) / "config.yaml": dump(experiment.data),
@@ -98,11 +97,11 @@ def config_files(experiment: Experiment, results: Path) -> dict[Path, str | None
     evaluation = dump(experiment.evaluation)
     analysis = None if experiment.analysis is None else dump(experiment.analysis)
     downstream = None if experiment.downstream is None else dump(experiment.downstream)
-    tried = {run.name for run in experiment.downstream_runs()}
+    downstream_runs = {run.name for run in experiment.downstream_runs()}
     for run in experiment.runs():
-        here = run_dir(results, run)
-        files[here / "config.yaml"] = dump(run)
-        files[here / "evaluation.yaml"] = evaluation
-        files[here / "analysis.yaml"] = analysis
-        files[here / "downstream.yaml"] = downstream if run.name in tried else None
+        folder = run_dir(results, run)
+        files[folder / "config.yaml"] = dump(run)
+        files[folder / "evaluation.yaml"] = evaluation
+        files[folder / "analysis.yaml"] = analysis
+        files[folder / "downstream.yaml"] = downstream if run.name in downstream_runs else None
     return files

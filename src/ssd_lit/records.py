@@ -1,4 +1,4 @@
-"""What a run leaves on record: its phases, its totals and the stages that are done."""
+"""The records of a run: its phases, its totals and the stages that are done."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,6 @@ from ssd_lit.support.files import archive_digest, read_json_checked, write_json_
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
-
 _STAGES = {
     "dense": ("dense",),
     "ssd": ("warmup", "moefy", "sparse_phases"),
@@ -18,15 +17,12 @@ _STAGES = {
     "upcycle": ("moefy", "sparse_phases"),
     "posthoc": ("moefy",),
 }
-
 MEASUREMENTS = {
     "evaluate": ("evaluation.yaml", "evaluation.json"),
     "analyse": ("analysis.yaml", "analysis/analysis.json"),
     "downstream": ("downstream.yaml", "downstream/downstream.json"),
 }
-"""The stages behind the training, in order: the settings file of each, without which it is left out, and its result."""
-
-
+"""The stages after the training, in order: settings file, without which a stage is left out, and result of each."""
 ALL_STAGES = ("warmup", "moefy", "sparse_phases", "dense", "route", *MEASUREMENTS)
 """Every stage that a run may have, in order."""
 
@@ -44,7 +40,7 @@ def stage_of(method: str, index: int, mode: str) -> str:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a run has spent, that of the run it started from included."""
+    """What a run has spent, including the run that it started from."""
 
     steps: int = 0
     sparse_steps: int = 0
@@ -58,12 +54,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """phase.json: what a phase did, why it ended and what comes next."""
+    """phase.json: steps and costs of a phase, why it ended, and the next phase's mode."""
 
     index: int
     mode: str
     first_step: int
-    """Steps of the run itself before the phase; those of a run it started from are in `total` only."""
+    """The run's own steps before the phase; those of the run that it started from are in `total` only."""
     last_step: int
     steps: int
     tokens: int
@@ -73,7 +69,7 @@ class PhaseRecord:
     similarity: list[list[float]] = field(default_factory=list)
     """[global step, activation pattern similarity] of every check."""
     next: str | None = None
-    """Mode of the phase that follows, None after the last."""
+    """Mode of the next phase, None after the last."""
     total: Totals = Totals()
     inputs: dict[str, str | None] = field(default_factory=dict)
     """What the run is made from: see `Run.made_from`."""
@@ -98,7 +94,7 @@ class PhaseRecord:
 
 
 def read_phases(run_dir: Path, method: str) -> list[PhaseRecord]:
-    """The phases of a run that are on record, in order, each named by its predecessor, up to the first gap."""
+    """The recorded phases of a run in order, up to the first that is missing."""
     records: list[PhaseRecord] = []
     mode: str | None = FIRST_MODE[method]
     while mode is not None:
@@ -111,7 +107,7 @@ def read_phases(run_dir: Path, method: str) -> list[PhaseRecord]:
 
 
 def read_chain(run_dir: Path, method: str) -> list[PhaseRecord]:
-    """All phases of a run in order. Raises ValueError when one of them is not done."""
+    """All phases of a run in order. Raises ValueError if one of them is not done."""
     records = read_phases(run_dir, method)
     missing = records[-1].next if records else FIRST_MODE[method]
     if missing is not None:
@@ -131,7 +127,7 @@ class StageRecord:
     weights: str
     """The digest of its checkpoint: see `archive_digest`."""
     size: int
-    """Bytes of it."""
+    """Bytes of its checkpoint."""
     inputs: dict[str, str | None]
     """What the run is made from: see `Run.made_from`."""
 
@@ -149,7 +145,7 @@ class StageRecord:
 
 
 def close_stage(run_dir: Path, stage: str, record: PhaseRecord) -> None:
-    """Put a training stage, which ended with a phase and whose checkpoint is there, on record."""
+    """Write the record of a training stage; `record` is its last phase's, and its checkpoint must exist."""
     path = checkpoint_path(run_dir, stage)
-    told = StageRecord(stage, record.index, record.last_step, archive_digest(path), path.stat().st_size, record.inputs)
-    told.write(stage_path(run_dir, stage))
+    digest, size = archive_digest(path), path.stat().st_size
+    StageRecord(stage, record.index, record.last_step, digest, size, record.inputs).write(stage_path(run_dir, stage))

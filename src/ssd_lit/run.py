@@ -1,22 +1,15 @@
-"""A run, opened once: its folder, its config, its records so far, and the data that it reads."""
+"""A run: its folder, its config, its records and its data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ssd_lit.config import RunConfig, load_run
 from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.paths import checkpoint_path, data_dir, results_of, stage_path
-from ssd_lit.records import (
-    MEASUREMENTS,
-    PhaseRecord,
-    StageRecord,
-    read_chain,
-    read_phases,
-    training_stages,
-)
+from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, read_chain, read_phases, training_stages
 from ssd_lit.support.files import read_json_checked, sha256
 
 Inputs = dict[str, str | None]
@@ -24,17 +17,17 @@ Inputs = dict[str, str | None]
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage of a run is given. Nothing here imports torch's training, Lightning or MLflow."""
+    """A run as every stage of it gets it. Imports neither Lightning nor MLflow nor the training."""
 
     folder: Path
     results: Path
     config: RunConfig
     others: "Mapping[str, Run]" = field(default_factory=dict, repr=False, compare=False)
-    """Other runs of the experiment that are open already, by name."""
+    """Open runs of the same experiment, by name."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Raises ValueError if the folder has no sound config.yaml, or lies in no results folder with its data."""
+        """Raises ValueError if the folder has no valid config.yaml, or is in no results folder with its data."""
         config = load_run(folder / "config.yaml")
         return cls(folder.absolute(), results_of(folder, config.data), config)
 
@@ -62,17 +55,16 @@ class Run:
 
     @cached_property
     def tokens_digest(self) -> str:
-        """The digest of all tokens."""
         return str(load_index(self.tokens)["digest"])
 
-    # What it is made from.
+    # Its inputs.
 
     def made_from(self) -> Inputs:
-        """All that decides the run's weights: SHA-256 of its config, the digest of its tokens, weights it starts from.
+        """Digests of all inputs of the run's weights: its config, its tokens and the weights that it starts from.
 
-        Those are of a warm-up that it shares, or of another run's final model; null where they are its own first
-        ones. Where the run matches the FLOPs of another, also the other's final weights. Raises ValueError if what it
-        needs of another run is not done.
+        The latter are of a shared warm-up or of the parent run's final model; None for initial weights of its own. If
+        the run matches another's FLOPs, also the other's final weights. Raises ValueError if another run that it needs
+        is not done.
         """
         config, start = self.config, None
         if config.shares_warmup is not None:
@@ -85,7 +77,7 @@ class Run:
         return inputs
 
     def measured_from(self, measurement: str) -> Inputs:
-        """What a measurement of the final model is made from: its weights, the settings, the tokens."""
+        """The inputs of a measurement: digests of the final weights, the settings and the tokens."""
         settings = self.folder / MEASUREMENTS[measurement][0]
         return {"weights": self.final().weights, "settings": sha256(settings), "tokens": self.tokens_digest}
 
@@ -97,20 +89,20 @@ class Run:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """All stages of the run in order, training and measurements that are asked for."""
-        wanted = [name for name, (settings, _) in MEASUREMENTS.items() if (self.folder / settings).exists()]
-        return (*self.training_stages, *wanted)
+        """All stages of the run in order: training, then the measurements that have settings."""
+        measurements = [name for name, (settings, _) in MEASUREMENTS.items() if (self.folder / settings).exists()]
+        return (*self.training_stages, *measurements)
 
     def phases(self) -> list[PhaseRecord]:
-        """The phases on record, up to the first that is not done."""
+        """The recorded phases, up to the first that is not done."""
         return read_phases(self.folder, self.config.method)
 
     def chain(self) -> list[PhaseRecord]:
-        """All phases. Raises ValueError when one of them is not done."""
+        """All phases. Raises ValueError if one of them is not done."""
         return read_chain(self.folder, self.config.method)
 
     def checkpoint(self, stage: str) -> Path:
-        """The checkpoint at the end of a training stage; a shared warm-up's lies with the run that trained it."""
+        """The checkpoint at the end of a training stage; a shared warm-up's is in its owner's folder."""
         if stage == "warmup" and self.config.shares_warmup is not None:
             return checkpoint_path(self.folder.parent / self.config.shares_warmup, stage)
         return checkpoint_path(self.folder, stage)
@@ -138,15 +130,15 @@ class Run:
 
     @property
     def router(self) -> str:
-        """What chooses the experts of the final model."""
+        """The router of the final model."""
         return self.config.moe.posthoc_router or self.config.moe.router
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage's result is there, whole, and made from what there is now. Raises ValueError for damage."""
+        """Whether a stage's result exists and was made from the current inputs. Raises ValueError if it is damaged."""
         return self._is_trained(stage) if stage in self.training_stages else self._is_measured(stage)
 
     def _is_trained(self, stage: str) -> bool:
-        """What later stages were made from counts as done without its checkpoint: nobody needs that any more."""
+        """A stage counts as done without its checkpoint if a later stage is: that does not need it any more."""
         if not stage_path(self.folder, stage).exists():
             return False
         record = self.stage(stage)
@@ -154,18 +146,17 @@ class Run:
         if last is None or record.inputs != self.made_from():
             return False
         later = self.training_stages[self.training_stages.index(stage) + 1 :]
-        return self.has_checkpoint(stage) or any(self._is_trained(one) for one in later)
+        return self.has_checkpoint(stage) or any(map(self._is_trained, later))
 
     def has_checkpoint(self, stage: str) -> bool:
-        """Whether the checkpoint of a stage on record is there. Raises ValueError if it is not as large as it was."""
+        """Whether the checkpoint of a recorded stage exists. Raises ValueError if its size is not the recorded one."""
         path = self.checkpoint(stage)
         if path.exists() and path.stat().st_size != self.stage(stage).size:
-            raise ValueError(f"{path}: damaged (not as large as it was written); delete it and run again")
+            raise ValueError(f"{path}: damaged (its size differs from the recorded size); delete it and run again")
         return path.exists()
 
     def _is_measured(self, measurement: str) -> bool:
         result = self.folder / MEASUREMENTS[measurement][1]
         if not result.exists() or not stage_path(self.folder, self.training_stages[-1]).exists():
             return False
-        found: Any = read_json_checked(result).get("inputs")
-        return bool(found == self.measured_from(measurement))
+        return bool(read_json_checked(result).get("inputs") == self.measured_from(measurement))

@@ -6,9 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from ssd_lit.config import ConfigError, TokenizerConfig
-from ssd_lit.data.coverage import Coverage
 from ssd_lit.data.encode import encode_documents
-from ssd_lit.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from ssd_lit.data.tokenizer import END_OF_TEXT, Coverage, load_tokenizer, train_tokenizer
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789 ", END_OF_TEXT, "<unk>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -9,9 +9,8 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.blocks import StepBatchSampler, TokenBlocks, spread_blocks
 from ssd_lit.data.datamodule import TokenData
-from ssd_lit.data.order import StepBatchSampler, spread_blocks
 
 
 class Recorder(LightningModule):

@@ -11,8 +11,7 @@ import pytest
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, load_experiment
-from ssd_lit.data.blimp import Pair, read_blimp
-from ssd_lit.data.glue import TASKS, Example, read_task
+from ssd_lit.data.benchmarks import TASKS, Example, Pair, read_blimp, read_task
 from tests.conftest import tiny_experiment
 from tests.labelled import packed, write_blimp, write_glue, write_tsv
 

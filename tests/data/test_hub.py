@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ssd_lit.config import ConfigError, HubSource
-from ssd_lit.data.hub import hub_documents
+from ssd_lit.data.sources import hub_documents
 
 datasets = pytest.importorskip("datasets")
 TEXTS = ["one", "two", "three"]

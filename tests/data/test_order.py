@@ -5,7 +5,7 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from ssd_lit.data.order import StepBatchSampler, in_batches, spread_blocks
+from ssd_lit.data.blocks import StepBatchSampler, in_batches, spread_blocks
 
 
 def steps(count: int, n_blocks: int = 23, batch_size: int = 4, **settings: int) -> list[list[int]]:

@@ -12,17 +12,17 @@ from mlflow import MlflowClient
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ssd_lit.config import GlueConfig, ModelConfig, MoEConfig
-from ssd_lit.data.blimp import Pair, PairSet
+from ssd_lit.data.benchmarks import Pair, PairSet
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.evaluation import glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
-from ssd_lit.evaluation.classifier import Classifier, Texts, encode, fine_tune, outputs_for
-from ssd_lit.evaluation.pieces import ResumableResults
+from ssd_lit.evaluation.glue import Classifier, Texts, encode, fine_tune, outputs_for
+from ssd_lit.evaluation.resumable import ResumableResults
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.routers import expert_centers
 from ssd_lit.report.downstream import write_downstream
 from ssd_lit.support.files import read_json_checked
-from ssd_lit.tracking.client import tracking_uri
+from ssd_lit.tracking.store import tracking_uri
 from tests.conftest import Bench
 from tests.labelled import packed, write_blimp, write_glue
 

@@ -10,12 +10,10 @@ from torch.nn.functional import cross_entropy
 
 import ssd_lit
 from ssd_lit.cli import main
-from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.blocks import StepBatchSampler, TokenBlocks, scoring_batches
 from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.data.objectives import Batch, build_objective
-from ssd_lit.data.order import StepBatchSampler
-from ssd_lit.data.scoring import scoring_batches
-from ssd_lit.models.families import family
+from ssd_lit.models.family import family
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.metrics_log import read_metrics

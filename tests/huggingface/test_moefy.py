@@ -10,11 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import ssd_lit
 from ssd_lit.config import MoEConfig
-from ssd_lit.huggingface.calibration import text_inputs
-from ssd_lit.huggingface.moefy import moefy_folder
+from ssd_lit.huggingface.moefy import moefy_folder, text_inputs
 from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.training.router_loss import contributions, router_loss
+from ssd_lit.training.routers import contributions, router_loss
 from tests.checkpoint_folders import VOCABULARY, F, save_model
 
 E = 4

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ssd_lit.config import MoEConfig
-from ssd_lit.models.attention import WHOLE_BLOCKS
-from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.language_model import WHOLE_BLOCKS, LanguageModel
 from tests.models.test_families import CONTEXT, FAMILIES, SPECIALS, batch, config
 
 

@@ -11,12 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
-from ssd_lit.models.families import family
-from ssd_lit.models.family import Family, FFNParts
+from ssd_lit.models.family import Family, FFNParts, family, swap_ffns
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.swap import swap_ffns
 from ssd_lit.moe.permutation import permute_neurons
 from tests.checkpoint_folders import save_model
 
@@ -63,6 +61,7 @@ CASES = [
     ("bert", {"hidden_act": "gelu"}),
     ("t5", {"is_gated_act": True, "dense_act_fn": "gelu_new"}),
     ("llama", {"hidden_act": "silu"}),
+    ("llama", {"mlp_bias": True}),
 ]
 
 
@@ -156,11 +155,6 @@ def test_weights_go_back_under_the_names_they_came_from(name: str, hf: dict[str,
     assert any(not torch.equal(value, before[key]) for key, value in moved.items())
     theirs.load_state_dict(moved, strict=False)
     torch.testing.assert_close(logits(theirs, name, batch(name)), expected, rtol=0, atol=1e-12)
-
-
-def test_a_llama_with_biases_in_its_ffns_is_refused() -> None:
-    with pytest.raises(ValueError, match="mlp_bias"):
-        swap_ffns(backbone(family("llama"), config("llama"), mlp_bias=True), family("llama"), MOE, router="center")
 
 
 def test_a_config_names_its_family_and_its_activation() -> None:

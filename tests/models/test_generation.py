@@ -11,10 +11,8 @@ import transformers
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.huggingface.folder import set_mode
-from ssd_lit.models.families import family
-from ssd_lit.models.generation import Generator
-from ssd_lit.models.row_products import linear, product, row_products
-from ssd_lit.models.swap import swap_ffns
+from ssd_lit.models.family import family, swap_ffns
+from ssd_lit.models.generation import Generator, linear, product, row_products
 from tests.checkpoint_folders import MODELS
 
 E, K, PROMPT, NEW = 8, 3, 5, 12

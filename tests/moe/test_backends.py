@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from ssd_lit.moe.backends import BACKENDS, Activation, Experts
+from ssd_lit.moe.backends import BACKENDS, Activation, Experts, choose_backend
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter, build_router
 from ssd_lit.moe.routing import Routing
@@ -16,14 +16,15 @@ from ssd_lit.moe.routing import Routing
 SHAPES = [(1, 8, 4, 16, 2), (37, 16, 8, 8, 3), (64, 32, 4, 32, 4), (5, 16, 16, 4, 1)]
 ODD_SHAPES = [(1, 16, 4, 7, 4), (3, 5, 6, 48, 2)]
 """Grouped products take only rows of whole 16 bytes."""
-KINDS = list(itertools.product([False, True], repeat=4))  # bias, gate, weights, ragged
+KINDS = [kind for kind in itertools.product([False, True], repeat=5) if kind[1] or not kind[4]]
+"""Bias, gate, weights, ragged, bias of the gate."""
 
 
 def inputs(
     shape: tuple[int, ...], kind: tuple[bool, ...], dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Routing, Experts, list[Tensor]]:
     t, d, e, h, k = shape
-    bias, gated, weighted, ragged = kind
+    bias, gated, weighted, ragged, gate_bias = kind
     g = torch.Generator().manual_seed(seed)
 
     def fresh(*size: int) -> Tensor:
@@ -32,12 +33,13 @@ def inputs(
     x, w_in, w_out = fresh(t, d), fresh(e, h, d), fresh(e, h, d)
     b_in, w_gate = fresh(e, h) if bias else None, fresh(e, h, d) if gated else None
     weights = fresh(t, k) if weighted else None
+    b_gate = fresh(e, h) if gate_bias else None
     # Some expert often gets no token at all.
     chosen = torch.stack([torch.randperm(e, generator=g)[:k] for _ in range(t)])
     if ragged:
         chosen = torch.where(torch.rand(t, k, generator=g) < 0.4, e, chosen)
-    leaves = [p for p in (x, w_in, w_out, b_in, w_gate, weights) if p is not None]
-    return x, Routing(chosen, weights, ragged), Experts(w_in, w_out, b_in, w_gate), leaves
+    leaves = [p for p in (x, w_in, w_out, b_in, w_gate, weights, b_gate) if p is not None]
+    return x, Routing(chosen, weights, ragged), Experts(w_in, w_out, b_in, w_gate, b_gate), leaves
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_backend_agrees_with_the_masked_reference_in_output_and_gradients(name: 
 
 @pytest.mark.parametrize("name", ["loop", "grouped", "decode_cpu"])
 def test_all_tokens_to_one_expert(name: str) -> None:
-    x, choice, experts, leaves = inputs((33, 16, 8, 8, 1), (True, False, False, False), torch.float32, seed=0)
+    x, choice, experts, leaves = inputs((33, 16, 8, 8, 1), (True, False, False, False, False), torch.float32, seed=0)
     choice = choice._replace(experts=torch.full_like(choice.experts, 5))
     found = []
     for backend in ("masked", name):
@@ -76,10 +78,12 @@ def test_all_tokens_to_one_expert(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["loop", "decode_cpu"])
 def test_gradients_have_gradients(name: str) -> None:
-    _, choice, _, leaves = inputs((3, 4, 3, 2, 2), (True, True, True, True), torch.float64, seed=2)
+    _, choice, _, leaves = inputs((3, 4, 3, 2, 2), (True, True, True, True, True), torch.float64, seed=2)
 
-    def compute(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, w_gate: Tensor, weights: Tensor) -> Tensor:
-        parts = Experts(w_in, w_out, b_in, w_gate)
+    def compute(
+        x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor, w_gate: Tensor, weights: Tensor, b_gate: Tensor
+    ) -> Tensor:
+        parts = Experts(w_in, w_out, b_in, w_gate, b_gate)
         return BACKENDS[name](x, choice._replace(weights=weights), parts, Activation("gelu"))
 
     assert torch.autograd.gradcheck(compute, leaves)
@@ -148,7 +152,10 @@ def test_the_masked_reference_is_what_the_formula_says(kind: tuple[bool, ...]) -
         if e == 4:
             continue
         pre = experts.w_in[e] @ x[t] + (0 if experts.b_in is None else experts.b_in[e])
-        hidden = pre.relu() if experts.w_gate is None else (experts.w_gate[e] @ x[t]).relu() * pre
+        hidden = pre.relu()
+        if experts.w_gate is not None:
+            gate = experts.w_gate[e] @ x[t] + (0 if experts.b_gate is None else experts.b_gate[e])
+            hidden = gate.relu() * pre
         y[t] += (hidden @ experts.w_out[e]) * (1 if choice.weights is None else choice.weights[t, k])
     torch.testing.assert_close(BACKENDS["masked"](x, choice, experts, Activation("relu")), y)
 
@@ -177,3 +184,10 @@ def test_dropout_and_the_mode_flag_are_kept() -> None:
             assert not torch.equal(ffn.train()(x), ffn(x))
     with pytest.raises(ValueError, match="top_k 5: allowed are 1 to 4"):
         ffn.set_mode("sparse", 5)
+
+
+def test_kernels_refuse_the_bias_of_a_gate_that_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssd_lit.moe.kernels.runs_on", lambda x: True)
+    for name in ("fused", "decode_gpu"):
+        with pytest.raises(ValueError, match=f"{name}.*bias of a gate"):
+            choose_backend(name, torch.zeros(4, 8), Activation("silu"), gate_bias=True)

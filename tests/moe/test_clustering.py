@@ -3,14 +3,9 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ssd_lit.moe import clustering
-from ssd_lit.moe.clustering import (
-    balanced_assignment,
-    balanced_kmeans,
-    balanced_kmeans_layers,
-    normalised_rows,
-    random_balanced,
-)
+from ssd_lit.moe import assignment
+from ssd_lit.moe.assignment import balanced_assignment
+from ssd_lit.moe.clustering import balanced_kmeans, balanced_kmeans_layers, normalised_rows, random_balanced
 
 SHAPES = [(24, 4), (60, 6), (64, 16), (128, 2), (30, 1), (12, 12), (240, 8)]
 
@@ -52,14 +47,14 @@ def test_the_assignment_is_the_cheapest_balanced_one(n: int, clusters: int, kind
 
 @pytest.mark.parametrize("error", [0.01, 0.3, 3.0])
 def test_wrong_prices_do_not_make_the_assignment_wrong(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
-    right = clustering._prices
+    right = assignment._prices
 
     def prices(cost: torch.Tensor) -> torch.Tensor:
         return right(cost) + error * torch.arange(cost.shape[-1]).remainder(2)
 
     cost = np.random.default_rng(0).normal(size=(200, 10))
     best = cost[np.arange(200), balanced_assignment(torch.from_numpy(cost)).numpy()].sum()
-    monkeypatch.setattr(clustering, "_prices", prices)
+    monkeypatch.setattr(assignment, "_prices", prices)
     labels = balanced_assignment(torch.from_numpy(cost)).numpy()
     assert np.bincount(labels).tolist() == [20] * 10
     assert cost[np.arange(200), labels].sum() == pytest.approx(best, abs=1e-9)

@@ -251,7 +251,7 @@ def _write_evaluation(
         ]}},
         "active_ratio": None if dense is None else ratios,
         "active_neurons": None if dense is None else sum(ratios) / LAYERS * D_FF,
-        "routing_recall": None if sparse is None else [0.8, 0.7, 0.9], "tokens": 20_000, "split": "validation",
+        "routing_recall": None if sparse is None else [0.8, 0.7, 0.9], "blocks": 24, "split": "validation",
     })  # fmt: skip
 
 

@@ -10,10 +10,9 @@ import pytest
 from ssd_lit.config import DownstreamConfig
 from ssd_lit.paths import run_dir
 from ssd_lit.report.downstream import blimp_table, glue_table, write_downstream
-from ssd_lit.report.figures import write_figures
-from ssd_lit.report.names import OF_DOWNSTREAM, figure_names
-from ssd_lit.report.report import write_report
-from ssd_lit.report.runs import load_results
+from ssd_lit.report.figures import figures_of, write_figures
+from ssd_lit.report.page import write_report
+from ssd_lit.report.results import load_results
 from ssd_lit.support.files import write_json_checked
 from tests.report.conftest import Tree, build, experiment
 from tests.report.test_report import Page
@@ -121,7 +120,7 @@ def test_an_experiment_that_asks_for_nothing_shows_nothing(make_tree: Callable[.
     write_figures(tree.exp_dir, tree.experiment)
     html = write_report(tree.exp_dir, tree.experiment, tree.data_dir, {}).read_text(encoding="utf-8")
     assert 'id="downstream"' not in html
-    assert not set(OF_DOWNSTREAM) & set(figure_names(tree.experiment))
+    assert not {"glue", "blimp"} & set(figures_of(tree.experiment))
 
 
 def test_what_an_arm_scored_before_it_was_left_out_is_shown_no_more(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from ssd_lit.report import grid_figure
+from ssd_lit.report.figures.grid import grid as draw
 from ssd_lit.report.grid import QUANTITIES, grids, page, table
-from ssd_lit.report.runs import load_results
+from ssd_lit.report.results import load_results
 from tests.report.conftest import FINAL
 
 
@@ -56,7 +56,7 @@ def test_csv_has_a_row_a_run(many):
 
 
 def test_figure_draws_the_means_along_the_first_key(many):
-    figure, _ = grid_figure.draw(grid_of(many, "square"))
+    figure, _ = draw(grid_of(many, "square"))
     dense, sparse, *_ = figure.axes
     for panel, mode in ((dense, 0), (sparse, 1)):
         assert [label.get_text() for label in panel.get_xticklabels()] == ["4", "6", "8"]
@@ -70,9 +70,7 @@ def test_figure_draws_the_means_along_the_first_key(many):
 
 
 def test_a_single_seed_has_no_whiskers(many, make_tree):
-    whiskers = [
-        grid_figure.draw(grid_of(tree, "tau"))[0].axes[0].collections for tree in (many, make_tree((0,), ("tau",)))
-    ]
+    whiskers = [draw(grid_of(tree, "tau"))[0].axes[0].collections for tree in (many, make_tree((0,), ("tau",)))]
     assert [len(one) for one in whiskers] == [3, 0]
 
 
@@ -83,7 +81,7 @@ def test_without_a_dense_arm_there_is_nothing_to_compare_with(make_tree):
     assert len(rows) == 3
     assert all(told[3] == "-" for _, _, told in rows)
     assert table(grid)["relative_flops"].isna().all()
-    figure, _ = grid_figure.draw(grid)
+    figure, _ = draw(grid)
     assert not [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
 
 

@@ -9,10 +9,19 @@ import torch
 from mlflow import MlflowClient
 
 from ssd_lit.support.files import read_json
-from ssd_lit.tracking.client import tracking_uri
 from ssd_lit.tracking.metrics_log import read_metrics
+from ssd_lit.tracking.store import tracking_uri
 
-TIMED = {"seconds", "train_seconds", "train/seconds", "train/tokens_per_second", "train/mfu", "written"}
+TIMED = {
+    "seconds",
+    "train_seconds",
+    "train/seconds",
+    "train/tokens_per_second",
+    "train/mfu",
+    "written",
+    "began",
+    "ended",
+}
 DIGESTS = {"sha256", "weights", "size", "start", "matched"}
 """Of files that hold such figures too."""
 

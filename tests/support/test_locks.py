@@ -29,7 +29,7 @@ def test_a_newcomer_says_who_holds_the_run_and_a_dead_holder_blocks_nobody(
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    monkeypatch.setattr(locks, "FIRST_WORD", 0.2)
+    monkeypatch.setattr(locks, "FIRST_MESSAGE", 0.2)
     entered = threading.Event()
 
     def enter() -> None:

@@ -19,8 +19,10 @@ from mlflow import MlflowClient
 
 from ssd_lit.config import RunConfig, dump, load_experiment
 from ssd_lit.support.files import write_text
-from ssd_lit.tracking.client import RunTracker, ensure_store, masked, send_report, send_runs, tracking_uri, try_for
+from ssd_lit.tracking.client import RunTracker
+from ssd_lit.tracking.delivery import send_report, send_runs, try_for
 from ssd_lit.tracking.spool import Spool
+from ssd_lit.tracking.store import ensure_store, masked, tracking_uri
 from tests.faulty_server import FaultyServer
 from tests.forked import SERVER
 

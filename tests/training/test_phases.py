@@ -123,6 +123,21 @@ def test_a_run_killed_in_every_kind_of_phase_ends_bit_for_bit_as_one_that_was_no
         assert torch.load(rolling, weights_only=True)["global_step"] == int(stopped) >= step + 12
     assert same(whole.checkpoint("ssd"), broken.checkpoint("ssd"))
     assert curves(whole.dir("ssd")) == curves(run)
+    # When an interrupted phase began as a whole is not known.
+    origins = {record.name: record.provenance for record in broken.phases("ssd")}
+    assert {name for name, origin in origins.items() if origin["began"] is None} == {
+        "00-dense",
+        "02-sparse",
+        "06-dense",
+    }
+
+
+def test_phases_are_on_record_with_device_and_time_one_after_another(whole: Bench) -> None:
+    origins = [record.provenance for record in whole.phases("ssd")]
+    times = [at for origin in origins for at in (origin["began"], origin["ended"])]
+    assert times == sorted(times)
+    assert len({(origin["host"], *origin["devices"]) for origin in origins}) == 1
+    assert origins[0]["devices"]
 
 
 def kill_at(call: int, module: ModuleType, name: str, half: Callable[..., None]) -> None:
@@ -199,7 +214,7 @@ def test_a_run_in_pieces_is_the_run_in_one_process(whole: Bench, tmp_path: Path)
 
 def test_from_a_phase_that_was_not_kept_is_refused(whole: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     before = whole.checkpoint("ssd").read_bytes()
-    for start, told in (("05-sparse", "training.keep_phases keeps them"), ("09-dense", "has not come there")):
+    for start, told in (("05-sparse", "training.keep_phases keeps them"), ("09-dense", "has not reached it")):
         assert main(["train", str(whole.dir("ssd")), "--from", start]) == 1
         assert told in capsys.readouterr().err
     assert whole.checkpoint("ssd").read_bytes() == before
@@ -217,7 +232,7 @@ def test_a_stage_whose_result_stands_is_not_done_again_whoever_removed_its_recor
         (run / f"stages/{stage}.json").unlink()
         capsys.readouterr()
         assert main(["train", str(run), "--until", stage]) == 0
-        assert f"{stage}: its result stands" in capsys.readouterr().out
+        assert f"{stage}: done already; its record is restored" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in kept} == kept
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssd_lit.training.routing_watch import WINDOW, RoutingWatch
+from ssd_lit.training.activation_monitor import WINDOW, RoutingWatch
 
 EVEN = [0.5, 0.5, 0.5, 0.5]
 

@@ -16,5 +16,5 @@ def test_values_count_by_their_weight_until_the_next_reset() -> None:
         assert not found.requires_grad
         torch.testing.assert_close(found, (values * weights).sum().detach() / weights.sum())
         mean.reset()
-    with pytest.raises(ValueError, match="mean of nothing"):
+    with pytest.raises(ValueError, match="mean of no values"):
         mean.compute()

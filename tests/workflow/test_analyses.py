@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from ssd_lit.config import load_experiment
-from ssd_lit.report.names import OF_ANALYSES
 from tests.conftest import tiny_experiment
 
 pytestmark = pytest.mark.whole_run
@@ -27,10 +26,8 @@ def test_figures_wait_for_the_analysis_of_every_run_if_there_is_one(tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     _, _, job = done.stdout.partition("rule figures:")
-    inputs, outputs = (line for line in job.splitlines()[1:3])
+    inputs = job.splitlines()[1]
     for run in load_experiment(config).runs():
         assert (f"runs/{run.name}/analysis/analysis.json" in inputs) == asked
         assert f"runs/{run.name}/evaluation.json" in inputs
-    for name in OF_ANALYSES:
-        assert all((f"figures/{name}.{kind}" in outputs) == asked for kind in ("svg", "png", "csv"))
     assert ("rule analyse:" in done.stdout) == asked

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ssd_lit.tracking.client import tracking_uri
+from ssd_lit.tracking.store import tracking_uri
 from tests.conftest import Bench, tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
 

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from ssd_lit.cli import main
 from ssd_lit.config import load_experiment
 from ssd_lit.paths import data_dir
-from ssd_lit.report.names import figure_names
+from ssd_lit.report.figures import figures_of
 from ssd_lit.support.files import read_json
-from ssd_lit.tracking.client import tracking_uri
+from ssd_lit.tracking.store import tracking_uri
 from tests.conftest import tiny_experiment
 from tests.stress.same_results import run_differences
 from tests.workflow.running import ENVIRONMENT, ROOT, command, snakemake
@@ -41,8 +41,8 @@ def test_the_quick_experiment_reaches_its_report(quick: Path) -> None:
     assert all(float(row["val_ppl_dense"]) < 300 for row in rows.values())
     html = (here / "report.html").read_text(encoding="utf-8")
     assert all(f"{arm}-seed0" in html for arm in rows)
-    names = figure_names(load_experiment(here / "experiment.yaml"))
-    drawn = {path.name for path in (here / "figures").iterdir()}
+    names = figures_of(load_experiment(here / "experiment.yaml"))
+    drawn = {path.name for path in (here / "figures").iterdir() if not path.name.startswith(".")}
     assert drawn == {f"{name}.{kind}" for name in names for kind in ("svg", "png", "csv")}
     for run in (here / "runs").iterdir():
         assert list((run / "logs").iterdir())

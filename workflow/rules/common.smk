@@ -5,7 +5,7 @@ from pathlib import Path
 from ssd_lit.config import ConfigError
 from ssd_lit.paths import write_configs
 from ssd_lit.pipeline.plan import Plan, experiment_of
-from ssd_lit.report.names import caption_name, figure_names
+from ssd_lit.report.figures import figures_of
 
 # Who stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
 # Snakemake removes a job's log when it starts it again; under a second name beside it the file stays, and grows.
@@ -29,7 +29,7 @@ JOBS = config.get("jobs", "stages")
 DATA, HERE = PLAN.data, PLAN.here
 SUMMARY, ARMS_TABLE, REPORT = HERE / "summary.csv", HERE / "arms.csv", HERE / "report.html"
 DOWNSTREAM_TABLE = [] if EXPERIMENT.downstream is None else [HERE / "downstream.csv"]
-FIGURES = figure_names(EXPERIMENT)
+CAPTIONS = {name: f"{kind.title}. {kind.caption}" for name, kind in figures_of(EXPERIMENT).items()}
 
 # As many runs work side by side as have room; how many threads one takes decides its bits, so its config says.
 THREADS = {name: run.training.threads for name, run in PLAN.configs.items()}

@@ -11,8 +11,10 @@ rule prepare:
     benchmark:
         DATA / "benchmarks/prepare.tsv"
     threads: workflow.cores or 1
+    params:
+        data=DATA,
     shell:
-        "ssd-lit prepare {DATA:q} --threads {threads} 2>&1 | keep {log:q}"
+        "ssd-lit prepare {params.data:q} --threads {threads} 2>&1 | keep {log:q}"
 
 
 rule tokenizer:
@@ -25,8 +27,10 @@ rule tokenizer:
     benchmark:
         DATA / "benchmarks/tokenizer.tsv"
     threads: workflow.cores or 1
+    params:
+        data=DATA,
     shell:
-        "ssd-lit tokenizer {DATA:q} --threads {threads} 2>&1 | keep {log:q}"
+        "ssd-lit tokenizer {params.data:q} --threads {threads} 2>&1 | keep {log:q}"
 
 
 rule encode:
@@ -41,5 +45,7 @@ rule encode:
     benchmark:
         DATA / "benchmarks/encode.tsv"
     threads: workflow.cores or 1
+    params:
+        data=DATA,
     shell:
-        "ssd-lit encode {DATA:q} --threads {threads} 2>&1 | keep {log:q}"
+        "ssd-lit encode {params.data:q} --threads {threads} 2>&1 | keep {log:q}"

@@ -14,8 +14,10 @@ rule summarise:
         HERE / "logs/summarise.log",
     benchmark:
         HERE / "benchmarks/summarise.tsv"
+    params:
+        experiment=HERE,
     shell:
-        "ssd-lit summarise {HERE:q} 2>&1 | keep {log:q}"
+        "ssd-lit summarise {params.experiment:q} 2>&1 | keep {log:q}"
 
 
 rule figures:
@@ -25,17 +27,23 @@ rule figures:
         PLAN.of_all_runs("downstream"),
         stale=lambda _: PLAN.stale_tables(),
     output:
-        [
-            report(HERE / f"figures/{name}.svg", caption=f"../report/{caption_name(name)}.rst", category="Figures")
-            for name in FIGURES
-        ],
-        expand(HERE / "figures/{name}.{kind}", name=FIGURES, kind=["png", "csv"]),
+        # One folder: of single files Snakemake would not tell the caption which of them it stands under.
+        report(
+            directory(HERE / "figures"),
+            patterns=["{figure}.svg"],
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
     log:
         HERE / "logs/figures.log",
     benchmark:
         HERE / "benchmarks/figures.tsv"
+    params:
+        captions=CAPTIONS,
+        experiment=HERE,
     shell:
-        "ssd-lit figures {HERE:q} 2>&1 | keep {log:q}"
+        "ssd-lit figures {params.experiment:q} 2>&1 | keep {log:q}"
 
 
 rule write_report:
@@ -48,5 +56,7 @@ rule write_report:
         HERE / "logs/report.log",
     benchmark:
         HERE / "benchmarks/report.tsv"
+    params:
+        experiment=HERE,
     shell:
-        "ssd-lit report {HERE:q} 2>&1 | keep {log:q}"
+        "ssd-lit report {params.experiment:q} 2>&1 | keep {log:q}"

@@ -9,8 +9,10 @@ rule store:
         RESULTS / "logs/store.log",
     benchmark:
         RESULTS / "logs/store.tsv"
+    params:
+        results=RESULTS,
     shell:
-        "ssd-lit store {RESULTS:q} 2>&1 | keep {log:q}"
+        "ssd-lit store {params.results:q} 2>&1 | keep {log:q}"
 
 
 # The first dense phase, once for all runs that share it.

@@ -138,8 +138,6 @@ def model_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: holds an adapter; merge it into the model first")
     if content.get("quantization_config") is not None:
         raise ValueError(f"{folder}: its weights are quantized; give the model they were made from")
-    if content.get("mlp_bias"):
-        raise ValueError(f"{folder}: mlp_bias true; FFNs with biases beside a gate are not supported")
     places = content.get("position_embedding_type")
     if places not in (None, "absolute"):
         raise ValueError(f"{folder}: position_embedding_type {places!r}; allowed: absolute")

@@ -1,4 +1,4 @@
-"""The tokens as Lightning sees them."""
+"""Training and validation batches as a LightningDataModule."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.blocks import TokenBlocks
-from ssd_lit.data.order import StepBatchSampler, in_batches, spread_blocks
+from ssd_lit.data.blocks import StepBatchSampler, TokenBlocks, in_batches, spread_blocks
 from ssd_lit.support import signals
 
 Batches = DataLoader[dict[str, Tensor]]
@@ -19,10 +18,10 @@ Batches = DataLoader[dict[str, Tensor]]
 class TokenData(LightningDataModule):
     """Blocks for training, from the trainer's global step on, and for validation.
 
-    A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which
-    reads its own part. For validation it has "noise" [B, S, noise_per_token] too where an objective wants it.
-    Reading begins `skipped_steps` batches into the data. The trainer needs use_distributed_sampler=False and, as one
-    training batch belongs to one global step, no gradient accumulation.
+    A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which reads
+    its own part. Validation batches also have "noise" [B, S, noise_per_token] if the objective needs it. The first
+    `skipped_steps` batches are left out. The trainer needs use_distributed_sampler=False and no gradient accumulation,
+    as one training batch is one global step.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class TokenData(LightningDataModule):
     def of_run(
         cls, config: RunConfig, tokens_dir: Path, noise_per_token: int, *, skipped_steps: int = 0
     ) -> "TokenData":
-        """The data as a run's config has it read."""
+        """From the config of a run."""
         return cls(
             tokens_dir,
             batch_size=config.training.batch_size,
@@ -61,21 +60,21 @@ class TokenData(LightningDataModule):
         )
 
     def train_dataloader(self) -> Batches:
-        """Endless; starts at the step the trainer stands at. Raises ValueError if devices do not divide B."""
+        """Endless, from the trainer's global step on. Raises ValueError if B is not divisible by the devices."""
         blocks = TokenBlocks(self.tokens_dir, "train")
         rank, world_size = self._place()
         start = self.skipped_steps + (self.trainer.global_step if self.trainer else 0)
         return self._loader(blocks, StepBatchSampler(len(blocks), self.batch_size, self.seed, start, rank, world_size))
 
     def train_batch(self, step: int) -> dict[str, Tensor]:
-        """The batch of a global step, or this device's part of it, read anew."""
+        """This device's part of the batch of a global step."""
         blocks = TokenBlocks(self.tokens_dir, "train")
         order = StepBatchSampler(len(blocks), self.batch_size, self.seed, 0, *self._place())
-        found: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(self.skipped_steps + step)))
-        return found
+        batch: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(self.skipped_steps + step)))
+        return batch
 
     def val_dataloader(self) -> Batches:
-        """The same evenly spaced blocks each time, every block read by one device.
+        """The same evenly spaced blocks each time, divided among the devices.
 
         Raises ValueError if there are more devices than blocks.
         """
@@ -98,7 +97,6 @@ class TokenData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
             worker_init_fn=signals.ignore,
-            # Its own: a new iterator would otherwise draw a number from the global generator, and a run that was
-            # interrupted makes more iterators than one that was not.
+            # Without it each new iterator draws from the global generator, and a resumed run makes more iterators.
             generator=torch.Generator(),
         )

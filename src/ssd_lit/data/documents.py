@@ -1,10 +1,10 @@
-"""Documents of all sources, cleaned, without duplicates, shuffled and split, in memory that stays bounded.
+"""Documents of all sources: cleaned, deduplicated, shuffled and split, in bounded memory.
 
-Everything about a document follows from the hash of its cleaned text: its place in the order, the split it falls
-in, and whether it is kept. So the result depends neither on the order of the sources nor on other documents.
+The hash of a document's cleaned text decides its place in the order and its split. So the result depends neither on
+the order of the sources nor on other documents.
 
-The first pass writes each document to one of 128 buckets by the leading bits of its hash; equal texts meet in one
-bucket. The second pass sorts one bucket at a time by the hashes alone, and reads the texts in that order.
+The first pass writes each document to one of 128 buckets by the leading bits of its hash, so equal texts share a
+bucket. The second pass sorts one bucket at a time by hash, and reads the texts in that order.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ _BUCKETS = 128  # open at once: some systems allow 256 files
 _RECORD = struct.Struct("<16sI")
 _ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
-# Not U+0085, a line break by its name: where text has it, it is the ellipsis of a Windows-1252 page read as Latin-1.
+# Not U+0085 (next line): in practice it is the ellipsis of a Windows-1252 page read as Latin-1.
 _BREAK = re.compile("[\r\x0b\x0c\x1c-\x1e\u2028\u2029]")
 _UNWANTED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 _MAY_BE_MARKS = re.compile(r"[^\w\x00-\x7f]{31,}")
@@ -44,28 +44,26 @@ _MANY_NEWLINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 
 def silent(_: str) -> None:
-    """Progress that nobody hears."""
+    """Progress callback that does nothing."""
 
 
 def prepare_documents(config: DataConfig, out: Path, progress: Progress = silent) -> dict[str, Any]:
     """Write train, validation and test documents of all sources as `out`/<split>.parquet, and the data card.
 
-    A text that is held out becomes a split of its own, of one document.
-
-    Each file has one column, `text`, one row a document. Returns the card, which is also in `out`/card.json and,
-    for people, card.md; card.json is written last. Needs disk space for the whole text while it works. Raises
-    ConfigError if a source cannot be read, or if a split would be empty.
+    Each file has one column, `text`, and one row a document; a held-out text is a split of one document. Returns the
+    card, which is also written as `out`/card.md and, last, `out`/card.json. Needs disk space for the whole text during
+    the work. Raises ConfigError if a source cannot be read, or if a split would be empty.
     """
     check_sources(config)
     out.mkdir(parents=True, exist_ok=True)
     with naming(out), tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
-        read = _spill(config, Path(work), progress)
-        kept = _collect(config, Path(work), progress)
-        _check_splits(config, kept)
-        kept.splits |= {name: _hold_out(Path(path), Path(work), name) for name, path in config.held_out.items()}
-        for split in kept.splits:
+        first = _spill(config, Path(work), progress)
+        second = _collect(config, Path(work), progress)
+        _check_splits(config, second.splits)
+        second.splits |= {name: _hold_out(Path(path), Path(work), name) for name, path in config.held_out.items()}
+        for split in second.splits:
             (Path(work) / f"{split}.parquet").replace(out / f"{split}.parquet")
-    card = _card(config, read, kept)
+    card = _card(config, first, second)
     write_text(out / "card.md", _card_text(card))
     write_json_checked(out / "card.json", card)
     return card
@@ -84,15 +82,15 @@ def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run the stage that writes it first") from None
     except (pyarrow.ArrowException, OSError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a whole Parquet file ({told}); delete {documents_dir} and run again") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a whole Parquet file ({reason}); delete {documents_dir} and run again") from None
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, every break as \\n and never more than two together, no control characters but \\n and \\t.
+    """Unicode NFC, every line break as \\n and at most two in a row, no control characters but \\n and \\t.
 
-    Of combining marks in a row 30 are kept, as in Unicode's Stream-Safe Text Format (UAX 15): to bring a longer row
-    into order takes the square of its length.
+    Of combining marks in a row 30 are kept, as in Unicode's Stream-Safe Text Format (UAX 15): normalising a run takes
+    time quadratic in its length.
     """
     text = _UNWANTED.sub("", _BREAK.sub("\n", text.replace("\r\n", "\n")))
     if not text.isascii():
@@ -112,7 +110,7 @@ def _with_few_marks(run: re.Match[str]) -> str:
 def split_of(digest: bytes, validation_fraction: float, test_fraction: float) -> str:
     """The split of a document by the second half of its hash; the first half decides the order.
 
-    The held-out splits lie at the two ends, so that changing one share moves nothing between them.
+    Validation takes the lowest hashes and test the highest, so that changing one fraction moves nothing between them.
     """
     place = int.from_bytes(digest[8:], "big") / 2**64
     if place < validation_fraction:
@@ -121,92 +119,85 @@ def split_of(digest: bytes, validation_fraction: float, test_fraction: float) ->
 
 
 @dataclass
-class _Counts:
-    """What came of the documents read."""
+class _FirstPass:
+    """Counts of the first pass."""
 
-    documents: int = 0
-    bytes: int = 0
+    sources: list[dict[str, int]] = field(default_factory=list)
+    """Documents and bytes of each source."""
+    empty: int = 0
 
 
 @dataclass
-class _Kept:
-    """The outcome of the second pass."""
+class _SecondPass:
+    """Summaries of the splits and counts of the second pass."""
 
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     duplicates: int = 0
     left_out: int = 0
 
 
-@dataclass
-class _Read:
-    """The outcome of the first pass."""
-
-    sources: list[_Counts] = field(default_factory=list)
-    empty: int = 0
-
-
-def _spill(config: DataConfig, work: Path, progress: Progress) -> _Read:
+def _spill(config: DataConfig, work: Path, progress: Progress) -> _FirstPass:
     """First pass: clean every document and write it, with its hash, to its bucket."""
-    read = _Read()
+    first = _FirstPass()
     next_report = _REPORT_BYTES
     with ExitStack() as stack:
         buckets = [stack.enter_context(_bucket(work, number).open("wb")) for number in range(_BUCKETS)]
         for source in config.sources:
-            counts = _Counts()
-            read.sources.append(counts)
+            counts = {"documents": 0, "bytes": 0}
+            first.sources.append(counts)
             for text in documents(source):
                 content = normalise(text).encode("utf-8")
                 if not content:
-                    read.empty += 1
+                    first.empty += 1
                     continue
-                counts.documents += 1
-                counts.bytes += len(content)
+                counts["documents"] += 1
+                counts["bytes"] += len(content)
                 digest = hashlib.blake2b(content, digest_size=16).digest()
                 buckets[digest[0] * _BUCKETS // 256].write(_RECORD.pack(digest, len(content)) + content)
-                if sum(one.bytes for one in read.sources) >= next_report:
+                if sum(counts["bytes"] for counts in first.sources) >= next_report:
                     progress(f"read {next_report // 1_000_000} MB")
                     next_report += _REPORT_BYTES
-    return read
+    return first
 
 
-def _collect(config: DataConfig, work: Path, progress: Progress) -> _Kept:
-    """Second pass: bucket by bucket, drop duplicates, sort by hash, write each document to its split."""
+def _collect(config: DataConfig, work: Path, progress: Progress) -> _SecondPass:
+    """Second pass: drop the duplicates of each bucket, sort it by hash, write each document to its split."""
     limit = float("inf") if config.max_megabytes is None else config.max_megabytes * 1e6
-    kept = _Kept()
+    second = _SecondPass()
     with ExitStack() as stack:
         writers = {name: stack.enter_context(_SplitWriter(work / f"{name}.parquet")) for name in SPLITS}
         for number in range(_BUCKETS):
             with _bucket(work, number).open("rb") as bucket:
-                for digest, place, size in sorted(_records(bucket, kept)):
+                for digest, offset, size in sorted(_records(bucket, second)):
                     if sum(writer.bytes for writer in writers.values()) >= limit:
-                        kept.left_out += 1
+                        second.left_out += 1
                         continue
                     split = split_of(digest, config.validation_fraction, config.test_fraction)
-                    bucket.seek(place)
+                    bucket.seek(offset)
                     writers[split].add(digest, bucket.read(size))
             _bucket(work, number).unlink()
             if number % 32 == 31:
                 progress(f"sorted {number + 1} of {_BUCKETS} buckets")
-    kept.splits = {name: writer.summary() for name, writer in writers.items()}
-    return kept
+    second.splits = {name: writer.summary() for name, writer in writers.items()}
+    return second
 
 
 def _bucket(work: Path, number: int) -> Path:
     return work / f"bucket-{number:03d}"
 
 
-def _records(bucket: BinaryIO, kept: _Kept) -> Iterator[tuple[bytes, int, int]]:
-    """Hash, place and size of every text in a bucket, each text once; counts the rest as duplicates."""
-    seen: set[bytes] = set()
+def _records(bucket: BinaryIO, second: _SecondPass) -> Iterator[tuple[bytes, int, int]]:
+    """Hash, offset and size of every distinct text in a bucket; counts the others as duplicates."""
+    digests: set[bytes] = set()
     while header := bucket.read(_RECORD.size):
         digest, size = _RECORD.unpack(header)
-        place = bucket.tell()
+        offset = bucket.tell()
         bucket.seek(size, os.SEEK_CUR)
-        if digest in seen:
-            kept.duplicates += 1
+        if digest in digests:
+            second.duplicates += 1
             continue
-        seen.add(digest)
-        yield digest, place, size
+        digests.add(digest)
+        yield digest, offset, size
 
 
 class _SplitWriter:
@@ -259,33 +250,31 @@ def _hold_out(path: Path, work: Path, name: str) -> dict[str, Any]:
     return writer.summary()
 
 
-def _check_splits(config: DataConfig, kept: _Kept) -> None:
-    total = sum(split["documents"] for split in kept.splits.values())
+def _check_splits(config: DataConfig, splits: dict[str, dict[str, Any]]) -> None:
+    total = sum(split["documents"] for split in splits.values())
     if not total:
         raise ConfigError(f"data {config.name!r}: the sources hold no document with text")
-    for name, split in kept.splits.items():
+    for name, split in splits.items():
         if not split["documents"]:
-            remedy = "give more text" if name == "train" else f"give more text or raise {name}_share"
+            remedy = "give more text" if name == "train" else f"give more text or raise {name}_fraction"
             raise ConfigError(f"data {config.name!r}: none of {total} documents falls in the {name} split; {remedy}")
 
 
-def _card(config: DataConfig, read: _Read, kept: _Kept) -> dict[str, Any]:
-    sources = [
-        {**describe(source), "documents": counts.documents, "bytes": counts.bytes}
-        for source, counts in zip(config.sources, read.sources, strict=True)
-    ]
+def _card(config: DataConfig, first: _FirstPass, second: _SecondPass) -> dict[str, Any]:
     return {
         "name": config.name,
-        "sources": sources,
+        "sources": [
+            {**describe(source), **counts} for source, counts in zip(config.sources, first.sources, strict=True)
+        ],
         "held_out": [describe_file(Path(path)) for path in config.held_out.values()],
-        "empty_documents": read.empty,
-        "duplicates": kept.duplicates,
-        "left_out": kept.left_out,
+        "empty_documents": first.empty,
+        "duplicates": second.duplicates,
+        "left_out": second.left_out,
         "max_megabytes": config.max_megabytes,
         "validation_fraction": config.validation_fraction,
         "test_fraction": config.test_fraction,
-        "splits": kept.splits,
-        "digest": hashlib.sha256(json.dumps(kept.splits, sort_keys=True).encode()).hexdigest(),
+        "splits": second.splits,
+        "digest": hashlib.sha256(json.dumps(second.splits, sort_keys=True).encode()).hexdigest(),
     }
 
 

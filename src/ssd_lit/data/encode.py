@@ -1,4 +1,4 @@
-"""Documents as token ids: each split one long stream on disk, from which blocks are cut without padding."""
+"""Documents as token ids: each split is one stream on disk, cut into blocks without padding."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -27,22 +27,20 @@ def encode_documents(
     *,
     held_out: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Write `out_dir`/<split>.bin: the token ids of the split's documents, each followed by end-of-text.
+    """Write `out_dir`/<split>.bin for train, validation, test and each of `held_out`, then the index.
 
-    So for train, validation, test and each text that is `held_out`.
-
-    Ids are little-endian uint16, or uint32 from a vocabulary of 65,536 on. Returns the index, which is written to
-    `out_dir`/index.json last: vocab_size, eos_id, mask_id (null if there is none), sentinel_ids (<extra_id_0> first),
-    dtype, sequence_length; for each split tokens, documents, blocks and sha256; and a digest over all splits. Raises
-    ConfigError if a split is shorter than one block or the tokenizer cannot encode it, ValueError if documents or
-    tokenizer are damaged.
+    A file has the token ids of the split's documents, each followed by end-of-text, as little-endian uint16, or uint32
+    from a vocabulary of 65,536 on. Returns the index, which is `out_dir`/index.json: vocab_size, eos_id, mask_id (null
+    if there is none), sentinel_ids (<extra_id_0> first), dtype, sequence_length; for each split tokens, documents,
+    blocks and sha256; and a digest over all splits. Raises ConfigError if a split is shorter than one block or the
+    tokenizer cannot encode it, ValueError if documents or tokenizer are damaged.
     """
     index_path = out_dir / "index.json"
     index_path.unlink(missing_ok=True)  # an old index must not describe new tokens
     check_tokenizer(tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
     eos_id = end_of_text_id(tokenizer_dir)
-    # A tokenizer made elsewhere may have gaps between its ids: what counts is the largest.
+    # Not the number of tokens: ids of a tokenizer made elsewhere may have gaps.
     vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     dtype = np.dtype("<u2" if vocab_size < 65536 else "<u4")
     splits = {}
@@ -54,7 +52,7 @@ def encode_documents(
                 if stream.unreported >= _REPORT_TOKENS:
                     progress(f"encoded {stream.tokens / 1e6:.0f} M tokens of {name}")
                     stream.unreported = 0
-        splits[name] = _summary(name, stream, sequence_length)
+        splits[name] = stream.summary(name, sequence_length)
     index = {
         "vocab_size": vocab_size,
         "eos_id": eos_id,
@@ -70,7 +68,7 @@ def encode_documents(
 
 
 def _encoded(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[Encoding]]:
-    """The encodings of each batch, in order; the next batch is encoded while the caller works on this one."""
+    """The encodings of each batch, in order; the next batch is encoded in a thread meanwhile."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         ready: Future[list[Encoding]] | None = None
         for texts in batches:
@@ -85,12 +83,12 @@ def _encoded(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> Iterator[lis
 def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
     try:
         return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises nothing more specific: most often there is no unk token
+    except Exception as error:  # the library raises nothing more specific; most often there is no unk token
         raise ConfigError(f"data.tokenizer: cannot encode the text: {str(error).splitlines()[0]}") from None
 
 
 class _Stream:
-    """The token ids of one split on their way to a file, counted and hashed."""
+    """Writes the token ids of one split to a file, counts and hashes them."""
 
     def __init__(self, file: BinaryIO, dtype: "np.dtype[Any]", eos_id: int) -> None:
         self._file = file
@@ -100,7 +98,7 @@ class _Stream:
         self.documents = 0
         self.tokens = 0
         self.unreported = 0
-        """Tokens since the last word on progress."""
+        """Tokens since the last progress message."""
 
     def append(self, encodings: list[Encoding]) -> None:
         ids = chain.from_iterable(chain(encoding.ids, self._end) for encoding in encodings)
@@ -112,22 +110,14 @@ class _Stream:
         self.tokens += len(tokens)
         self.unreported += len(tokens)
 
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-
-def _summary(split: str, stream: _Stream, sequence_length: int) -> dict[str, Any]:
-    # A block of S tokens needs S + 1: the last one is only a target.
-    blocks = (stream.tokens - 1) // sequence_length
-    if blocks < 1:
-        raise ConfigError(
-            f"the {split} split has {stream.tokens} tokens, less than one block of sequence_length "
-            f"{sequence_length} (+ 1): give more text, a larger share for this split or shorter blocks"
-        )
-    return {
-        "tokens": stream.tokens,
-        "documents": stream.documents,
-        "blocks": blocks,
-        "sha256": stream.sha256,
-    }
+    def summary(self, split: str, sequence_length: int) -> dict[str, Any]:
+        """The index entry of the split. Raises ConfigError if there is not one block."""
+        # A block of S tokens needs S + 1: the last one is only a target.
+        blocks = (self.tokens - 1) // sequence_length
+        if blocks < 1:
+            raise ConfigError(
+                f"the {split} split has {self.tokens} tokens, less than one block of sequence_length "
+                f"{sequence_length} (+ 1): give more text, a larger share for this split or shorter blocks"
+            )
+        sha256 = self._sha256.hexdigest()
+        return {"tokens": self.tokens, "documents": self.documents, "blocks": blocks, "sha256": sha256}

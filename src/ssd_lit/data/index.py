@@ -1,4 +1,4 @@
-"""The index of encoded documents, and the vocabulary that it tells of."""
+"""The index of encoded documents, and the vocabulary in it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ def load_index(tokens_dir: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class VocabInfo:
-    """The size of a vocabulary and the ids that no text encodes to."""
+    """The size of a vocabulary and the ids of its special tokens."""
 
     vocab_size: int
     eos_id: int
@@ -25,6 +25,6 @@ class VocabInfo:
 
     @classmethod
     def of(cls, index: Mapping[str, Any]) -> "VocabInfo":
-        """From the index of encoded documents; one written before there were mask tokens and sentinels has none."""
+        """From the index of encoded documents; old ones have no mask token and no sentinels."""
         sentinels = tuple(index.get("sentinel_ids", ()))
         return cls(index["vocab_size"], index["eos_id"], index.get("mask_id"), sentinels)

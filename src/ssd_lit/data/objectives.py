@@ -1,7 +1,7 @@
-"""What a model is asked to predict from a block of tokens: the next one, hidden ones, or cut-out spans.
+"""Training objectives: predict the next token, masked tokens or cut-out spans.
 
-An objective is a function of the tokens and of uniform random numbers. It draws none itself: the same noise gives the
-same on any device, and a block can hide the same tokens whenever it is scored.
+An objective is a pure function of the tokens and of uniform random numbers. The same noise gives the same batch on any
+device, and a block can hide the same tokens whenever it is scored.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from ssd_lit.config import ConfigError
 from ssd_lit.data.index import VocabInfo
 
 IGNORED = -100
-"""Targets that count for nothing."""
+"""Target without a loss."""
 
 Batch = dict[str, Tensor]
 
 
 class Objective(Protocol):
-    """Turns blocks into what a model reads and what it must predict."""
+    """Turns blocks into a model's inputs and targets."""
 
     noise_per_token: int
-    """Uniform random numbers wanted for a token."""
+    """Uniform random numbers needed for a token."""
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         """(input length, target length) that a block of S tokens becomes."""
         ...
 
     def __call__(self, batch: Batch, noise: Tensor) -> Batch:
-        """The batch {"inputs": [B, S'], "targets": [B, S'']} to train on, int64, on the device of what is given.
+        """Returns the batch {"inputs": [B, S'], "targets": [B, S'']}, int64, on the device of its arguments.
 
         `batch` is {"inputs": [B, S], "targets": [B, S]}, targets one token ahead; `noise`
         [B, S, noise_per_token] is uniform in [0, 1).
@@ -40,7 +40,7 @@ class Objective(Protocol):
 
 
 class Causal:
-    """The next token at every place: the batch as it is."""
+    """The next token at every place: the batch unchanged."""
 
     noise_per_token = 0
 
@@ -54,9 +54,9 @@ class Causal:
 class Masked:
     """The tokens at 15 % of the places, most of them hidden (BERT, arXiv 1810.04805, section 3.1).
 
-    Of every block max(1, round(0.15 S)) places are chosen. What stands there becomes the mask token with probability
-    0.8, a random ordinary token with 0.1, and stays as it is with 0.1. Targets are the tokens there and IGNORED
-    elsewhere. End-of-text is chosen only where a block has too few other tokens. With fresh noise at every step the
+    Of every block max(1, round(0.15 S)) places are chosen. The token there becomes the mask token with probability
+    0.8, a random ordinary token with 0.1, and stays with 0.1. Targets are the tokens there and IGNORED elsewhere.
+    End-of-text is chosen only where a block has too few other tokens. With fresh noise at every step the
     masking is dynamic (RoBERTa, arXiv 1907.11692, section 4.1). Raises ConfigError without a mask token.
     """
 
@@ -71,8 +71,8 @@ class Masked:
             )
         self._eos_id = vocab.eos_id
         self._mask_id = vocab.mask_id
-        kept_out = {vocab.eos_id, vocab.mask_id, *vocab.sentinel_ids}
-        self._ordinary = torch.tensor([i for i in range(vocab.vocab_size) if i not in kept_out], device="cpu")
+        special = {vocab.eos_id, vocab.mask_id, *vocab.sentinel_ids}
+        self._ordinary = torch.tensor([i for i in range(vocab.vocab_size) if i not in special], device="cpu")
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         return sequence_length, sequence_length
@@ -81,7 +81,7 @@ class Masked:
         tokens = batch["inputs"]
         place, kind, other = noise.unbind(-1)
         count = max(1, round(self.share * tokens.shape[1]))
-        # Stable: equal numbers must not make one device choose otherwise than another.
+        # Stable: with equal numbers too, all devices must choose the same.
         order = (place + (tokens == self._eos_id)).argsort(dim=1, stable=True)
         chosen = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, order[:, :count], True)
         # Moved once: a copy to the device at every step would make the host wait for it.
@@ -98,8 +98,8 @@ class Spans:
     """Spans cut out of a block (T5, arXiv 1910.10683, section 3.1.4, and `random_spans_noise_mask` of its code).
 
     Of S tokens n = max(1, round(0.15 S)) are cut out, in s = max(1, round(n / 3)) spans: 3 tokens on average. A block
-    is a stretch that is kept, a span, a stretch, a span and so on, none of them empty; every way to divide the n tokens
-    into s spans is equally likely, and so for the stretches.
+    alternates between stretches that are kept and spans, starts with a stretch, and none is empty. Every division of
+    the n tokens into s spans is equally likely, and so for the stretches.
 
     Inputs are the block with span i replaced by sentinel i, then end-of-text: S - n + s + 1 tokens. Targets are
     sentinel i and the tokens of span i for every span, then end-of-text: n + s + 1 tokens. There is no closing sentinel
@@ -124,14 +124,14 @@ class Spans:
         tokens = batch["inputs"]
         length = tokens.shape[1]
         cut, spans = self._counts(length)
-        # n - 1 places where the cut tokens can be divided and S - n - 1 for the kept ones: one number for each.
+        # n - 1 places to divide the cut tokens and S - n - 1 to divide the kept ones: one number each.
         in_spans, in_stretches = noise[:, : cut - 1, 0], noise[:, cut - 1 : length - 2, 0]
         parts = torch.stack([_composition(in_stretches, spans), _composition(in_spans, spans)], dim=2)
         starts = parts.flatten(1).cumsum(1)[:, :-1]  # of all parts but the first
         part = torch.zeros_like(tokens).scatter(1, starts, 1).cumsum(1)
         # Moved once: a copy to the device at every step would make the host wait for it.
         self._sentinels = self._sentinels.to(tokens.device)
-        sentinel = self._sentinels[part // 2]  # of a stretch and of the span behind it
+        sentinel = self._sentinels[part // 2]  # of a stretch and of the span after it
         first = F.pad(part.diff(dim=1), (1, 0), value=1) == 1
         in_span = part % 2 == 1
         return {
@@ -156,17 +156,17 @@ class Spans:
                 f"data.tokenizer.folder whose vocabulary has <extra_id_0> to <extra_id_{needed - 1}>"
             )
 
-    def _shortened(self, tokens: Tensor, sentinel: Tensor, gone: Tensor, first: Tensor, length: int) -> Tensor:
-        """[B, length + 1]: the first token of every part that is gone becomes its sentinel, the rest leaves."""
-        filled = torch.where(gone, sentinel, tokens)
-        order = (gone & ~first).int().argsort(dim=1, stable=True)
+    def _shortened(self, tokens: Tensor, sentinel: Tensor, cut: Tensor, first: Tensor, length: int) -> Tensor:
+        """[B, length + 1]: each part in `cut` is replaced by its sentinel; then end-of-text."""
+        filled = torch.where(cut, sentinel, tokens)
+        order = (cut & ~first).int().argsort(dim=1, stable=True)
         return F.pad(filled.gather(1, order[:, :length]), (0, 1), value=self._eos_id)
 
 
 def _composition(noise: Tensor, parts: int) -> Tensor:
-    """[B, parts], all positive: m things in a row divided at parts - 1 of the m - 1 places between them.
+    """Lengths [B, parts], all positive, of a row of m things cut at parts - 1 of the m - 1 places between them.
 
-    The places are those with the smallest of the numbers `noise` [B, m - 1].
+    The cuts are at the smallest of the numbers `noise` [B, m - 1].
     """
     cuts = noise.argsort(dim=1, stable=True)[:, : parts - 1].sort(dim=1).values + 1
     ends = F.pad(F.pad(cuts, (1, 0)), (0, 1), value=noise.shape[1] + 1)
@@ -181,7 +181,7 @@ OBJECTIVES: dict[str, Callable[[VocabInfo], Objective]] = {
 
 
 def build_objective(name: str, vocab: VocabInfo) -> Objective:
-    """The objective of that name. Raises ValueError for an unknown one, ConfigError if the vocabulary lacks tokens."""
+    """Returns the objective of that name. Raises ValueError if unknown, ConfigError if the vocabulary lacks tokens."""
     if name not in OBJECTIVES:
         raise ValueError(f"objective {name!r}: unknown; allowed: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name](vocab)

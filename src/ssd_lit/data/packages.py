@@ -1,4 +1,4 @@
-"""Text that ships inside packages of the package index, located and checked without importing them."""
+"""Text inside installed Python packages, located and checked without importing them."""
 
 import csv
 import hashlib
@@ -14,25 +14,25 @@ from ssd_lit.config import ConfigError
 
 @dataclass(frozen=True)
 class TextPackage:
-    """What is known of one package: where its text is, what it is, under what terms."""
+    """A package with text: where the text is, what it is, its terms."""
 
     name: str
     version: str
     module: str
-    """Folder of the package inside site-packages."""
+    """Folder inside site-packages."""
     file: str
-    """The pinned file inside that folder: the text itself, or the list of its files with their digests."""
+    """The pinned file inside that folder: the text itself, or a list of text files with their digests."""
     sha256: str
     read: Callable[[Path], Iterator[str]]
-    """Gives the documents, from the path of the pinned file."""
+    """Yields the documents, from the path of the pinned file."""
     description: str
     terms: str
 
 
 def package_documents(name: str) -> Iterator[str]:
-    """The documents of a package, in the order they have there.
+    """The documents of a package, in its order.
 
-    Raises ConfigError if the package is missing, of another version, or its files are not the expected ones.
+    Raises ConfigError if the package is missing or of another version, or if a file has another digest.
     """
     package = PACKAGES[name]
     path = _installed_folder(package) / package.file
@@ -41,7 +41,7 @@ def package_documents(name: str) -> Iterator[str]:
 
 
 def check_package(name: str) -> None:
-    """Raise ConfigError unless the package is installed in the version described here."""
+    """Raise ConfigError unless the package is installed in the pinned version."""
     _installed_folder(PACKAGES[name])
 
 

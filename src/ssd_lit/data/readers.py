@@ -1,4 +1,4 @@
-"""Documents from local files: text, JSON lines, Parquet; plain or compressed; never a whole file in memory."""
+"""Documents from local files: text, JSON lines, Parquet; plain or compressed; read piece by piece."""
 
 import bz2
 import codecs
@@ -11,8 +11,9 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -26,29 +27,29 @@ _EXPECTED = "expected one object a line; `jq -c '.[]'` makes that of an array, `
 
 
 def check_format(path: Path) -> None:
-    """Raise ConfigError if the file's name ends in nothing we can read."""
+    """Raise ConfigError if the file's name does not end in a known format."""
     if not has_format(path):
         raise ConfigError(
             f"{path}: unknown kind of file; allowed: {', '.join(FORMATS)}, "
-            f"each also with {', '.join(COMPRESSIONS)} behind it"
+            f"each also with {', '.join(COMPRESSIONS)} after it"
         )
 
 
 def has_format(path: Path) -> bool:
-    """Whether the file's name ends in something we can read, in small letters or capitals."""
+    """Whether the file's name ends in a known format, in lower or upper case."""
     return _format(path) in FORMATS
 
 
 def read_documents(path: Path, text_key: str) -> Iterator[str]:
-    """The documents of one file in their order; `text_key` is the field or column of JSON lines and Parquet: `text_of`.
+    """The documents of one file, in order; `text_key` names the field of JSON lines or Parquet, as in `text_of`.
 
-    A null counts as an empty document. Raises ConfigError for a damaged file or a missing text_key.
+    A null is an empty document. Raises ConfigError for a damaged file or a missing text_key.
     """
     check_format(path)
-    with _told(path):
+    with _read_errors(path):
         match _format(path):
             case ".txt":
-                yield from _paragraph_groups(path)
+                yield from _paragraphs(path)
             case ".parquet":
                 yield from _parquet_rows(path, text_key)
             case _:
@@ -56,22 +57,22 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a `.txt` file, plain or compressed. Raises ConfigError if it is none, or damaged."""
+    """The whole of a `.txt` file, plain or compressed. Raises ConfigError for another format or a damaged file."""
     if _format(path) != ".txt":
-        raise ConfigError(f"{path}: not a .txt file (also with {', '.join(COMPRESSIONS)} behind it)")
-    with _told(path), _open_lines(path) as lines:
+        raise ConfigError(f"{path}: not a .txt file (also with {', '.join(COMPRESSIONS)} after it)")
+    with _read_errors(path), _open_lines(path) as lines:
         return "".join(lines)
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Say which file could not be read, in words."""
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading into ConfigErrors that name the file."""
     try:
         yield
     except UnicodeDecodeError as error:
-        given = error.encoding.upper()
         raise ConfigError(
-            f"{path}: not {given} text ({error.reason}); allowed: UTF-8, or UTF-16 with a byte order mark"
+            f"{path}: not {error.encoding.upper()} text ({error.reason}); "
+            "allowed: UTF-8, or UTF-16 with a byte order mark"
         ) from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
         raise ConfigError(f"{path}: cannot be read: {_first_line(error)}") from None
@@ -86,46 +87,40 @@ def _format(path: Path) -> str:
 
 
 def _compression(path: Path) -> str:
-    """The suffix of a compressed file, else nothing."""
+    """The suffix of a compressed file, else an empty string."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
-@contextmanager
-def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed as its last suffix says."""
+def _open_bytes(path: Path) -> Any:
+    """Opens the file for bytes, decompressed according to its last suffix."""
     match _compression(path):
         case ".gz":
-            with gzip.open(path) as file:
-                yield file  # type: ignore[misc]  # GzipFile reads like any binary file
+            return gzip.open(path)
         case ".bz2":
-            with bz2.open(path) as file:
-                yield file
+            return bz2.open(path)
         case ".xz":
-            with lzma.open(path) as file:
-                yield file
+            return lzma.open(path)
         case ".zst" | ".zstd":
-            # Not the zstandard package: it takes a file that was cut short for a whole one.
-            with pyarrow.CompressedInputStream(str(path), "zstd") as file:
-                yield file
+            # Not the zstandard package: it does not notice a truncated file.
+            return pyarrow.CompressedInputStream(str(path), "zstd")
         case _:
-            with path.open("rb") as file:
-                yield file
+            return path.open("rb")
 
 
 @contextmanager
 def _open_lines(path: Path) -> Iterator[Iterator[str]]:
-    """The file's lines, without the byte order marks that files put together have in their midst."""
-    with _open_bytes(path) as file, io.BufferedReader(file) as buffered:  # type: ignore[type-var]  # any binary file
+    """The file's lines, without byte order marks, which concatenated files have inside too."""
+    with _open_bytes(path) as file, io.BufferedReader(file) as buffered:
         encoding = _encoding(path, buffered.peek(4)[:4])
         with io.TextIOWrapper(buffered, encoding=encoding, newline=None) as lines:
             yield (line.lstrip("\ufeff") for line in lines)
 
 
 def _encoding(path: Path, start: bytes) -> str:
-    """What a text that starts with these bytes is encoded in. Raises ConfigError if it seems to be UTF-16 unmarked."""
+    """The encoding of a text that starts with these bytes. Raises ConfigError for UTF-16 without a byte order mark."""
     if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
-        return "utf-32"  # whose mark begins like that of UTF-16
+        return "utf-32"  # first: its mark begins like that of UTF-16
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if [byte == 0 for byte in start] in ([False, True] * 2, [True, False] * 2):
@@ -135,18 +130,12 @@ def _encoding(path: Path, start: bytes) -> str:
     return "utf-8"
 
 
-def _paragraph_groups(path: Path) -> Iterator[str]:
-    """The stretches of lines between blank lines."""
-    group: list[str] = []
+def _paragraphs(path: Path) -> Iterator[str]:
+    """The runs of lines between blank lines."""
     with _open_lines(path) as lines:
-        for line in lines:
-            if line.strip():
-                group.append(line)
-            elif group:
+        for is_text, group in groupby(lines, key=lambda line: bool(line.strip())):
+            if is_text:
                 yield "".join(group)
-                group = []
-    if group:
-        yield "".join(group)
 
 
 def _json_lines(path: Path, text_key: str) -> Iterator[str]:
@@ -159,17 +148,13 @@ def _json_lines(path: Path, text_key: str) -> Iterator[str]:
             except RecursionError:
                 raise ConfigError(f"{where} is not valid JSON (nested too deeply)") from None
             except ValueError as error:
-                if place == 0 and _is_cut_off(line, error):
+                # The error is at the end of the line: an array or object continues on the next one.
+                if place == 0 and isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip()):
                     raise ConfigError(f"{where} begins JSON that goes on over several lines; {_EXPECTED}") from None
                 raise ConfigError(f"{where} is not valid JSON ({_first_line(error)})") from None
             if not isinstance(row, dict):
                 raise ConfigError(f"{where} is not a JSON object but of type {type(row).__name__}; {_EXPECTED}")
             yield text_of(row, text_key, where)
-
-
-def _is_cut_off(line: str, error: ValueError) -> bool:
-    """Whether nothing is wrong with a line of JSON but that it ends too soon."""
-    return isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
 
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
@@ -183,7 +168,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[str]:
 
 
 def _columns(fields: Iterable[pyarrow.Field], above: str = "") -> Iterator[str]:
-    """The names of columns and of what is in them, dotted."""
+    """The names of columns, and dotted names of the fields of structs."""
     for field in fields:
         yield above + field.name
         if pyarrow.types.is_struct(field.type):
@@ -204,9 +189,9 @@ def _seekable(path: Path) -> Iterator[Path]:
 
 
 def text_of(row: dict[str, Any], text_key: str, where: str) -> str:
-    """The text of a row, under its key or by a dotted way through objects in it; null is empty text.
+    """The text of a row under a key, or under a dotted path through nested objects; null is empty text.
 
-    A key with the dots in it goes first. Raises ConfigError if the key is missing or holds something else.
+    A key that itself contains the dots has priority. Raises ConfigError if the key is missing or holds no text.
     """
     try:
         value = _value(row, text_key)

@@ -1,4 +1,4 @@
-"""The analyses of a run: tables beside its evaluation, and what could not be looked into."""
+"""The analyses of a run: tables of its activation pattern and of its experts."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ EXPERTS = ("load.csv", "routing.csv", "tokens.csv")
 def analyse_run(run: Run, settings: AnalysisConfig) -> dict[str, Any]:
     """Write the tables of a run into analysis/; returns analysis.json.
 
-    It tells which tables were written, and why others were not; `pattern` says what the pattern was compared with,
-    `experts` what the experts of each layer do (both null if left out).
+    It lists the tables that were written and the reasons why others were not. `pattern` holds the compared steps and
+    settings, `experts` a summary of every layer's experts (null where left out).
     """
     config, folder = run.config, run.folder / "analysis"
     for name in (*PATTERN, *EXPERTS, "analysis.json"):
@@ -29,8 +29,8 @@ def analyse_run(run: Run, settings: AnalysisConfig) -> dict[str, Any]:
     pattern: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
 
-    why = _why_no_pattern(run, settings)
-    if why is None:
+    reason = _why_no_pattern(run, settings)
+    if reason is None:
         _write(folder / "similarity.csv", compare_snapshots(run, settings))
         fitting = fitting_experts(settings, config.model.d_ff)
         pattern = {
@@ -40,18 +40,14 @@ def analyse_run(run: Run, settings: AnalysisConfig) -> dict[str, Any]:
             "experts_left_out": sorted(set(settings.experts) - set(fitting)),
         }
     else:
-        missing |= dict.fromkeys(PATTERN, why)
+        missing |= dict.fromkeys(PATTERN, reason)
 
     if run.has_experts:
         watched = watch_experts(run, settings)
         for name, table in zip(EXPERTS, (watched.load, watched.routing, watched.tokens), strict=True):
             _write(folder / name, table)
-        experts = {
-            "experts": config.moe.experts,
-            "top_k": config.moe.top_k,
-            "min_count": MIN_COUNT,
-            "layers": watched.layers,
-        }
+        moe = config.moe
+        experts = {"experts": moe.experts, "top_k": moe.top_k, "min_count": MIN_COUNT, "layers": watched.layers}
     else:
         missing |= dict.fromkeys(EXPERTS, "the final model has no sparse mode")
     written = [name for name in (*PATTERN, *EXPERTS) if name not in missing]
@@ -63,7 +59,7 @@ def _why_no_pattern(run: Run, settings: AnalysisConfig) -> str | None:
     if not run.has_dense_mode:
         return "experts that are copies of one FFN hold every neuron several times"
     if len(snapshots(run.folder)) < 2:
-        return "the run has no two snapshots; training.snapshot_every says how often one is taken"
+        return "the run has fewer than two snapshots; training.snapshot_every sets how often one is taken"
     if not fitting_experts(settings, run.config.model.d_ff):
         return f"none of analysis.experts {settings.experts} divides d_ff {run.config.model.d_ff}"
     return None

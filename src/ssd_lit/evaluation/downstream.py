@@ -1,36 +1,35 @@
-"""The final model of a run on other tasks: GLUE after fine-tuning, BLiMP without any."""
+"""The final model of a run on downstream benchmarks: GLUE after fine-tuning, BLiMP without."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssd_lit.config import BlimpConfig, DownstreamConfig, RunConfig
-from ssd_lit.data.blimp import read_blimp
-from ssd_lit.data.glue import TASKS
+from ssd_lit.config import DownstreamConfig, RunConfig
+from ssd_lit.data.benchmarks import TASKS, read_blimp
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
-from ssd_lit.evaluation.pieces import ResumableResults
-from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.evaluation.resumable import ResumableResults
+from ssd_lit.moe.ffn import Mode
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 
 def evaluate_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> dict[str, Any]:
-    """Score the final model of a run on the benchmarks asked for; returns downstream.json.
+    """Score the final model of a run on the benchmarks in the settings; returns downstream.json.
 
-    `glue` and `blimp` are what `score_on_glue` and `score_on_blimp` found, the latter in every mode; null where left
-    out, and `left_out` says why. ResumableResults of the work that are done are kept in the folder `pieces`.
+    `glue` and `blimp` are the results of `score_on_glue` and `score_on_blimp`, the latter in every mode. They are null
+    where left out; `left_out` has the reasons. The folder `pieces` keeps partial results, to resume from.
     """
     config = run.config
-    sections = {"glue": settings.glue, "blimp": settings.blimp}
-    missing = {name: why for name, one in sections.items() if one and (why := _why_not(name, config)) is not None}
-    found: dict[str, Any] = {"glue": None, "blimp": None, "left_out": missing}
-    if not any(one for name, one in sections.items() if name not in missing):
-        return found
+    sections = {name: section for name in ("glue", "blimp") if (section := getattr(settings, name)) is not None}
+    missing = {name: reason for name in sections if (reason := _why_not(name, config)) is not None}
+    content: dict[str, Any] = {"glue": None, "blimp": None, "left_out": missing}
+    if sections.keys() <= missing.keys():
+        return content
 
     model = final_model(run)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -39,27 +38,35 @@ def evaluate_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> d
         "eos_id": run.vocab.eos_id,
         "longest": config.data.sequence_length,
     }
-    modes, kept = _modes(run), ResumableResults(pieces, _inputs(run, settings))
+    modes: tuple[Mode, ...] = (*(("dense",) if run.has_dense_mode else ()), *(("sparse",) if run.has_experts else ()))
+    partial_results = ResumableResults(pieces, _inputs(run, settings))
     if settings.glue is not None and "glue" not in missing:
-        found["glue"] = score_on_glue(model, settings.glue, modes=modes, pieces=kept, title=config.name, **shared)
+        content["glue"] = score_on_glue(
+            model, settings.glue, modes=modes, pieces=partial_results, title=config.name, **shared
+        )
     if settings.blimp is not None and "blimp" not in missing:
-        found["blimp"] = {"scores": _blimp(model, settings.blimp, modes, kept, config.name, shared)}
-    return found
+        sets, scores = read_blimp(Path(settings.blimp.file), settings.blimp.limit), []
+        for mode in modes:
+            model.set_mode(mode)
+            score = partial(score_on_blimp, model, sets, title=f"{config.name} BLiMP {mode}", **shared)
+            scores += [{"mode": mode, **entry} for entry in partial_results.get(f"blimp-{mode}", score)]
+        content["blimp"] = {"scores": scores}
+    return content
 
 
-def means(found: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of downstream.json that are worth a line each, by name: means over seeds, over sets of pairs."""
+def means(content: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of downstream.json for MLflow, by name: means over seeds for GLUE, over sets for BLiMP."""
     values: dict[str, list[float]] = {}
-    for entry in found["glue"]["scores"] if found["glue"] else []:
+    for entry in content["glue"]["scores"] if content["glue"] else []:
         for metric in TASKS[entry["task"]].metrics:
             values.setdefault(f"downstream/{entry['task']}/{metric}_{entry['mode']}", []).append(entry[metric])
-    for entry in found["blimp"]["scores"] if found["blimp"] else []:
+    for entry in content["blimp"]["scores"] if content["blimp"] else []:
         values.setdefault(f"downstream/blimp/accuracy_{entry['mode']}", []).append(entry["accuracy"])
-    return {name: sum(some) / len(some) for name, some in values.items()}
+    return {name: sum(scores) / len(scores) for name, scores in values.items()}
 
 
 def _why_not(benchmark: str, config: RunConfig) -> str | None:
-    """Why a run's model cannot be tried on a benchmark; None if it can."""
+    """Why a run's model cannot be scored on a benchmark; None if it can."""
     family = config.model.family
     if benchmark == "glue" and family != "bert":
         return f"only models of family bert are fine-tuned, and this one is {family}"
@@ -68,30 +75,8 @@ def _why_not(benchmark: str, config: RunConfig) -> str | None:
     return None
 
 
-def _modes(run: Run) -> tuple[str, ...]:
-    """The modes that the model can be run in: experts that are copies have no dense one."""
-    return (*(("dense",) if run.has_dense_mode else ()), *(("sparse",) if run.has_experts else ()))
-
-
-def _blimp(
-    model: LanguageModel,
-    settings: BlimpConfig,
-    modes: Sequence[str],
-    pieces: ResumableResults,
-    title: str,
-    shared: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    sets, scores = read_blimp(Path(settings.file), settings.limit), []
-    for mode in modes:
-        model.set_mode("sparse" if mode == "sparse" else "dense")
-        score = partial(score_on_blimp, model, sets, title=f"{title} BLiMP {mode}", **shared)
-        found = pieces.get(f"blimp-{mode}", score)
-        scores += [{"mode": mode, **one} for one in found]
-    return scores
-
-
 def _inputs(run: Run, settings: DownstreamConfig) -> dict[str, Any]:
-    """All that decides what a piece of the work gives, but for its task and seed."""
+    """All inputs of a partial result except its task and seed."""
     return {
         "weights": run.final().weights,
         "moe": run.config.moe.model_dump(mode="json"),

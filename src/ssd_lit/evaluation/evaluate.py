@@ -1,8 +1,6 @@
-"""The final model of a run: its loss in both modes and over k, how sparse it is, and how well it routes."""
+"""Evaluation of a run's final model: loss in both modes and over k, activation sparsity, routing recall."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,19 +8,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd_lit.config import EvaluationConfig
-from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.blocks import TokenBlocks, scoring_batches
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
-from ssd_lit.data.scoring import scoring_batches
+from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.ffn import ExpertFFN, Mode
 from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 SPLIT = "validation"
 WATCHED = 8
-"""Batches on which single layers are looked into."""
+"""Batches on which single layers are measured."""
 
 
 @torch.no_grad()
@@ -30,10 +28,10 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     """Measure the final model of a run on validation blocks, in fp32; returns evaluation.json.
 
     Losses are nats a target. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
-    mode. `curve` is the loss over k with the run's own router, `oracle_curve` with one that knows every expert's
-    activation mass, `threshold_curve` with as many experts as matter.
-    `held_out` has the losses on each text of that name. A model that was never MoEfied has no sparse
-    mode, and one whose experts are copies no dense mode: their figures are null and their curves empty.
+    mode. `curve` is the loss over k with the run's own router, `oracle_curve` with routing by the true activation
+    mass, `threshold_curve` with dynamic k (`experts_above`). `held_out` has the losses on each held-out text. A model
+    that was never MoEfied has no sparse mode, and one whose experts are copies no dense mode: those values are null
+    and those curves empty.
     """
     config, tokens_dir = run.config, run.tokens
     model = final_model(run)
@@ -41,21 +39,19 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     objective = build_objective(model.objective_name, run.vocab)
 
     def batches_of(split: str) -> list[Batch]:
-        # All of it at once: every curve reads it again.
+        # Kept in memory, because every curve reads them again.
         count = min(settings.blocks, len(TokenBlocks(tokens_dir, split)))
         return list(scoring_batches(tokens_dir, split, range(count), objective, model.ffns[0].w_in.device))
 
     batches = batches_of(SPLIT)
     count = sum(len(batch["inputs"]) for batch in batches)
-
-    k = config.moe.top_k
+    top_k = config.moe.top_k
     has_dense, has_sparse = run.has_dense_mode, run.has_experts
     routed = config.moe.posthoc_router is not None
-    ks = sorted({k, *(one for one in settings.top_k_curve if one <= config.moe.experts)}) if has_sparse else []
-    curve = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="top-k curve", disable=None)}
-    with _oracle(model):
-        oracle = {one: _sparse_loss(model, batches, one) for one in tqdm(ks, desc="oracle curve", disable=None)}
-    ratios = _dense_ratios(model, batches) if has_dense else None
+    ks = sorted({top_k, *(k for k in settings.top_k_curve if k <= config.moe.experts)}) if has_sparse else []
+    curve = {k: _loss(model, batches, "sparse", k) for k in tqdm(ks, desc="top-k curve", disable=None)}
+    oracle = {k: _oracle_loss(model, batches, k) for k in tqdm(ks, desc="oracle curve", disable=None)}
+    ratios = _by_layer(model, batches, active_ratio, "dense") if has_dense else None
     held_out = {
         name: _held_out(model, batches_of(name), has_dense, ks)
         for name in tqdm(config.data.held_out, desc="held-out texts", disable=None)
@@ -64,51 +60,47 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
         "split": SPLIT,
         "blocks": count,
         "tokens": count * config.data.sequence_length,
-        "loss_dense": _dense_loss(model, batches) if has_dense else None,
-        "loss_sparse": curve.get(k),
+        "loss_dense": _loss(model, batches, "dense") if has_dense else None,
+        "loss_sparse": curve.get(top_k),
         "experts": config.moe.experts if has_sparse else None,
-        "top_k": k if has_sparse else None,
+        "top_k": top_k if has_sparse else None,
         "router": run.router if has_sparse else None,
-        "curve": [{"top_k": one, "loss": loss} for one, loss in curve.items()],
-        "oracle_curve": [{"top_k": one, "loss": loss} for one, loss in oracle.items()],
-        "threshold_curve": [_by_threshold(model, batches, share) for share in settings.thresholds if routed],
+        "curve": [{"top_k": k, "loss": loss} for k, loss in curve.items()],
+        "oracle_curve": [{"top_k": k, "loss": loss} for k, loss in oracle.items()],
+        "threshold_curve": [_by_threshold(model, batches, threshold) for threshold in settings.thresholds if routed],
         "active_ratio": ratios,
         "active_neurons": sum(ratios) / len(ratios) * config.model.d_ff if ratios else None,
         "held_out": held_out,
-        "routing_recall": _recall(model, batches, k) if has_sparse else None,
+        "routing_recall": _by_layer(model, batches, routing_recall, "sparse", top_k) if has_sparse else None,
     }
 
 
-def outcome(found: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of evaluation.json that are worth a line each, by name; not those of a mode that the model lacks."""
-    figures: dict[str, float | None] = {"eval/active_neurons": found["active_neurons"]}
+def outcome(content: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of evaluation.json for MLflow, by name; none of a mode that the model lacks."""
+    metrics: dict[str, float | None] = {"eval/active_neurons": content["active_neurons"]}
     for mode in ("dense", "sparse"):
-        loss = found[f"loss_{mode}"]
-        figures[f"eval/loss_{mode}"] = loss
-        figures[f"eval/perplexity_{mode}"] = None if loss is None else _perplexity(loss)
-    for name, text in found["held_out"].items():
-        figures[f"eval/{name}/loss_dense"] = text["loss_dense"]
+        loss = content[f"loss_{mode}"]
+        metrics[f"eval/loss_{mode}"] = loss
+        metrics[f"eval/perplexity_{mode}"] = None if loss is None else perplexity(loss)
+    for name, text in content["held_out"].items():
+        metrics[f"eval/{name}/loss_dense"] = text["loss_dense"]
         losses = {point["top_k"]: point["loss"] for point in text["curve"]}
-        figures[f"eval/{name}/loss_sparse"] = losses.get(found["top_k"])
-    return {name: value for name, value in figures.items() if value is not None}
-
-
-def _perplexity(loss: float) -> float:
-    # math.exp raises OverflowError for the loss of a model that learnt nothing.
-    return math.exp(loss) if loss < 700 else math.inf
+        metrics[f"eval/{name}/loss_sparse"] = losses.get(content["top_k"])
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, ks: Sequence[int]) -> dict[str, Any]:
-    """The losses of a text of its own, in dense mode and over k."""
+    """The losses on one held-out text, in dense mode and over k."""
     return {
         "blocks": sum(len(batch["inputs"]) for batch in batches),
-        "loss_dense": _dense_loss(model, batches) if has_dense else None,
-        "curve": [{"top_k": k, "loss": _sparse_loss(model, batches, k)} for k in ks],
+        "loss_dense": _loss(model, batches, "dense") if has_dense else None,
+        "curve": [{"top_k": k, "loss": _loss(model, batches, "sparse", k)} for k in ks],
     }
 
 
-def _loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
-    """The mean over all targets; sums stay on the device, where nothing waits for them."""
+def _loss(model: LanguageModel, batches: Sequence[Batch], mode: Mode, k: int | None = None) -> float:
+    """The mean over all targets; summed on the device, with one sync at the end."""
+    model.set_mode(mode, k)
     total = torch.zeros((), device=batches[0]["inputs"].device)
     for batch in batches:
         total = total + model.loss(batch).float() * _targets(batch)
@@ -119,60 +111,39 @@ def _targets(batch: Batch) -> Tensor:
     return (batch["targets"] != IGNORED).sum()
 
 
-def _dense_loss(model: LanguageModel, batches: Sequence[Batch]) -> float:
-    model.set_mode("dense")
-    return _loss(model, batches)
-
-
-def _sparse_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
-    model.set_mode("sparse", k)
-    return _loss(model, batches)
-
-
-def _by_threshold(model: LanguageModel, batches: Sequence[Batch], share: float) -> dict[str, float]:
-    """The loss where a token takes every expert predicted to matter, and how many experts that is on average."""
-    model.set_mode("sparse")
+def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
+    """The sparse loss with routing by the true activation mass."""
     for ffn in model.ffns:
-        ffn.threshold = share
-    loss = _loss(model, batches)
-    loads = torch.tensor(_by_layer(model, batches, lambda ffn, x: float(expert_load(ffn, x).sum())))
+        ffn.oracle = True
+    loss = _loss(model, batches, "sparse", k)
+    for ffn in model.ffns:
+        ffn.oracle = False
+    return loss
+
+
+def _by_threshold(model: LanguageModel, batches: Sequence[Batch], threshold: float) -> dict[str, float]:
+    """The loss with dynamic k at a threshold, and the mean k."""
+    for ffn in model.ffns:
+        ffn.threshold = threshold
+    loss = _loss(model, batches, "sparse")
+    loads = torch.tensor(_by_layer(model, batches, lambda ffn, x: float(expert_load(ffn, x).sum()), "sparse"))
     for ffn in model.ffns:
         ffn.threshold = None
-    return {"threshold": share, "mean_k": float(loads.mean()), "loss": loss}
-
-
-def _dense_ratios(model: LanguageModel, batches: Sequence[Batch]) -> list[float]:
-    """The active-neuron ratio of each layer in dense mode."""
-    model.set_mode("dense")
-    return _by_layer(model, batches, active_ratio)
-
-
-def _recall(model: LanguageModel, batches: Sequence[Batch], k: int) -> list[float]:
-    """Routing recall of each layer on the tokens that sparse mode itself brings there."""
-    model.set_mode("sparse", k)
-    return _by_layer(model, batches, routing_recall)
+    return {"threshold": threshold, "mean_k": float(loads.mean()), "loss": loss}
 
 
 def _by_layer(
-    model: LanguageModel, batches: Sequence[Batch], measure: Callable[[ExpertFFN, Tensor], float]
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    measure: Callable[[ExpertFFN, Tensor], float],
+    mode: Mode,
+    k: int | None = None,
 ) -> list[float]:
-    """A number of every layer, averaged over the watched batches."""
-    found = [
+    """A measure of every layer, averaged over the first WATCHED batches."""
+    model.set_mode(mode, k)
+    values = [
         [measure(ffn, x) for ffn, x in zip(model.ffns, ffn_inputs(model, batch), strict=True)]
         for batch in batches[:WATCHED]
     ]
-    means: list[float] = torch.tensor(found).mean(dim=0).tolist()
+    means: list[float] = torch.tensor(values).mean(dim=0).tolist()
     return means
-
-
-@contextmanager
-def _oracle(model: LanguageModel) -> Iterator[None]:
-    """Let every layer choose by what its experts really hold."""
-
-    def choose_by_mass(on: bool) -> None:
-        for ffn in model.ffns:
-            ffn.oracle = on
-
-    choose_by_mass(True)
-    yield
-    choose_by_mass(False)

@@ -1,4 +1,4 @@
-"""What the experts of a run's final model do: how evenly they are used, how well chosen, and by which tokens.
+"""The experts of a run's final model: their load, how well the router chooses them, and which tokens choose them.
 
 Shape letters: T tokens, D model width, E experts, K experts a token, V vocabulary.
 """
@@ -15,10 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssd_lit.config import AnalysisConfig
-from ssd_lit.data.blocks import TokenBlocks
+from ssd_lit.data.blocks import BATCH, TokenBlocks, scoring_batches
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
-from ssd_lit.data.scoring import BATCH, scoring_batches
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.models.hooks import ffn_inputs, ffn_tokens
 from ssd_lit.models.language_model import LanguageModel
@@ -28,33 +27,30 @@ from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
 SPLIT = "validation"
-
 MIN_COUNT = 10
-"""A token must be seen this often before we say which experts it prefers."""
-
+"""The least number of times that a token must occur for its preferences to be reported."""
 LOAD_COLUMNS = ["layer", "expert", "load"]
 ROUTING_COLUMNS = ["layer", "top_k", "chosen_share", "oracle_share", "recall"]
 TOKEN_COLUMNS = ["layer", "expert", "rank", "token_id", "token", "seen", "count", "lift"]
-
 BLANKS = str.maketrans({" ": "\N{OPEN BOX}", "\n": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"})
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A token that an expert is chosen by more than others."""
+    """A token that chooses an expert more often than other tokens do."""
 
     expert: int
     rank: int
     token: int
     seen: int
-    """How often the token was seen."""
+    """How often the token occurs."""
     count: int
     """How often it chose the expert."""
     lift: float
 
 
 class Watched(NamedTuple):
-    """Three tables and a summary of every layer; see `watch_experts`."""
+    """Three tables and a summary of every layer: see `watch_experts`."""
 
     load: pd.DataFrame
     routing: pd.DataFrame
@@ -64,14 +60,14 @@ class Watched(NamedTuple):
 
 @torch.no_grad()
 def watch_experts(run: Run, settings: AnalysisConfig) -> Watched:
-    """Watch the experts on validation blocks in sparse mode, on the tokens that the run's top_k brings to each layer.
+    """Measure the experts of every layer on validation blocks, in sparse mode with the run's top_k.
 
-    - load: the share of tokens that choose each expert. The shares of a layer add up to top_k.
-    - routing: for several k, what share of all activation mass the k experts hold that the router ranks first
-      (`chosen_share`), and those that hold the most (`oracle_share`); `recall` is one over the other.
-    - tokens: for each expert those with the highest lift P(expert | token) / P(expert), among tokens seen at least
-      MIN_COUNT times; `seen` is how often, `count` how often they chose the expert. Equal lifts go by `count`.
-    - layers: load entropy, experts that no token chose, and recall at top_k.
+    - load: the fraction of tokens that choose each expert. The fractions of a layer add up to top_k.
+    - routing: for several k, the fraction of all activation mass in the k experts that the router ranks first
+      (`chosen_share`), and in the k with the most mass (`oracle_share`); `recall` is their ratio.
+    - tokens: for each expert those with the highest lift P(expert | token) / P(expert), among tokens that occur at
+      least MIN_COUNT times; `seen` is how often, `count` how often they chose the expert. Equal lifts go by `count`.
+    - layers: load entropy, the number of experts that no token chose, and recall at top_k.
     """
     config = run.config
     model = final_model(run)
@@ -84,12 +80,12 @@ def watch_experts(run: Run, settings: AnalysisConfig) -> Watched:
     load, routing, tokens, layers = [], [], [], []
     tokenizer = load_tokenizer(run.tokenizer)
     for layer, watch in enumerate(watches):
-        load += [(layer, expert, share) for expert, share in enumerate(watch.load.tolist())]
-        held = [(k, *watch.mass_shares(k)) for k in ks]
-        routing += [(layer, k, chosen, oracle, _ratio(chosen, oracle)) for k, chosen, oracle in held]
+        load += [(layer, expert, fraction) for expert, fraction in enumerate(watch.load.tolist())]
+        masses = [(k, *watch.mass_shares(k)) for k in ks]
+        routing += [(layer, k, chosen, oracle, _ratio(chosen, oracle)) for k, chosen, oracle in masses]
         tokens += [
-            (layer, one.expert, one.rank, one.token, readable(tokenizer, one.token), one.seen, one.count, one.lift)
-            for one in watch.preferences(settings.tokens)
+            (layer, p.expert, p.rank, p.token, readable(tokenizer, p.token), p.seen, p.count, p.lift)
+            for p in watch.preferences(settings.tokens)
         ]
         layers.append({
             "layer": layer,
@@ -106,17 +102,17 @@ def watch_experts(run: Run, settings: AnalysisConfig) -> Watched:
 
 
 class LayerWatch:
-    """Counts what the tokens of one layer choose; what it holds does not grow with the number of tokens."""
+    """Counts the experts chosen by the tokens of one layer, in memory independent of the number of tokens."""
 
     def __init__(self, experts: int, vocab_size: int, device: torch.device):
-        self._tokens = torch.zeros(vocab_size, dtype=torch.int32, device=device)  # how often each was seen
+        self._tokens = torch.zeros(vocab_size, dtype=torch.int32, device=device)  # occurrences of each token
         self._chosen = torch.zeros(vocab_size, experts, dtype=torch.int32, device=device)
-        # Activation mass of the expert at each rank, summed over tokens: as the router ranks them, and by mass.
+        # Activation mass of the expert at each rank, summed over tokens: ranked by the router, and by mass.
         self._by_router = torch.zeros(experts, dtype=torch.float64, device=device)
         self._by_mass = torch.zeros(experts, dtype=torch.float64, device=device)
 
     def update(self, ffn: ExpertFFN, x: Tensor, tokens: Tensor) -> None:
-        """Add tokens, ids [T], with their inputs x [T, D] of the layer in sparse mode."""
+        """Add tokens, ids [T], with their inputs x [T, D] to the layer in sparse mode."""
         self._tokens += tokens.bincount(minlength=len(self._tokens)).to(torch.int32)
         self._chosen.index_add_(0, tokens, chosen_mask(ffn.route(x), ffn.experts).to(torch.int32))
         mass = ffn.activation_mass(x)
@@ -132,39 +128,36 @@ class LayerWatch:
     def mass_shares(self, k: int) -> tuple[float, float]:
         """Fraction of all activation mass in the first k experts by the router, and in the k of the largest mass."""
         total, most = float(self._by_mass.sum()), float(self._by_mass[:k].sum())
-        # The same experts in another order may add up to a little more.
+        # Rounding: the same experts summed in another order may give a little more.
         chosen = min(float(self._by_router[:k].sum()), most)
         return _ratio(chosen, total), _ratio(most, total)
 
     def preferences(self, count: int) -> list[Preference]:
         """For each expert the `count` tokens with the highest lift; none for an expert that no token chose."""
         seen = self._tokens.cpu().numpy()
-        known = np.flatnonzero(seen >= MIN_COUNT)
-        chosen, load = self._chosen.cpu().numpy()[known], self.load.numpy()
-        preferred = []
+        frequent = np.flatnonzero(seen >= MIN_COUNT)
+        chosen, load = self._chosen.cpu().numpy()[frequent], self.load.numpy()
+        preferences = []
         for expert in np.flatnonzero(load):
             times = chosen[:, expert]
-            lift = times / seen[known] / load[expert]
-            order = [place for place in np.lexsort((known, -times, -lift))[:count] if times[place] > 0]
-            for rank, place in enumerate(order, start=1):
-                token = int(known[place])
-                preferred.append(
-                    Preference(int(expert), rank, token, int(seen[token]), int(times[place]), float(lift[place]))
+            lift = times / seen[frequent] / load[expert]
+            order = [index for index in np.lexsort((frequent, -times, -lift))[:count] if times[index] > 0]
+            for rank, index in enumerate(order, start=1):
+                token = int(frequent[index])
+                preferences.append(
+                    Preference(int(expert), rank, token, int(seen[token]), int(times[index]), float(lift[index]))
                 )
-        return preferred
+        return preferences
 
 
 def several_ks(experts: int, top_k: int) -> list[int]:
-    """1, 2, 4 and so on up to all experts, and the run's own k."""
+    """Powers of two up to all experts, and the run's own k."""
     powers = [2**i for i in range(experts.bit_length()) if 2**i < experts]
     return sorted({*powers, experts, top_k})
 
 
 def readable(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text with its blanks made visible; its name in the vocabulary where the text cannot be shown.
-
-    That is so for control characters and for parts of a character.
-    """
+    """A token's text with visible blanks; its vocabulary name if it has control characters or parts of a character."""
     text: str = tokenizer.decode([token], skip_special_tokens=False).translate(BLANKS)
     if text and text.isprintable() and "\N{REPLACEMENT CHARACTER}" not in text:
         return text
@@ -177,8 +170,8 @@ def _watch(model: LanguageModel, vocab: VocabInfo, tokens_dir: Path, blocks: int
     watches = [LayerWatch(ffn.experts, vocab.vocab_size, device) for ffn in model.ffns]
     batches = scoring_batches(tokens_dir, SPLIT, range(blocks), objective, device)
     for batch in tqdm(batches, total=-(-blocks // BATCH), desc="experts", disable=None):
-        read = zip(watches, model.ffns, ffn_inputs(model, batch), ffn_tokens(model, batch), strict=True)
-        for watch, ffn, x, tokens in read:
+        layers = zip(watches, model.ffns, ffn_inputs(model, batch), ffn_tokens(model, batch), strict=True)
+        for watch, ffn, x, tokens in layers:
             watch.update(ffn, x, tokens)
     return watches
 

@@ -1,7 +1,6 @@
-"""How the activation pattern changes through training: all pairs of a run's snapshots compared (SSD, section 3).
+"""The activation pattern through training: similarity of all pairs of a run's snapshots (SSD, section 3).
 
-Neurons stand in the order of their ids wherever they are clustered here, so MoEfication, which moves neurons,
-changes nothing.
+Neurons are clustered in the order of their ids, so MoEfication, which permutes them, has no effect here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,17 +21,16 @@ from ssd_lit.moe.names import Construction
 from ssd_lit.moe.similarity import pattern_similarity
 from ssd_lit.paths import snapshots
 from ssd_lit.run import Run
-from ssd_lit.training.calibration import layer_activations
 from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint
+from ssd_lit.training.moefication import layer_activations
 
 COLUMNS = ["construction", "experts", "layer", "step_a", "step_b", "similarity"]
-
 Setting = tuple[Construction, int]
 """A construction and a number of clusters."""
 
 
 def fitting_experts(settings: AnalysisConfig, d_ff: int) -> list[int]:
-    """The numbers of clusters in the settings that divide the neurons of an FFN, rising."""
+    """The numbers of clusters in the settings that divide d_ff, ascending."""
     return sorted({experts for experts in settings.experts if d_ff % experts == 0})
 
 
@@ -40,67 +38,64 @@ def compare_snapshots(run: Run, settings: AnalysisConfig) -> pd.DataFrame:
     """The adjusted Rand index of every pair of snapshots, with every construction and number of clusters.
 
     One row with COLUMNS for each pair (step_a <= step_b) and layer, and one with layer "mean" for their average. Every
-    clustering is a cold start with a seed of its layer: what two snapshots have in common is in their weights and not
-    in how one clustering was made from another. (The checks during training start from the clustering before as well,
-    and keep the better of both.) "random" is given another seed at every snapshot: it shows what chance alone gives.
+    clustering starts cold, with a seed of its layer, so that similarity comes from the weights and not from a shared
+    starting point. (The checks during training start from the clustering before as well, and keep the better of both.)
+    "random" gets another seed at every snapshot: it shows the similarity by chance.
     """
     config = run.config
-    chosen: list[Setting] = list(
+    clusterings: list[Setting] = list(
         product(dict.fromkeys(settings.constructions), fitting_experts(settings, config.model.d_ff))
     )
     steps: list[int] = []
-    found: dict[Setting, list[list[Tensor]]] = {setting: [] for setting in chosen}  # by snapshot, then by layer
-    taken = snapshots(run.folder)
+    # By snapshot, then by layer.
+    labels: dict[Setting, list[list[Tensor]]] = {setting: [] for setting in clusterings}
+    paths = snapshots(run.folder)
     model = build_model(config, run.vocab, read_weights=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    with tqdm(total=len(taken) * len(model.ffns) * len(chosen), desc="clusterings", disable=None) as bar:
-        for step, path in taken:
+    need_activations = any(name in NEEDS_ACTIVATIONS for name, _ in clusterings)
+    with tqdm(total=len(paths) * len(model.ffns) * len(clusterings), desc="clusterings", disable=None) as bar:
+        for step, path in paths:
             load_beside_routers(model, read_checkpoint(path))
             steps.append(step)
-            for labels in found.values():
-                labels.append([])
-            wanted = any(name in NEEDS_ACTIVATIONS for name, _ in chosen)
-            layers = _layers(model, run.tokens, config.moe.calibration_blocks if wanted else 0, run.vocab)
+            for of_setting in labels.values():
+                of_setting.append([])
+            layers = _layers(model, run.tokens, config.moe.calibration_blocks if need_activations else 0, run.vocab)
             for layer, (ffn, activations) in enumerate(layers):
-                for name, experts in chosen:
+                for name, experts in clusterings:
                     seed = 1000 * config.seed + layer + (1_000_000 * step if name == "random" else 0)
-                    labels_of_layer = labels_by_id(ffn, name, experts, seed=seed, activations=activations)
-                    # There may be many snapshots of many layers.
-                    found[name, experts][-1].append(labels_of_layer.to(torch.int16 if experts < 2**15 else torch.int32))
+                    of_layer = labels_by_id(ffn, name, experts, seed=seed, activations=activations)
+                    # Small types, because there may be many snapshots of many layers.
+                    labels[name, experts][-1].append(of_layer.to(torch.int16 if experts < 2**15 else torch.int32))
                     bar.update()
-    rows = [(*setting, *row) for setting, labels in found.items() for row in _pairs(steps, labels)]
+    rows = [(*setting, *row) for setting, of_setting in labels.items() for row in _pairs(steps, of_setting)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def labels_by_id(
     ffn: ExpertFFN, construction: Construction, experts: int, *, seed: int, activations: Tensor | None = None
 ) -> Tensor:
-    """Cluster the neurons of an FFN: labels [F], place i for the neuron with id i, wherever it stands.
+    """Cluster the neurons of an FFN: labels [F], entry i for the neuron with id i.
 
-    activations [T, F] are those of the neurons as they stand. "contiguous" groups them as they stand too, so it tells
-    which neurons share an expert at the moment; the other constructions do not see the order.
+    activations [T, F] are in the current order of the neurons. "contiguous" groups them in that order too, so it gives
+    the current experts; the other constructions do not depend on the order.
     """
-    place = ffn.neuron_ids.argsort().cpu()  # place[i]: where the neuron with id i stands
+    position = ffn.neuron_ids.argsort().cpu()  # position[i]: the row of the neuron with id i
     rows = ffn.gating_weight.detach().cpu()
     if construction == "contiguous":
-        return construct(construction, rows, experts, seed=seed)[place]
-    return construct(
-        construction,
-        rows[place],
-        experts,
-        seed=seed,
-        activations=activations[:, place] if construction in NEEDS_ACTIVATIONS and activations is not None else None,
-    )
+        return construct(construction, rows, experts, seed=seed)[position]
+    if activations is not None:
+        activations = activations[:, position] if construction in NEEDS_ACTIVATIONS else None
+    return construct(construction, rows[position], experts, seed=seed, activations=activations)
 
 
 def _layers(
     model: LanguageModel, tokens_dir: Path, blocks: int, vocab: VocabInfo
 ) -> Iterator[tuple[ExpertFFN, Tensor | None]]:
-    """Every FFN with its activations on that many training blocks; without them for no blocks."""
-    if not blocks:
+    """Every FFN with its activations on that many training blocks; None for no blocks."""
+    if blocks:
+        yield from zip(model.ffns, layer_activations(model, tokens_dir, blocks, vocab), strict=True)
+    else:
         yield from ((ffn, None) for ffn in model.ffns)
-        return
-    yield from zip(model.ffns, layer_activations(model, tokens_dir, blocks, vocab), strict=True)
 
 
 def _pairs(steps: Sequence[int], labels: Sequence[Sequence[Tensor]]) -> Iterator[tuple[int | str, int, int, float]]:

@@ -1,29 +1,31 @@
-"""MoEfication of a Hugging Face checkpoint folder, whoever trained it."""
+"""MoEfication of any Hugging Face checkpoint folder of a supported family."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.config.pretrained import checkpoint_shape
 from ssd_lit.data.documents import Progress, silent
-from ssd_lit.huggingface.calibration import check_text, text_inputs
-from ssd_lit.huggingface.folder import Experts, write_experts
-from ssd_lit.huggingface.weights import copy_in_new_order
-from ssd_lit.models.families import family
-from ssd_lit.models.swap import swap_ffns
+from ssd_lit.data.readers import check_format, read_documents
+from ssd_lit.data.tokenizer import load_tokenizer
+from ssd_lit.huggingface.folder import Experts, copy_in_new_order, write_experts
+from ssd_lit.models.family import family, swap_ffns
+from ssd_lit.models.hooks import capture_inputs
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.permutation import moefy
 from ssd_lit.support.files import check_unfilled, whole_folder
-from ssd_lit.training.router_loss import contributions, router_loss
+from ssd_lit.training.routers import Example, contributions, fit_routers
 
 TOKENS_A_STEP = 1024
-"""Tokens that a router is trained on in one step."""
+"""Tokens of one training step of a router."""
 
 
 def moefy_folder(
@@ -38,10 +40,10 @@ def moefy_folder(
 ) -> None:
     """Write the model of a checkpoint folder into a new one, its neurons grouped into experts.
 
-    `moe` says how many experts, how they are made and what chooses them. Its posthoc_router is fitted to the first
-    `calibration_tokens` tokens of a text file, on which activations are taken too. Everything is computed in float32
-    (float64 for a model in float64); weights keep the values and the precision they had. Raises ValueError before any
-    long work for what cannot be done.
+    `moe` sets the number of experts, their construction and the router. Its posthoc_router is trained, and activations
+    are measured, on the first `calibration_tokens` tokens of a text file. Everything is computed in float32 (float64
+    for a model in float64); weights keep their values and precision. Raises ValueError for arguments that cannot work,
+    before any long computation.
     """
     check_folders(source, target, moe, text)
     kind = family(checkpoint_shape(source)["family"])
@@ -51,13 +53,13 @@ def moefy_folder(
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     router = moe.posthoc_router or moe.router
     ffns = swap_ffns(backbone, kind, moe, router=router)
-    seen: Sequence[Tensor | None] = [None] * len(ffns)
+    inputs: Sequence[Tensor | None] = [None] * len(ffns)
     if text is not None and needs_text(moe):
-        seen = text_inputs(backbone, ffns, source, text, calibration_tokens)
-        progress(f"read {len(seen[0])} tokens of {text}")
+        inputs = text_inputs(backbone, ffns, source, text, calibration_tokens)
+        progress(f"read {len(inputs[0])} tokens of {text}")
 
     orders = []
-    for layer, (ffn, x) in enumerate(zip(ffns, seen, strict=True)):
+    for layer, (ffn, x) in enumerate(zip(ffns, inputs, strict=True)):
         activations = ffn.activations(x).detach() if x is not None and moe.construction in NEEDS_ACTIVATIONS else None
         labels = construct(
             moe.construction, ffn.gating_weight, moe.experts, seed=1000 * seed + layer, activations=activations
@@ -73,7 +75,7 @@ def moefy_folder(
 
 
 def check_folders(source: Path, target: Path, moe: MoEConfig, text: Path | None) -> None:
-    """Raise ValueError for what can be known to fail without loading the model."""
+    """Raise ValueError for arguments that cannot work, without loading the model."""
     shape = checkpoint_shape(source)
     if shape["d_ff"] % moe.experts:
         raise ValueError(f"experts {moe.experts}: does not divide the {shape['d_ff']} neurons of an FFN of {source}")
@@ -84,26 +86,75 @@ def check_folders(source: Path, target: Path, moe: MoEConfig, text: Path | None)
         check_text(text, source)
     elif needs_text(moe):
         name = moe.posthoc_router or moe.construction
-        raise ValueError(f"{name} needs text to look at the model's activations: give a file of it with --text")
+        raise ValueError(f"{name} needs text to measure the model's activations: give a file with --text")
 
 
 def needs_text(moe: MoEConfig) -> bool:
-    """Whether the construction or the router is made from what the model does on text."""
+    """Whether the construction or the router needs the model's activations on text."""
     return moe.construction in NEEDS_ACTIVATIONS or moe.posthoc_router is not None
 
 
 def fit_router(ffn: ExpertFFN, x: Tensor, moe: MoEConfig, *, seed: int) -> None:
-    """Train the router of an FFN, and nothing else, on inputs x [T, D], for moe.router_steps steps."""
-    kind = moe.posthoc_router
-    assert kind is not None
-    ffn.router.init_trainable(ffn.gating_weight)
-    wanted = contributions(ffn, x, kind)
+    """Train only the router of an FFN, on inputs x [T, D], for moe.router_steps steps."""
+    assert moe.posthoc_router is not None
+    targets = contributions(ffn, x, moe.posthoc_router)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(ffn.router.parameters(), lr=moe.router_lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moe.router_steps)
-    for _ in range(moe.router_steps):
-        rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator).to(x.device)
-        optimizer.zero_grad()
-        router_loss(ffn.router(x[rows]), wanted[rows], kind).backward()
-        optimizer.step()
-        schedule.step()
+
+    def examples() -> Iterator[list[Example]]:
+        while True:
+            rows = torch.randint(len(x), (min(TOKENS_A_STEP, len(x)),), generator=generator).to(x.device)
+            yield [(x[rows], targets[rows])]
+
+    for _ in fit_routers([ffn], examples(), moe):
+        pass
+
+
+LONGEST = 512
+"""Most tokens of one forward pass."""
+
+
+def check_text(text: Path, folder: Path) -> None:
+    """Raise ValueError unless the file is of a known format and the folder has a tokenizer."""
+    check_format(text)
+    if not text.is_file():
+        raise ValueError(f"{text}: no such file")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"no tokenizer.json in folder {str(folder)!r}: without it no text can be read")
+
+
+@torch.no_grad()
+def text_inputs(backbone: Any, ffns: Sequence[ExpertFFN], folder: Path, text: Path, tokens: int) -> list[Tensor]:
+    """The inputs [T, D] of every FFN on the first T >= `tokens` tokens of a text, or on all if it has fewer.
+
+    Each document is read by itself, in pieces of at most the model's context, with the special tokens that the folder's
+    tokenizer adds. The decoder of an encoder-decoder reads the encoder's tokens, shifted by one. Raises ValueError
+    for a text without tokens, or a tokenizer of another model.
+    """
+    base, config = backbone.base_model, backbone.config
+    length = min(LONGEST, getattr(config, "max_position_embeddings", LONGEST))
+    parts: list[list[Tensor]] = [[] for _ in ffns]
+    read = 0
+    for ids in _pieces(load_tokenizer(folder), text, length):
+        if max(ids) >= config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has token {max(ids)}, the model only {config.vocab_size}")
+        inputs = torch.tensor([ids], device=backbone.device)
+        extra = {}
+        if hasattr(base, "encoder") and hasattr(base, "decoder"):
+            extra["decoder_input_ids"] = F.pad(inputs[:, :-1], (1, 0), value=config.pad_token_id or 0)
+        with capture_inputs(ffns) as captured:
+            base(input_ids=inputs, use_cache=False, **extra)
+        for rows, ffn in zip(parts, ffns, strict=True):
+            rows.append(captured[ffn])
+        read += len(ids)
+        if read >= tokens:
+            break
+    if not read:
+        raise ValueError(f"{text}: no text in it")
+    return [torch.cat(rows) for rows in parts]
+
+
+def _pieces(tokenizer: Tokenizer, text: Path, length: int) -> Iterator[list[int]]:
+    tokenizer.enable_truncation(length)
+    for document in read_documents(text, "text"):
+        encoding = tokenizer.encode(document)
+        yield from (piece.ids for piece in [encoding, *encoding.overflowing] if piece.ids)

@@ -1,4 +1,4 @@
-"""BERT: an encoder that predicts masked tokens; its FFN is split over two modules a layer."""
+"""BERT: an encoder that predicts masked tokens; the FFN of a layer is split over two modules."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ WEIGHTS = {
 
 
 def sites(backbone: Any) -> Sequence[FFNSite]:
-    # What follows in `output` stays: dropout, sum and norm.
+    # The rest of `output` stays: dropout, sum and norm.
     modules = ["intermediate", "output.dense"]
     return [
         FFNSite(backbone, f"encoder.layer.{i}", WEIGHTS, modules, activation=backbone.config.hidden_act)

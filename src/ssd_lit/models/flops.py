@@ -1,7 +1,7 @@
-"""Training FLOPs, counted by torch on a model without memory; a multiply-add is two.
+"""Training FLOPs, counted by torch on fake tensors; a multiply-add is two.
 
 Matrix products only: attention projections, attention scores and values over the full S x S square (as dense
-kernels compute it without the causal saving), FFN, router, output head. Embedding look-ups, norms, softmax and
+kernels compute it, without the causal saving), FFN, router, output head. Embedding look-ups, norms, softmax and
 the clustering at a switch are left out. The backward pass counts twice the forward pass; a frozen router has none.
 """
 
@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
-from ssd_lit.data.objectives import Batch, build_objective
-from ssd_lit.models.families import family
+from ssd_lit.data.objectives import build_objective
+from ssd_lit.models.family import family
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 
@@ -36,9 +36,9 @@ class Costs:
     rest: float
     """All but FFNs and routers."""
     ffn: float
-    """All FFNs, with every neuron they had before any experts were made."""
+    """All FFNs in full, as before MoEfication or upcycling."""
     scores: float
-    """Scoring all experts with a router that is one matrix."""
+    """Scoring all experts with a router of one matrix."""
 
     def dense(self) -> float:
         """Forward and backward pass in dense mode."""
@@ -52,23 +52,19 @@ class Costs:
 
 @cache
 def forward_costs(model: ModelConfig, moe: MoEConfig, vocab: VocabInfo, sequence_length: int) -> Costs:
-    """What a block of S tokens costs this model."""
+    """FLOPs of a block of S tokens in this model."""
     # Fake tensors have a shape and a device, and no memory.
     with FakeTensorMode():
-        counted = LanguageModel(model, moe, vocab, context=sequence_length, read_weights=False)
-        batch = _block(model, vocab, sequence_length)
-        # Kernels that know of masks would be counted at less than the square they compute.
-        counted.backbone.set_attn_implementation("eager")
+        fake = LanguageModel(model, moe, vocab, context=sequence_length, read_weights=False)
+        lengths = build_objective(family(model.family).objective, vocab).lengths(sequence_length)
+        inputs, targets = (torch.zeros(1, length, dtype=torch.long) for length in lengths)
+        batch = {"inputs": inputs, "targets": targets}
+        # Kernels with built-in masks would be counted at less than the S x S square.
+        fake.backbone.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            counted(batch)
-        tokens = [len(x) for x in ffn_inputs(counted, batch)]
-    weights = [sum(p.numel() for p in ffn.neuron_parameters() if p.ndim == 2) for ffn in counted.ffns]
+            fake(batch)
+        tokens = [len(x) for x in ffn_inputs(fake, batch)]
+    weights = [sum(p.numel() for p in ffn.neuron_parameters() if p.ndim == 2) for ffn in fake.ffns]
     ffn = sum(2.0 * t * w for t, w in zip(tokens, weights, strict=True))
     scores = sum(2.0 * t * model.d_model * moe.experts for t in tokens)
     return Costs(counter.get_total_flops() - ffn, ffn, scores)
-
-
-def _block(model: ModelConfig, vocab: VocabInfo, sequence_length: int) -> Batch:
-    """A batch of one block, as the family's objective shapes it."""
-    inputs, targets = build_objective(family(model.family).objective, vocab).lengths(sequence_length)
-    return {"inputs": torch.zeros(1, inputs, dtype=torch.long), "targets": torch.zeros(1, targets, dtype=torch.long)}

@@ -1,27 +1,90 @@
 """Greedy generation with a causal model of Transformers in either mode, one token a step, without waiting for the host.
 
-On a GPU reading a prompt is one CUDA graph, a step another. Shape letters: B batch, S tokens of the prompt, N places of
-the cache.
+On a GPU, reading a prompt is one CUDA graph and a step another. Shape letters: B batch, S tokens of the prompt, N
+places of the cache.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
-from ssd_lit.models.row_products import row_products
+from ssd_lit.moe.backends import Activation
 from ssd_lit.moe.ffn import ExpertFFN
+
+BLOCKS = 32
+"""Blocks into which a matrix is cut."""
+
+
+@contextmanager
+def row_products(model: nn.Module) -> Iterator[None]:
+    """In this context a model's linear maps and dense FFNs compute single float32 rows in blocks; inference only."""
+    changed = []
+    for module in model.modules():
+        forward = _forward(module)
+        if forward is not None:
+            module.forward = forward
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x @ w.T + b: x [..., D], w [F, D], b [F]."""
+    if not _in_blocks(x, w):
+        return F.linear(x, w, b)
+    blocks = w.view(BLOCKS, -1, w.shape[1]).transpose(1, 2)  # [BLOCKS, D, F / BLOCKS]
+    row = x.reshape(1, -1).expand(BLOCKS, 1, -1)
+    y = torch.bmm(row, blocks) if b is None else torch.baddbmm(b.view(BLOCKS, 1, -1), row, blocks)
+    return y.view(*x.shape[:-1], -1)
+
+
+def product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x @ w + b: x [..., F], w [F, D], b [D]."""
+    if _in_blocks(x, w):
+        y = torch.bmm(x.reshape(BLOCKS, 1, -1), w.view(BLOCKS, -1, w.shape[1])).sum(0).view(*x.shape[:-1], -1)
+    else:
+        y = x @ w
+    return y if b is None else y + b
+
+
+def _in_blocks(x: Tensor, w: Tensor) -> bool:
+    """Whether x is one row whose product is worth spreading over all cores."""
+    is_row = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
+    return is_row and len(w) % BLOCKS == 0
+
+
+def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    if isinstance(module, nn.Linear):
+        return partial(linear, w=module.weight, b=module.bias)
+    if isinstance(module, Conv1D):
+        return partial(product, w=module.weight, b=module.bias)
+    if isinstance(module, ExpertFFN) and module.mode == "dense":
+        return partial(_dense, module)
+    return None
+
+
+def _dense(ffn: ExpertFFN, x: Tensor) -> Tensor:
+    gate = None if ffn.w_gate is None else linear(x, ffn.w_gate, ffn.b_gate)
+    hidden = Activation(ffn.activation)(linear(x, ffn.w_in, ffn.b_in), gate)
+    return product(hidden, ffn.w_out, ffn.b_out)
 
 
 class Generator:
-    """Continues prompts by the likeliest tokens.
+    """Continues prompts with the likeliest tokens.
 
-    `start(prompt)` reads a prompt, `advance(n)` adds n tokens, and calling the generator does both. With `compiled`,
-    the step goes through torch.compile first. Graphs are made once for a shape of prompt and a mode and used again from
-    then on. End-of-text does not stop it.
+    `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, the step goes
+    through torch.compile first. Graphs are made once for a shape of prompt and a mode, then reused. End-of-text does
+    not stop it.
     """
 
     def __init__(self, model: nn.Module, *, compiled: bool = False):
@@ -29,12 +92,12 @@ class Generator:
         self._ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
         self._compiled = compiled
         self._forward: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
-        self._made_for: tuple[Any, ...] | None = None
+        self._prepared_for: tuple[Any, ...] | None = None
 
     def __call__(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        """The prompts and what follows them: [B, S] -> [B, S + new_tokens].
+        """The prompts and their continuations: [B, S] -> [B, S + new_tokens].
 
-        Raises ValueError if that is more than the model's positions.
+        Raises ValueError if the model has fewer positions.
         """
         if new_tokens < 1:
             return prompt
@@ -44,12 +107,12 @@ class Generator:
 
     @property
     def tokens(self) -> Tensor:
-        """The prompts and what followed them so far."""
-        return self._tokens[:, : self._seen + 1].clone()
+        """The prompts and their continuations so far."""
+        return self._tokens[:, : self._length + 1].clone()
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, new_tokens: int) -> None:
-        """Read prompts [B, S], find the first token after them and make room for `new_tokens`."""
+        """Read prompts [B, S], find the first token after them and make space for `new_tokens`."""
         length, places = prompt.shape[1], prompt.shape[1] + new_tokens
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and places > longest:
@@ -64,38 +127,38 @@ class Generator:
 
     @torch.inference_mode()
     def rewind(self, length: int) -> None:
-        """Go back to where the texts had that many tokens before their last one."""
+        """Go back to texts of `length` + 1 tokens."""
         self._last.copy_(self._tokens[:, length, None])
         self._position.fill_(length)
-        self._seen = length
+        self._length = length
 
     @torch.inference_mode()
     def advance(self, steps: int) -> None:
-        """Add `steps` tokens to every text."""
+        """Add `steps` tokens to each text."""
         if self._graph is not None:
             for _ in range(steps):
                 self._graph.replay()
-            self._seen += steps
+            self._length += steps
             return
         with nullcontext() if self._compiled else row_products(self.model):
             for _ in range(steps):
-                self._seen += 1
+                self._length += 1
                 if not self._compiled:
-                    self._cache.seen = self._seen
+                    self._cache.visible = self._length
                 self._step()
 
     def _prepare(self, prompt: Tensor, places: int) -> None:
-        """Buffers of fixed addresses, and the graphs that work on them."""
-        wanted = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.backend) for ffn in self._ffns))
-        if wanted == self._made_for:
+        """Make buffers of fixed addresses, and graphs over them."""
+        key = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.backend) for ffn in self._ffns))
+        if key == self._prepared_for:
             return
-        self._made_for = wanted
+        self._prepared_for = key
         (batch, length), device = prompt.shape, prompt.device
         self._tokens = torch.zeros(batch, places, dtype=torch.long, device=device)
         self._last = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(1, dtype=torch.long, device=device)
         self._slots = torch.arange(places, device=device)
-        # One token tells the shapes of keys and values.
+        # A forward pass over one token, for the shapes of keys and values.
         like = self.model(input_ids=prompt[:, :1], use_cache=True).past_key_values
         self._cache = _FixedCache(like, places, self._position)
         on_gpu = device.type == "cuda"
@@ -103,19 +166,19 @@ class Generator:
         self._reading = self._captured(lambda: self._read(length)) if on_gpu else None
 
     def _read(self, length: int) -> None:
-        """The first `length` tokens in one forward pass: their keys and values, and the token after them."""
-        read = self.model(input_ids=self._tokens[:, :length], use_cache=True, logits_to_keep=1)
-        for mine, layer in zip(self._cache.places, read.past_key_values.layers, strict=True):
-            mine[0][:, :, :length] = layer.keys
-            mine[1][:, :, :length] = layer.values
-        self._tokens[:, length] = read.logits[:, -1].argmax(dim=-1)
+        """Fill the cache from the first `length` tokens in one forward pass, and add the token after them."""
+        out = self.model(input_ids=self._tokens[:, :length], use_cache=True, logits_to_keep=1)
+        for (keys, values), layer in zip(self._cache.places, out.past_key_values.layers, strict=True):
+            keys[:, :, :length] = layer.keys
+            values[:, :, :length] = layer.values
+        self._tokens[:, length] = out.logits[:, -1].argmax(dim=-1)
 
     def _step(self) -> None:
-        seen = self._slots[: self._cache.seen] <= self._position
+        mask = self._slots[: self._cache.visible] <= self._position
         out = self._forward(
             input_ids=self._last,
             position_ids=self._position.expand(len(self._last), 1),
-            attention_mask=seen.expand(len(self._last), 1, 1, -1),
+            attention_mask=mask.expand(len(self._last), 1, 1, -1),
             past_key_values=self._cache,
             use_cache=True,
         )
@@ -127,7 +190,7 @@ class Generator:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # compiles and tunes what has to be
+            for _ in range(3):  # warm-up: compiles and tunes
                 self._position.zero_()
                 work()
         torch.cuda.current_stream().wait_stream(side)
@@ -139,7 +202,7 @@ class Generator:
 
 
 class _FixedCache(Cache):
-    """Keys and values of N places whose addresses stay; the model writes those of one token at `position`."""
+    """Keys and values of N places at fixed addresses; the model writes those of one token at `position`."""
 
     def __init__(self, like: Any, places: int, position: Tensor):
         super().__init__(layers=[])
@@ -148,15 +211,15 @@ class _FixedCache(Cache):
             for layer in like.layers
         ]
         self.position = position
-        self.seen = places
-        """Places that attention looks at; a graph looks at all of them, since it does the same at every step."""
+        self.visible = places
+        """Places that attention reads; a graph always reads all of them, since its shapes are fixed."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, ...]:
         """Add a token's keys and values [B, heads, 1, width] to a layer's."""
         keys, values = self.places[layer_idx]
         keys.index_copy_(2, self.position, key_states)
         values.index_copy_(2, self.position, value_states)
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.position

@@ -1,4 +1,4 @@
-"""GPT-2: a causal decoder whose FFN lives in one module a layer, as two Conv1D (transposed linear) maps."""
+"""GPT-2: a causal decoder; the FFN of a layer is one module of two Conv1D (transposed linear) maps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,12 +41,9 @@ WEIGHTS = {
 def sites(backbone: Any) -> Sequence[FFNSite]:
     config = backbone.config
     return [
-        FFNSite(
-            backbone, f"h.{i}", WEIGHTS, ["mlp"],
-            activation=config.activation_function, dropout=config.resid_pdrop,
-        )
+        FFNSite(backbone, f"h.{i}", WEIGHTS, ["mlp"], activation=config.activation_function, dropout=config.resid_pdrop)
         for i in range(config.n_layer)
-    ]  # fmt: skip
+    ]
 
 
 GPT2 = Family("causal", GPT2LMHeadModel, GPT2Model, "lm_head", config_of, sites)

@@ -1,4 +1,4 @@
-"""What the FFNs of a model see."""
+"""The inputs of the FFNs of a model."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +14,15 @@ from ssd_lit.moe.ffn import ExpertFFN
 
 @contextmanager
 def capture_inputs(ffns: Sequence[ExpertFFN]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Give the inputs [T, D] of every FFN in its latest forward pass."""
-    seen: dict[nn.Module, Tensor] = {}
+    """Yields a dict with the inputs [T, D] of every FFN in its latest forward pass."""
+    captured: dict[nn.Module, Tensor] = {}
 
-    def keep(ffn: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen[ffn] = inputs[0].flatten(0, -2)
+    def capture(ffn: nn.Module, inputs: tuple[Any, ...]) -> None:
+        captured[ffn] = inputs[0].flatten(0, -2)
 
-    hooks = [ffn.register_forward_pre_hook(keep) for ffn in ffns]
+    hooks = [ffn.register_forward_pre_hook(capture) for ffn in ffns]
     try:
-        yield seen
+        yield captured
     finally:
         for hook in hooks:
             hook.remove()
@@ -30,24 +30,24 @@ def capture_inputs(ffns: Sequence[ExpertFFN]) -> Iterator[dict[nn.Module, Tensor
 
 @torch.no_grad()
 def ffn_inputs(model: LanguageModel, batch: Batch) -> list[Tensor]:
-    """The inputs [T, D] of every FFN in the model's order, in a forward pass over a batch without dropout.
+    """The inputs [T, D] of every FFN, in the model's order, from a forward pass over a batch without dropout.
 
-    T is the number of the batch's input tokens, or of its targets in the decoder of an encoder-decoder.
+    T is the number of input tokens of the batch, or of its targets in the decoder of an encoder-decoder.
     """
     training = model.training
     try:
-        with capture_inputs(model.ffns) as seen:
+        with capture_inputs(model.ffns) as captured:
             model.eval().run_layers(batch)
     finally:
         model.train(training)
-    return [seen[ffn] for ffn in model.ffns]
+    return [captured[ffn] for ffn in model.ffns]
 
 
 def ffn_tokens(model: LanguageModel, batch: Batch) -> list[Tensor]:
-    """The ids [T] of the tokens that the rows of `ffn_inputs` stand for, for every FFN in the model's order."""
+    """The token ids [T] of the rows of `ffn_inputs`, for every FFN in the model's order."""
     inputs = batch["inputs"].flatten()
     if model.objective_name != "spans":
         return [inputs] * len(model.ffns)
     encoder = model.backbone.config.num_layers
-    decoded = model.decoder_inputs(batch).flatten()
-    return [inputs] * encoder + [decoded] * (len(model.ffns) - encoder)
+    decoder_inputs = model.decoder_inputs(batch).flatten()
+    return [inputs] * encoder + [decoder_inputs] * (len(model.ffns) - encoder)

@@ -1,4 +1,4 @@
-"""A backbone with its FFNs swapped: what training and evaluation hold in their hands."""
+"""The model of training and evaluation: a backbone whose FFNs are ExpertFFNs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,22 +7,49 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch
-from ssd_lit.models.attention import attend_whole_blocks
-from ssd_lit.models.families import family
-from ssd_lit.models.swap import swap_ffns
+from ssd_lit.models.family import family, swap_ffns
 from ssd_lit.moe.ffn import ExpertFFN, Mode
+
+WHOLE_BLOCKS = "whole_blocks"
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention without a mask, causal where the module is."""
+    assert attention_mask is None, "blocks have no padding"
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **settings)
+    return output
+
+
+# No mask function is registered under that name, so Transformers builds no masks.
+AttentionInterface.register(WHOLE_BLOCKS, _attend)
+
+
+def attend_whole_blocks(backbone: Any) -> None:
+    """Let a backbone attend without mask tensors, unless it is an encoder-decoder."""
+    if not backbone.config.is_encoder_decoder:  # T5 adds a bias for every pair of places
+        backbone.set_attn_implementation(WHOLE_BLOCKS)
+
+
+def attend_beside_padding(backbone: Any) -> None:
+    """Let a backbone attend with the masks it is given, for padded texts."""
+    backbone.set_attn_implementation("sdpa")
 
 
 class LanguageModel(nn.Module):
     """A language model of any family that switches between dense and sparse mode as a whole.
 
     `forward(batch) -> logits [B, S, V]`, where a batch {"inputs": [B, S], "targets": [B, S']} comes from the family's
-    objective; S' is S except for an encoder with a decoder. `router` names what chooses experts, the config's own if
-    None; with `upcycled` every expert is a copy of the whole FFN. A pretrained checkpoint's weights may be left unread.
+    objective; S' is S except for an encoder-decoder. `router` is the name of the router, by default the config's; with
+    `upcycled` every expert is a copy of the whole FFN. Without `read_weights` a pretrained checkpoint gives the shape
+    only.
     """
 
     def __init__(
@@ -45,7 +72,7 @@ class LanguageModel(nn.Module):
         else:
             self.backbone = kind.load(Path(config.pretrained))
             _check_vocabulary(self.backbone, config.pretrained, vocab, context)
-        # Training and scoring read no cache; a folder's own config may ask for one.
+        # Training and scoring use no cache; the config of a folder may turn it on.
         self.backbone.config.use_cache = False
         attend_whole_blocks(self.backbone)
         # A plain tuple: the backbone already registers these modules.
@@ -62,30 +89,28 @@ class LanguageModel(nn.Module):
             ffn.set_mode(mode, top_k)
 
     def forward(self, batch: Batch) -> Tensor:
-        logits: Tensor = self._read(self.backbone, batch).logits
+        logits: Tensor = self._run(self.backbone, batch).logits
         return logits
 
     def run_layers(self, batch: Batch) -> None:
-        """A forward pass for what is seen on the way; leaves out the head, the most expensive layer, if it can."""
-        self._read(self.backbone.base_model, batch)
+        """A forward pass for hooks; leaves out the head, often the most expensive layer."""
+        self._run(self.backbone.base_model, batch)
 
-    def _read(self, reader: Any, batch: Batch) -> Any:
-        extra = {}
-        if self.objective_name == "spans":
-            extra["decoder_input_ids"] = self.decoder_inputs(batch)
-        return reader(input_ids=batch["inputs"], **extra)
+    def _run(self, module: Any, batch: Batch) -> Any:
+        extra = {"decoder_input_ids": self.decoder_inputs(batch)} if self.objective_name == "spans" else {}
+        return module(input_ids=batch["inputs"], **extra)
 
     def decoder_inputs(self, batch: Batch) -> Tensor:
-        """What the decoder of an encoder-decoder reads, [B, S']: the targets, one place later."""
+        """The inputs [B, S'] of the decoder of an encoder-decoder: the targets, shifted by one."""
         shifted: Tensor = self.backbone.prepare_decoder_input_ids_from_labels(batch["targets"])
         return shifted
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats over all targets but the ignored ones."""
+        """Mean cross-entropy in nats over the targets that are not IGNORED."""
         return F.cross_entropy(self(batch).flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED)
 
     def gate_losses(self) -> Tensor:
-        """Load-balancing loss and z-loss [2] of the last sparse forward pass in training, averaged over layers.
+        """Load-balancing loss and z-loss [2] of the last sparse training pass, averaged over layers.
 
         Only with a learned router.
         """

@@ -33,14 +33,17 @@ WEIGHTS = {
     "w_in": Weight("mlp.up_proj.weight"),
     "w_out": Weight("mlp.down_proj.weight", transposed=True),
 }
+BIASES = {
+    "b_gate": Weight("mlp.gate_proj.bias"),
+    "b_in": Weight("mlp.up_proj.bias"),
+    "b_out": Weight("mlp.down_proj.bias"),
+}
 
 
 def sites(backbone: Any) -> Sequence[FFNSite]:
-    """Raises ValueError if the FFNs have biases."""
-    if backbone.config.mlp_bias:
-        raise ValueError("a LLaMA whose FFNs have biases (mlp_bias) is not supported")
+    weights = WEIGHTS | BIASES if backbone.config.mlp_bias else WEIGHTS
     return [
-        FFNSite(backbone, f"layers.{i}", WEIGHTS, ["mlp"], activation=backbone.config.hidden_act)
+        FFNSite(backbone, f"layers.{i}", weights, ["mlp"], activation=backbone.config.hidden_act)
         for i in range(backbone.config.num_hidden_layers)
     ]
 

@@ -41,19 +41,15 @@ GATED_WEIGHTS = {
 
 
 def sites(backbone: Any) -> Sequence[FFNSite]:
-    """Those of the encoder, then those of the decoder if there is one; gated (T5 1.1) or not."""
+    """The encoder's, then the decoder's if there is one; gated (T5 1.1) or not."""
     config, base = backbone.config, backbone.base_model
     layers = [f"encoder.block.{i}.layer.1" for i in range(len(base.encoder.block))]
     if hasattr(base, "decoder"):
-        # Attention to the encoder comes between.
+        # Layer 1 of a decoder block is the attention to the encoder.
         layers += [f"decoder.block.{i}.layer.2" for i in range(len(base.decoder.block))]
-    return [
-        FFNSite(
-            backbone, layer, GATED_WEIGHTS if config.is_gated_act else WEIGHTS, ["DenseReluDense"],
-            activation=config.dense_act_fn, hidden_dropout=config.dropout_rate,
-        )
-        for layer in layers
-    ]  # fmt: skip
+    weights = GATED_WEIGHTS if config.is_gated_act else WEIGHTS
+    settings = {"activation": config.dense_act_fn, "hidden_dropout": config.dropout_rate}
+    return [FFNSite(backbone, layer, weights, ["DenseReluDense"], **settings) for layer in layers]
 
 
 T5 = Family("spans", T5ForConditionalGeneration, T5Model, "lm_head", config_of, sites)

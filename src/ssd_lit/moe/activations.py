@@ -21,4 +21,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 EXACT_ZEROS = frozenset({"relu", "relu2"})
-"""Activations of which a neuron that does not fire gives exactly zero."""
+"""Activations that are exactly zero for a neuron that does not fire."""

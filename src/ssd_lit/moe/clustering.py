@@ -3,29 +3,20 @@
 k-means with an exact balanced assignment, as MoEfication groups neurons (arXiv 2110.01786, section 3.2) and SSD
 does at every switch (arXiv 2410.03440, section 4). Shape letters: L layers, S starts, n rows, D columns, E clusters.
 
-A balanced assignment is a transport problem. Its dual has one price for each column: every row takes the column
-with the smallest cost - price, and any such assignment is the cheapest one for its own column counts. So the work is
-to find prices that make the counts equal (Bertsekas' auction, 1988, raises them bid by bid). Here they come from
-Newton's method on the dual, smoothed by an entropy term that is lowered step by step (Cuturi, 2013,
-arXiv 1306.0895): a few dozen passes over [n, E], which run for all layers at once and on a GPU. The prices need not be
-right: whatever rows they leave in the wrong column are settled exactly afterwards. Most rounds of k-means are drafts
-that leave out both the last digits of the prices and the settling; a few exact rounds follow them.
+Most rounds of k-means are drafts whose assignments are only nearly balanced; a few exact rounds follow them.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Floats = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
+from ssd_lit.moe.assignment import TEMPERATURES, assign, centred_costs, cost_spread, newton_prices
 
 KMEANS_ROUNDS = 20
 """Rounds of plain k-means before the balanced ones; they are cheaper, and more of them gain nothing."""
@@ -39,20 +30,8 @@ EXACT_ROUNDS = 8
 LEAST_GAIN = 1e-5
 """Exact rounds go on while each lowers the inertia by more than this share."""
 
-TEMPERATURES = [4.0**-level for level in range(10)]
-"""Entropy of the smoothed dual, from high to low, in units of the spread of the costs."""
-
-NEWTON_STEPS = [1] * 3 + [2] * 3 + [3] * 4
-"""Steps at each temperature where the prices must be all but right; a draft makes one."""
-
 DRAFT_TEMPERATURES = [2e-2, 1e-3]
-"""Temperatures, one step at each, of a draft that starts from the prices of the draft before."""
-
-FREE_ROWS = 8
-"""Rows for each column that may change columns at first when prices leave some in the wrong one."""
-
-SETTLED = 1 - 1e-6
-"""A row that gives this share to one column takes that column at lower temperatures too."""
+"""Temperatures, one step at each, of a draft that starts from the previous draft's prices."""
 
 
 class Clustering(NamedTuple):
@@ -74,12 +53,12 @@ def normalised_rows(weights: Tensor) -> Tensor:
 def balanced_kmeans(x: Tensor, n_clusters: int, *, init: Tensor | None = None, seed: int = 0) -> Clustering:
     """Put the rows of x [n, D] into `n_clusters` clusters of exactly n / n_clusters rows.
 
-    A cold start (k-means, then balanced assignments and centres in turn until the inertia stops falling) runs
-    always; with `init`, labels [n] of an earlier balanced clustering, a warm start from them runs beside it. The
-    better one is kept, the warm one if they tie. Runs on the device of x and in its precision, float32 or float64;
-    the assignments, and the inertia by which starts are compared, are in float64. The same arguments give the same
-    result, on a CPU whatever the number of threads, and the global random state is left alone. Raises ValueError if n
-    is not divisible by `n_clusters`, if x is not finite, or if `init` does not give a cluster for every row.
+    A cold start (k-means, then balanced assignments and centres in turn until the inertia stops falling) always runs.
+    With `init`, labels [n] of an earlier balanced clustering, there is also a warm start from them. The better one is
+    returned, the warm one if they tie. Runs on the device of x and in its precision, float32 or float64; the
+    assignments, and the inertia by which starts are compared, are in float64. The same arguments give the same result,
+    on a CPU for any number of threads, and the global random state is not used. Raises ValueError if n is not divisible
+    by `n_clusters`, if x is not finite, or if `init` does not give a cluster for every row.
     """
     return balanced_kmeans_layers([x], n_clusters, init=None if init is None else [init], seed=seed)[0]
 
@@ -87,14 +66,14 @@ def balanced_kmeans(x: Tensor, n_clusters: int, *, init: Tensor | None = None, s
 def balanced_kmeans_layers(
     layers: Sequence[Tensor], n_clusters: int, *, init: Sequence[Tensor] | None = None, seed: int = 0
 ) -> list[Clustering]:
-    """`balanced_kmeans` of the rows [n, D] of every layer; layers of one shape are clustered together."""
+    """`balanced_kmeans` of the rows [n, D] of every layer; layers of the same shape are computed together."""
     with _one_thread():
         return _cluster_layers(layers, n_clusters, init, seed)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums round differently on another number of threads. On a GPU this changes nothing."""
+    """One CPU thread: sums round differently with another number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,37 +90,28 @@ def _cluster_layers(
     for x, labels in zip(layers, init or [], strict=init is not None):
         if labels.shape != (len(x),) or not 0 <= int(labels.min()) <= int(labels.max()) < n_clusters:
             raise ValueError(f"init must give one of {n_clusters} clusters for each of {len(x)} rows")
-    found: dict[int, Clustering] = {}
+    clusterings: dict[int, Clustering] = {}
     for group in _groups(layers):
         x = torch.stack([layers[i].detach() for i in group])
         warm = None if init is None else torch.stack([init[i] for i in group]).to(x.device)
-        found.update(zip(group, _cluster(x, n_clusters, warm, seed), strict=True))
-    return [found[i] for i in range(len(layers))]
+        clusterings.update(zip(group, _cluster(x, n_clusters, warm, seed), strict=True))
+    return [clusterings[i] for i in range(len(layers))]
 
 
 def random_balanced(n: int, n_clusters: int, *, seed: int = 0) -> Tensor:
-    """Labels [n] that put rows at random into clusters of equal size; the same for the same seed."""
+    """Labels [n] of random clusters of equal size; the same for the same seed."""
     if n_clusters < 1 or n % n_clusters:
         raise ValueError(f"{n} rows do not divide into {n_clusters} clusters of equal size")
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(n) % n_clusters))
 
 
-def balanced_assignment(cost: Tensor) -> Tensor:
-    """The cheapest way to give each row one column so that every column gets n/E rows; cost [..., n, E] -> [..., n].
-
-    Exact, for any cost that is finite.
-    """
-    problems = cost.flatten(0, -3) if cost.ndim > 2 else cost[None]
-    return _assign(problems.double()).view(cost.shape[:-1])
-
-
 def _groups(layers: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Places of layers that are clustered together: of one shape, and no more than pays or fits."""
+    """Indices of layers to compute together: of the same shape, and as many as is fast and fits."""
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
     for i, x in enumerate(layers):
         alike.setdefault((x.shape, x.dtype, x.device), []).append(i)
     for (shape, _, device), places in alike.items():
-        # A CPU gains from company only where calls cost more than work; a GPU needs it, up to 1 GiB of float32.
+        # On a CPU groups are faster only where calls cost more than the work; a GPU needs them, up to 1 GiB of float32.
         most = 2**28 if device.type == "cuda" else 2**20
         count = max(1, most // shape.numel())
         yield from (places[i : i + count] for i in range(0, len(places), count))
@@ -152,17 +122,17 @@ def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iter
     centers = _kmeans(x, _seeds(x, n_clusters, seed))[:, None]
     if init is not None:
         centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
-    tried = _refine(x, centers, init)
-    means, inertias = zip(*map(_measured, x, tried, [n_clusters] * len(x)), strict=True)
-    # One transfer for all layers: each would make a GPU wait.
-    for labels, centers, inertia in zip(tried.cpu(), means, torch.stack(inertias).tolist(), strict=True):
-        # The warm start stands last; min takes the first of equals.
+    candidates = _refine(x, centers, init)
+    means, inertias = zip(*map(_measured, x, candidates, [n_clusters] * len(x)), strict=True)
+    # One transfer for all layers: each makes a GPU wait.
+    for labels, centers, inertia in zip(candidates.cpu(), means, torch.stack(inertias).tolist(), strict=True):
+        # The warm start is last; min returns the first of equals.
         best = min(reversed(range(len(labels))), key=inertia.__getitem__)
         yield Clustering(labels[best], centers[best], inertia[best])
 
 
 def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for what is reported and compared."""
+    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for the result and the comparison."""
     rows = x.double()
     centers = _centers(rows[None], labels[None], n_clusters)[0]
     inertia = torch.stack([(rows - means[own]).square().sum() for means, own in zip(centers, labels, strict=True)])
@@ -170,11 +140,11 @@ def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tenso
 
 
 def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
-    """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that helps most.
+    """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that lowers inertia most.
 
-    Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a chance that grows with its squared distance
-    to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise comes from
-    the CPU and is the same for all layers, so that a layer's result depends on nothing else.
+    Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a probability proportional to its squared
+    distance to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise is
+    drawn on the CPU and is the same for all layers, so that a layer's result does not depend on the others.
     """
     layers, n, _ = x.shape
     trials = 2 + int(math.log(n_clusters))
@@ -197,7 +167,7 @@ def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
-    """Lloyd's rounds from centers [L, E, D]; a cluster that is left empty keeps its centre."""
+    """Lloyd's rounds from centers [L, E, D]; an empty cluster keeps its centre."""
     before: Tensor | None = None
     for _ in range(KMEANS_ROUNDS):
         labels = _costs(x, centers[:, None]).argmin(-1)
@@ -213,8 +183,8 @@ def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
 def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
     """Balanced assignments and centres in turn: drafts, then exact ones; labels [L, S, n] of the best exact round.
 
-    x [L, n, D] and centers [L, S, E, D] to begin with. `init`, labels [L, n] of which the last start's centres are the
-    means, is kept if an exact round from it does not gain, or if no later one does.
+    x [L, n, D], initial centers [L, S, E, D]. `init`, labels [L, n] whose means are the centres of the last start, is
+    kept if an exact round from it does not gain, or if no later round does.
     """
     layers, starts, n_clusters, _ = centers.shape
     labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
@@ -224,16 +194,16 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
     if init is not None:
         labels[:, -1] = init
         inertia[:, -1:] = _inertia(squares, centers[:, -1:], x.shape[1])
-        # Drafts would shake a clustering that is as good as it gets.
+        # If it has converged, drafts would only make it worse.
         means = _centers(x, _exact_round(x, centers[:, -1:]), n_clusters)
         going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
     centers = _draft(x, centers)
     for _ in range(EXACT_ROUNDS):
-        found = _exact_round(x, centers)
-        centers = _centers(x, found, n_clusters)
+        new = _exact_round(x, centers)
+        centers = _centers(x, new, n_clusters)
         reached = _inertia(squares, centers, x.shape[1])
         going &= reached < inertia * (1 - LEAST_GAIN)
-        labels = torch.where(going[..., None], found, labels)
+        labels = torch.where(going[..., None], new, labels)
         inertia = torch.where(going, reached, inertia)
         if not going.any():
             break
@@ -241,7 +211,7 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
 
 
 def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
-    """Inertia [L, S] of balanced clusters of n rows with means [L, S, E, D]: no second pass over the rows.
+    """Inertia [L, S] of balanced clusters of n rows with means [L, S, E, D], without a pass over the rows.
 
     squares [L, 1]: sum of the rows' squared lengths.
     """
@@ -250,24 +220,24 @@ def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
 
 def _exact_round(x: Tensor, centers: Tensor) -> Tensor:
     """Labels [L, S, n] of the cheapest balanced assignments to centers [L, S, E, D]."""
-    return _assign(_costs(x, centers).double().flatten(0, 1)).view(*centers.shape[:2], -1)
+    return assign(_costs(x, centers).double().flatten(0, 1)).view(*centers.shape[:2], -1)
 
 
 def _draft(x: Tensor, centers: Tensor) -> Tensor:
     """Better centres [L, S, E, D] from rounds whose clusters are only nearly equal in size.
 
-    Centres hardly move between two rounds, so each round takes few steps from the prices of the round before; rows left
-    in the wrong column stay there. Nothing is asked of a GPU on the way, so it never waits.
+    Centres hardly move between two rounds, so each round takes few steps from the previous round's prices; rows left in
+    the wrong cluster stay there. Nothing is read back from a GPU, so it never waits.
     """
     layers, starts, n_clusters, _ = centers.shape
     size = x.shape[1] // n_clusters
     prices = x.new_zeros(layers * starts, n_clusters, dtype=torch.float64)
-    wanted = torch.full_like(prices, size)
+    capacity = torch.full_like(prices, size)
     for temperatures in [TEMPERATURES] + [DRAFT_TEMPERATURES] * (DRAFT_ROUNDS - 1):
-        cost = _centred(_costs(x, centers).double().flatten(0, 1))
-        spread = _spread(cost)
+        cost = centred_costs(_costs(x, centers).double().flatten(0, 1))
+        spread = cost_spread(cost)
         for level in temperatures:
-            prices, _ = _newton(cost, size, wanted, prices, spread * level)
+            prices, _ = newton_prices(cost, size, capacity, prices, spread * level)
         labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
         centers = _centers(x, labels, n_clusters)
     return centers
@@ -283,169 +253,10 @@ def _costs(x: Tensor, centers: Tensor) -> Tensor:
 def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """The mean [L, S, E, D] of each cluster's rows, for labels [L, S, n]; the origin for an empty one."""
     layers, starts, n = labels.shape
-    # A product adds in a fixed order; a scatter on a GPU does not.
+    # A matrix product adds in a fixed order; a scatter on a GPU does not.
     member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
     sums = (member.view(layers, -1, n) @ x).view(layers, starts, n_clusters, -1)
     return sums / member.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _centred(cost: Tensor) -> Tensor:
-    """Cost [P, n, E] less the means of its columns and rows: only differences within a row and a column matter."""
-    cost = cost - cost.mean(1, keepdim=True)
-    return cost.sub_(cost.mean(2, keepdim=True))
-
-
-def _assign(cost: Tensor) -> Tensor:
-    """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
-    n, n_columns = cost.shape[1:]
-    cost = _centred(cost)
-    reduced = cost - _prices(cost)[:, None]
-    labels = reduced.argmin(-1)
-    counts = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1)
-    for problem in (counts != n // n_columns).any(-1).nonzero().flatten().tolist():
-        _settle(reduced[problem], labels[problem], n // n_columns)
-    return labels
-
-
-def _prices(cost: Tensor) -> Tensor:
-    """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often."""
-    n_problems, n, n_columns = cost.shape
-    prices = cost.new_zeros(n_problems, n_columns)
-    size = n // n_columns
-    wanted = torch.full_like(prices, size)
-    spread = _spread(cost)
-    for level, steps in zip(TEMPERATURES, NEWTON_STEPS, strict=True):
-        prices, share = _newton(cost, size, wanted, prices, spread * level, steps)
-        if cost.device.type == "cpu":  # a GPU does a pass in less time than it takes to ask
-            cost, wanted = _unsettled(cost, wanted, share)
-    return prices
-
-
-def _spread(cost: Tensor) -> Tensor:
-    """The unit of temperatures, [P, 1] for cost [P, n, E]."""
-    return cost.std((1, 2), correction=0).clamp(min=1e-30)[:, None]
-
-
-def _newton(
-    cost: Tensor, size: int, wanted: Tensor, prices: Tensor, temperature: Tensor, steps: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Prices [P, E] after steps at a temperature [P, 1], and the share [P, n, E] of each row in each column before the
-    last of them. The columns of cost [P, n, E] want `wanted` rows [P, E] of it, and `size` of all rows.
-    """
-    n_columns = cost.shape[-1]
-    # Prices are defined up to a constant, so the Hessian is singular along it.
-    fix = 1e-3 * torch.eye(n_columns, dtype=cost.dtype, device=cost.device) + 1 / n_columns
-    # Costs and prices in units of the temperature.
-    scaled, p = cost / temperature[:, None], prices / temperature
-    for _ in range(steps):
-        share = torch.softmax(p[:, None] - scaled, -1)
-        gram = share.mT @ share
-        count = gram.sum(-1)  # a row's shares add up to 1
-        missing = wanted - count
-        hessian = fix - gram
-        hessian.diagonal(dim1=1, dim2=2).add_(count)
-        newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
-        # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
-        sinkhorn = -(1 - missing / size).clamp(min=1e-30).log()
-        near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
-        p = p + torch.where(near, newton.clamp(-4, 4), sinkhorn)
-    return p * temperature, share
-
-
-def _unsettled(cost: Tensor, wanted: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of cost [P, n, E] that may still change columns, and how many the columns want of them.
-
-    share [P, n, E]: how much of each row goes to each column at the present temperature.
-    """
-    settled = share.amax(-1) > SETTLED
-    most = cost.shape[1] - int(settled.sum(-1).min())
-    if most > cost.shape[1] // 2:
-        return cost, wanted
-    rows = settled.byte().argsort(dim=-1, stable=True)[:, :most, None].expand(-1, -1, cost.shape[-1])
-    gone = share.sum(1) - share.gather(1, rows).sum(1)
-    return cost.gather(1, rows), wanted - gone.round()
-
-
-def _settle(reduced: Tensor, labels: Tensor, size: int) -> None:
-    """Make the assignment of one problem balanced, at the least cost, in place.
-
-    reduced [n, E] is cost - price, labels [n] the columns where it is least. Only rows whose choice is narrow move. The
-    sum of all rows' least reduced costs bounds any balanced assignment from below; a row whose second choice costs more
-    than what a solution is above that bound keeps its first choice in every optimum. So a solution is optimal once all
-    narrower rows were free in it.
-    """
-    n, columns = reduced.shape
-    if columns == 1:
-        return
-    least, second = reduced.topk(2, largest=False).values.unbind(-1)
-    margin, narrowest = (second - least).sort(stable=True)
-    margins, choices = margin.cpu().numpy(), labels[narrowest].cpu().numpy()
-    surplus = np.bincount(choices, minlength=columns) - size
-    # A column that too many rows prefer must be able to lose as many.
-    must = max(int(np.flatnonzero(choices == a)[surplus[a] - 1]) + 1 for a in np.flatnonzero(surplus > 0))
-    count = min(n, max(FREE_ROWS * columns, must))
-    while True:
-        costs = reduced[narrowest[:count]].cpu().numpy()
-        moved = _move(costs, choices[:count].copy(), surplus)
-        rows = np.arange(count)
-        needed = int(np.searchsorted(margins, (costs[rows, moved] - costs[rows, choices[:count]]).sum()))
-        if needed <= count:
-            break
-        count = min(needed, 4 * count)
-    labels[narrowest[:count]] = torch.from_numpy(moved).to(labels.device)
-
-
-def _move(cost: Floats, labels: Labels, surplus: Labels) -> Labels:
-    """Move rows from columns with a surplus to columns with too few; cost [m, E], labels [m], surplus [E] -> labels.
-
-    One at a time along the shortest path of moves (successive shortest paths on the graph of columns): exact when
-    every row starts at its cheapest column.
-    """
-    columns = cost.shape[1]
-    surplus = surplus.copy()
-    move = np.empty((columns, columns))  # move[a, b]: what it costs to move the best row of a to b
-    row = np.zeros((columns, columns), dtype=np.int64)  # that row
-    for a in range(columns):
-        _cheapest_moves(cost, labels, a, move, row)
-    for _ in range(int(surplus.clip(0).sum())):
-        path = _shortest_path(move, surplus > 0, surplus < 0)
-        moved = [row[a, b] for a, b in pairwise(path)]
-        labels[moved] = path[1:]
-        for a in path:
-            _cheapest_moves(cost, labels, a, move, row)
-        surplus[path[0]] -= 1
-        surplus[path[-1]] += 1
-    return labels
-
-
-def _cheapest_moves(cost: Floats, labels: Labels, a: int, move: Floats, row: Labels) -> None:
-    """Fill line a of `move` and `row`."""
-    members = np.flatnonzero(labels == a)
-    if len(members) == 0:
-        move[a] = np.inf
-        return
-    change = cost[members] - cost[members, a, None]
-    cheapest = change.argmin(axis=0)
-    move[a], row[a] = change[cheapest, np.arange(len(move))], members[cheapest]
-
-
-def _shortest_path(move: Floats, sources: npt.NDArray[np.bool_], targets: npt.NDArray[np.bool_]) -> list[int]:
-    """The cheapest chain of columns from a source to a target (Bellman-Ford; there are no negative cycles)."""
-    distance = np.where(sources, 0.0, np.inf)
-    before = np.full(len(move), -1)
-    for _ in range(len(move)):
-        through = distance[:, None] + move
-        nearest = through.argmin(axis=0)
-        reached = through[nearest, np.arange(len(move))]
-        # Rounding must not make a cycle of moves that cost nothing.
-        closer = reached < distance - 1e-12
-        if not closer.any():
-            break
-        distance[closer], before[closer] = reached[closer], nearest[closer]
-    path = [int(np.where(targets, distance, np.inf).argmin())]
-    while before[path[0]] >= 0:
-        path.insert(0, int(before[path[0]]))
-    return path
 
 
 def _check(x: Tensor, n_clusters: int) -> None:

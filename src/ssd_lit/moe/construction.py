@@ -1,8 +1,8 @@
-"""Expert construction: which neurons of an FFN make up which expert, by name.
+"""Expert construction: which neurons of an FFN form which expert.
 
-Every construction gives experts of exactly F/E neurons. Three of them are balanced k-means over points that stand
-for the neurons; they differ in the points: weights, activations, or places in a graph. Shape letters: T tokens,
-D model width, F neurons, E experts.
+Every construction gives experts of exactly F/E neurons. Three of them are balanced k-means over one point for each
+neuron; they differ in the points: weights, activations, or a graph embedding. Shape letters: T tokens, D model width,
+F neurons, E experts.
 """
 
 from typing import get_args
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssd_lit.moe.clustering import Floats, balanced_kmeans, normalised_rows, random_balanced
+from ssd_lit.moe.assignment import Floats
+from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.names import Construction
 
 NEEDS_ACTIVATIONS = frozenset({"kmeans_activations", "coactivation"})
-"""Constructions that look at activations on calibration tokens."""
+"""Constructions that need activations on calibration tokens."""
 
 LINK = 1e-6
-"""Fraction of a neuron's co-activation that is spread over all other neurons, so that the graph hangs together."""
+"""Fraction of a neuron's co-activation that is spread over all other neurons, so that the graph is connected."""
 
 
 def construct(
@@ -32,8 +33,8 @@ def construct(
 ) -> Tensor:
     """Labels [F], the expert of each neuron on the CPU; F/E neurons for each of `n_experts` experts.
 
-    rows [F, D]: the input weights of each neuron (those of the gate for a GLU). activations [T, F]: what each neuron
-    gave for T calibration tokens, of any sign; only the constructions in NEEDS_ACTIVATIONS look at them.
+    rows [F, D]: the input weights of each neuron (those of the gate for a GLU). activations [T, F]: those of each
+    neuron on T calibration tokens, of any sign; only the constructions in NEEDS_ACTIVATIONS use them.
 
     - "kmeans": balanced k-means over the rows at unit length (MoEfication, arXiv 2110.01786, section 3.2; SSD, arXiv
       2410.03440, section 4).
@@ -48,10 +49,10 @@ def construct(
     - "contiguous": neuron i goes to expert i // (F/E).
 
     `init`, labels [F] of an earlier construction, is a warm start for the three that use k-means; the other two ignore
-    it. The same arguments give the same labels, whatever the number of threads, and the global random state is left
-    alone. Neurons that never fire stand at the origin: many of them gather in experts of their own, few fill up the
-    experts that are least tight. Raises ValueError for an unknown name, for F not divisible by E, for activations
-    that are needed and missing, and for shapes that do not match or values that are not finite.
+    it. The same arguments give the same labels, for any number of threads, and the global random state is not used.
+    Neurons that never fire are points at the origin: many of them form experts of their own, few fill up the least
+    compact experts. Raises ValueError for an unknown name, for F not divisible by E, for missing activations, and for
+    shapes that do not match or values that are not finite.
     """
     from threadpoolctl import threadpool_limits
 
@@ -62,7 +63,7 @@ def construct(
         return random_balanced(len(rows), n_experts, seed=seed)
     if name == "contiguous":
         return torch.arange(len(rows)) // (len(rows) // n_experts)
-    # Products of matrices and eigenvectors round differently on another number of threads.
+    # Matrix products and eigenvectors round differently with another number of threads.
     with threadpool_limits(1):
         if name == "kmeans":
             points = normalised_rows(rows)
@@ -95,12 +96,12 @@ def _checked(name: str, activations: Tensor | None, n_neurons: int) -> Tensor:
 
 
 def leading_components(points: Tensor, count: int) -> Tensor:
-    """Points [n, T], float64, in the coordinates of their leading right singular vectors, at most `count` of them.
+    """Points [n, T], float64, in the coordinates of their leading right singular vectors, `count` at most.
 
     Distances, also those from the origin, stay as they are if `count` is at least the rank of the points. For k
     clusters the k leading components solve k-means relaxed to an eigenvalue problem (Zha et al., 2001, Spectral
-    relaxation for k-means clustering). The noise in the others misleads k-means: on synthetic layers it ended at a
-    higher inertia of the full activation profiles, by up to 4 %, when it was given all components.
+    relaxation for k-means clustering). The noise in the others misleads k-means: on synthetic layers, k-means on all
+    components ended at an inertia of the full activation profiles that was up to 4 % higher.
     """
     from scipy.linalg import eigh
 
@@ -141,9 +142,9 @@ def _spectral_points(weights: Floats, n_parts: int, seed: int) -> Tensor:
     if len(linked) > 0:
         weights = weights[np.ix_(linked, linked)]
         degree = weights.sum(axis=1)
-        # Links in proportion to both degrees join parts without a common edge, and keep the eigenvectors as they are.
+        # Links in proportion to both degrees connect separate components, and keep the eigenvectors.
         weights += LINK * np.outer(degree, degree) / degree.sum()
         count = min(n_parts, len(linked) - 1)
-        found = spectral_embedding(weights, n_components=count, drop_first=False, random_state=seed)
-        points[linked, :count] = found / np.linalg.norm(found, axis=1, keepdims=True)
+        vectors = spectral_embedding(weights, n_components=count, drop_first=False, random_state=seed)
+        points[linked, :count] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return torch.from_numpy(points)

@@ -1,4 +1,4 @@
-"""The FFN whose neurons stand in expert order: one set of weights, run densely or as a Mixture of Experts."""
+"""The FFN with its neurons in expert order: one set of weights, run densely or as a Mixture of Experts."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,9 @@ Mode = Literal["dense", "sparse"]
 class ExpertFFN(nn.Module):
     """A Transformer FFN that keeps its neurons in expert order.
 
-    Dense, it is `h @ w_out + b_out` with h = act(x @ w_in.T + b_in), or h = act(x @ w_gate.T) * (x @ w_in.T) where it
-    is gated. Expert e owns rows e*H to (e+1)*H of `w_in`, `w_gate`, `b_in` and `w_out`, so every expert is a view and
+    Dense, it is `h @ w_out + b_out` with h = act(x @ w_in.T + b_in), or where it is gated
+    h = act(x @ w_gate.T + b_gate) * (x @ w_in.T + b_in). Expert e owns rows e*H to (e+1)*H of `w_in`, `w_gate`, their
+    biases and `w_out`, so every expert is a view and
     nothing is copied when the mode changes. In sparse mode the outputs of the chosen experts are added without
     weights (SSD, section 4): with all experts chosen, sparse equals dense. A learned router weighs them; its weights
     add up to the number of experts chosen, so that equal weights add them as they are.
@@ -27,11 +28,11 @@ class ExpertFFN(nn.Module):
     Experts may also be copies of one whole FFN (sparse upcycling) instead of slices of it: weights then add up to
     one, and there is no dense mode.
 
-    Shapes: x [..., D]; w_in, w_gate and w_out [F, D]; b_in [F]; b_out [D]; neuron_ids [F].
+    Shapes: x [..., D]; w_in, w_gate and w_out [F, D]; b_in and b_gate [F]; b_out [D]; neuron_ids [F].
     """
 
     neuron_ids: Tensor
-    """The place at which each neuron stood when the model was made: what follows it through every new order."""
+    """The original place of each neuron; permuted with the neurons."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class ExpertFFN(nn.Module):
         activation: str = "relu",
         gated: bool = False,
         bias: bool = True,
+        gate_bias: bool = False,
         dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         backend: str = "auto",
@@ -57,7 +59,7 @@ class ExpertFFN(nn.Module):
         self.threshold: float | None = None
         """In sparse mode, take every expert whose score is at least this share of the best one's, instead of top_k."""
         self.oracle = False
-        """In sparse mode, choose by the activation mass itself, which no router knows beforehand."""
+        """In sparse mode, choose by the true activation mass, which a router can only predict."""
         self.activation = activation
         self.backend = backend
         self.upcycled = upcycled
@@ -66,6 +68,7 @@ class ExpertFFN(nn.Module):
         self.w_in = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
         self.w_gate = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound)) if gated else None
         self.b_in = nn.Parameter(torch.zeros(d_ff)) if bias else None
+        self.b_gate = nn.Parameter(torch.zeros(d_ff)) if gate_bias else None
         self.w_out = nn.Parameter(torch.empty(d_ff, d_model).uniform_(-bound, bound))
         self.b_out = nn.Parameter(torch.zeros(d_model)) if bias else None
         self.dropout = nn.Dropout(dropout)
@@ -86,7 +89,7 @@ class ExpertFFN(nn.Module):
 
     def neuron_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters whose first dimension counts neurons."""
-        yield from (p for p in (self.w_in, self.w_gate, self.b_in, self.w_out) if p is not None)
+        yield from (p for p in (self.w_in, self.w_gate, self.b_in, self.b_gate, self.w_out) if p is not None)
 
     def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
         """Run densely, or sparsely with `top_k` experts a token (the number it had if None)."""
@@ -96,8 +99,8 @@ class ExpertFFN(nn.Module):
         self.mode, self.top_k = mode, k
 
     def activations(self, x: Tensor) -> Tensor:
-        """Every neuron's activation, [..., F], whatever the mode."""
-        gate = None if self.w_gate is None else F.linear(x, self.w_gate)
+        """Every neuron's activation, [..., F], in either mode."""
+        gate = None if self.w_gate is None else F.linear(x, self.w_gate, self.b_gate)
         return Activation(self.activation)(F.linear(x, self.w_in, self.b_in), gate)
 
     @torch.no_grad()
@@ -108,10 +111,10 @@ class ExpertFFN(nn.Module):
 
     @torch.no_grad()
     def output_norms(self, x: Tensor) -> Tensor:
-        """The L2 norm of what each expert would add to the output, [T, D] -> [T, E]."""
+        """The L2 norm of each expert's output, [T, D] -> [T, E]."""
         hidden = self.activations(x).unflatten(-1, (self.experts, -1))  # [T, E, H]
         w_out = self.w_out.unflatten(0, (self.experts, -1))  # [E, H, D]
-        # By the experts' Gram matrices: outputs of every expert for every token would be [T, E, D].
+        # From the experts' Gram matrices: the outputs of all experts for all tokens would be [T, E, D].
         gram = torch.einsum("ehd,egd->ehg", w_out, w_out)
         squares: Tensor = (torch.einsum("teh,ehg->teg", hidden, gram) * hidden).sum(dim=-1)
         return squares.clamp_min(0).sqrt()
@@ -149,16 +152,17 @@ class ExpertFFN(nn.Module):
 
     @property
     def _chooses_all(self) -> bool:
-        """Whether every token runs through every expert and outputs are added as they are: that is the dense FFN."""
+        """Whether all experts run with equal weights, which is the dense FFN."""
         return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.upcycled
 
     def _sparse(self, x: Tensor) -> Tensor:
-        # Autocast knows matrix products by name, not the backends: give them one dtype ourselves.
+        # Autocast covers torch's matrix products but not the backends: cast their inputs here.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
-        parts = (self.w_in, self.w_out, self.b_in, self.w_gate)
+        parts = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
         experts = Experts(*(None if p is None else p.to(dtype).unflatten(0, (self.experts, -1)) for p in parts))  # type: ignore[arg-type]
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
-        # The router sees what the experts see.
+        # The router gets the same input as the experts.
         x = x.to(dtype)
-        return choose_backend(self.backend, x, activation)(x, self.route(x), experts, activation)
+        backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None)
+        return backend(x, self.route(x), experts, activation)

@@ -1,4 +1,4 @@
-"""The names that settings know for constructions, routers, backends and schedules of k. Imports nothing of torch."""
+"""Names of constructions, routers, backends, schedules of k and activations in settings. Does not import torch."""
 
 from typing import Literal
 

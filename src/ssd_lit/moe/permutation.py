@@ -1,4 +1,4 @@
-"""MoEfication as one permutation: neurons move into expert order, and all that belongs to them moves along."""
+"""MoEfication as a permutation: neurons and all their parameters and states move into expert order."""
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ def permute_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None =
 
 @torch.no_grad()
 def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) -> Tensor:
-    """Group neurons by their cluster and let the router see the groups.
+    """Group neurons by their cluster and update the router.
 
-    labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Returns the order [F] in which the
-    neurons stand now, by their old places. Dense mode computes the same function afterwards. Raises
-    ValueError if the clusters are not of equal size.
+    labels [F]: the cluster of each neuron, E clusters of F/E neurons each. Returns the order [F]: the old place of the
+    neuron now at i. Dense mode still computes the same function. Raises ValueError if the clusters are not of equal
+    size.
     """
     size = ffn.d_ff // ffn.experts
     if labels.shape != (ffn.d_ff,) or not torch.equal(
@@ -55,7 +55,7 @@ def upcycle_into(source: ExpertFFN, target: ExpertFFN) -> None:
     """
     if not target.upcycled or target.d_ff != target.experts * source.d_ff:
         raise ValueError(f"{target.experts} copies of {source.d_ff} neurons do not make {target.d_ff}")
-    for mine, theirs in zip(target.neuron_parameters(), source.neuron_parameters(), strict=True):
-        mine.copy_(torch.cat([theirs] * target.experts))
+    for copies, weight in zip(target.neuron_parameters(), source.neuron_parameters(), strict=True):
+        copies.copy_(torch.cat([weight] * target.experts))
     if target.b_out is not None and source.b_out is not None:
         target.b_out.copy_(source.b_out)

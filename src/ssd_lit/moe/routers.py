@@ -1,7 +1,7 @@
-"""Routers: how well each expert suits a token. The larger a score, the better.
+"""Routers: scores of the experts for a token; the largest are chosen.
 
-Every router takes tokens x [T, D] and gives scores [T, E]. All but the learned gate choose without a gradient: the
-outputs of the experts they choose are added as they are.
+Every router takes tokens x [T, D] and returns scores [T, E]. All but the learned gate choose without a gradient: the
+outputs of the chosen experts are added without weights.
 """
 
 import math
@@ -15,20 +15,20 @@ from ssd_lit.moe.names import PosthocRouter, RouterName
 
 
 class Router(nn.Module):
-    """What every router has in common."""
+    """Base class of routers."""
 
     weighted = False
-    """Whether an expert's output is multiplied by its share of the scores."""
+    """Whether outputs of experts are multiplied by the softmax of their scores."""
 
     def expert_vectors(self) -> Tensor | None:
-        """[E, D], where a score is a token's dot product with an expert's direction; None for other routers."""
+        """Vectors [E, D] whose dot products with a token rank the experts; None for other routers."""
         return None
 
     def on_permuted(self, rows: Tensor) -> None:
-        """Take note of the experts' neurons, whose input rows [F, D] now stand in expert order."""
+        """Update for new experts, whose input rows are now [F, D] in expert order."""
 
     def init_trainable(self, rows: Tensor) -> None:
-        """Get ready to be trained behind the model, for experts whose input rows are [F, D]."""
+        """Initialise for training after the model, for experts whose input rows are [F, D]."""
 
 
 class CenterRouter(Router):
@@ -89,9 +89,9 @@ class GateRouter(Router):
 
 
 class PredictorRouter(Router):
-    """A small MLP that predicts how much each expert will contribute to a token; never negative.
+    """A small MLP that predicts how much each expert contributes to a token; never negative.
 
-    It is trained after the model, which stays as it is: on the experts' activation mass (MoEfication, section 3.3;
+    It is trained after the model, which stays fixed: on the experts' activation mass (MoEfication, section 3.3;
     DejaVu, arXiv 2310.17157) or on the norm of their outputs (D2DMoE, arXiv 2310.04361, section 3.2).
     """
 
@@ -111,10 +111,9 @@ class PredictorRouter(Router):
 
 
 class TrainedCenterRouter(Router):
-    """A direction for each expert that begins as its centre; a score is the softplus of its dot product with a token.
+    """A vector for each expert, initially its centre; a score is the softplus of its dot product with a token.
 
-    It is trained after the model, which stays as it is, on the experts' activation mass. Ours: it costs a token what
-    the centres do, and begins with what they know.
+    It is trained after the model, which stays fixed, on the experts' activation mass. Ours: costs the same as centres.
     """
 
     def __init__(self, d_model: int, experts: int):
@@ -122,7 +121,7 @@ class TrainedCenterRouter(Router):
         self.weights = nn.Parameter(torch.zeros(experts, d_model))
 
     def expert_vectors(self) -> Tensor:
-        # Softplus only grows: what is chosen by the products is chosen by the scores.
+        # Softplus is monotonic: dot products and scores choose the same experts.
         return self.weights.detach()
 
     @torch.no_grad()
@@ -135,7 +134,7 @@ class TrainedCenterRouter(Router):
 
 
 def build_router(name: str, d_model: int, experts: int, hidden: int) -> Router:
-    """The router of that name; `hidden` is the width of the trained ones."""
+    """Returns the router of that name; `hidden` is the width of an MLP. Raises ValueError for an unknown name."""
     match name:
         case "center":
             return CenterRouter(d_model, experts)
@@ -167,7 +166,7 @@ def gate_losses(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     small (ST-MoE, arXiv 2202.08906, section 3.3).
     """
     n_experts = scores.shape[-1]
-    # Not by bincount, for which the host waits for a GPU.
+    # Not bincount, for which the host waits for the GPU.
     share = torch.zeros_like(scores).scatter(1, chosen, 1.0).sum(dim=0) / chosen.numel()
     balance = n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
     return balance, scores.logsumexp(dim=-1).square().mean()

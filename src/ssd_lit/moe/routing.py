@@ -1,4 +1,4 @@
-"""Which experts a token runs through, given a score for each: a fixed number, a changing one, or all that matter."""
+"""The choice of experts by their scores: a fixed number, a scheduled one, or all above a threshold."""
 
 import math
 from typing import NamedTuple
@@ -14,9 +14,9 @@ class Routing(NamedTuple):
     """The experts of every token."""
 
     experts: Tensor
-    """[T, K], distinct in a row; the number of experts, E, stands where a token has fewer than K."""
+    """[T, K], distinct in a row; E fills the places of a token with fewer than K experts."""
     weights: Tensor | None = None
-    """[T, K], by which an expert's output is multiplied; None adds outputs as they are."""
+    """[T, K], the factors of the experts' outputs; None adds outputs without weights."""
     ragged: bool = False
     """Whether tokens may have fewer than K experts."""
 
@@ -42,21 +42,21 @@ def top_k_products(x: Tensor, directions: Tensor, k: int) -> Tensor:
 
 
 def experts_above(scores: Tensor, share: float) -> Tensor:
-    """The experts whose predicted norm is at least `share` of the largest one of the token: [T, E] -> [T, E].
+    """The experts whose score is at least `share` of the token's largest one: [T, E] -> [T, E].
 
-    Scores are not negative; the best expert is always chosen. E stands for an expert left out (dynamic k, D2DMoE,
-    arXiv 2310.04361, section 3.3).
+    Scores must not be negative; the best expert is always chosen. E fills the places of experts left out (dynamic k,
+    D2DMoE, arXiv 2310.04361, section 3.3).
     """
     n_experts = scores.shape[-1]
-    wanted = scores >= share * scores.amax(dim=-1, keepdim=True)
-    return torch.where(wanted, torch.arange(n_experts, device=scores.device), n_experts)
+    above = scores >= share * scores.amax(dim=-1, keepdim=True)
+    return torch.where(above, torch.arange(n_experts, device=scores.device), n_experts)
 
 
 def scheduled_k(step: int, steps: int, *, kind: ScheduleKind, start: int, end: int, stairs: int) -> int:
     """k at a step of a training of `steps`: from `start` at the first step to `end` at the last, up or down.
 
-    linear and cosine change it evenly and slow-fast-slow; step in `stairs` equal stretches; constant is `end`
-    throughout. SMoE-Dropout (arXiv 2303.01610) lets k grow linearly.
+    linear and cosine follow those curves; step has `stairs` steps of equal length; constant is always `end`.
+    SMoE-Dropout (arXiv 2303.01610) lets k grow linearly.
     """
     done = min(1.0, step / max(1, steps - 1))
     match kind:

@@ -1,4 +1,4 @@
-"""Activation pattern similarity: how much the grouping of neurons changed between two moments."""
+"""Activation pattern similarity: how similar two clusterings of the same neurons are."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from ssd_lit.moe.clustering import balanced_kmeans_layers
 def pattern_similarity(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The adjusted Rand index between two clusterings of the same neurons, averaged over layers.
 
-    Both are lists of labels [F], one for each layer. 1 is the same grouping, 0 what chance gives (SSD,
+    Both are lists of labels [F], one for each layer. 1 is the same grouping, 0 the expected value of random ones (SSD,
     arXiv 2410.03440, section 4).
     """
     from sklearn.metrics import adjusted_rand_score
@@ -23,7 +23,7 @@ def pattern_similarity(before: Sequence[Tensor], after: Sequence[Tensor]) -> flo
 
 
 class PatternTracker:
-    """Clusters the neurons of every layer from time to time and says how similar the last two clusterings are."""
+    """Clusters the neurons of every layer at each update, and compares the last two clusterings."""
 
     def __init__(self, n_clusters: int, seed: int):
         self.labels: list[Tensor] = []
@@ -37,14 +37,14 @@ class PatternTracker:
         Returns the similarity to the last clustering, or None for the first.
         """
         before = self.labels
-        # float32, where the weights are: a check costs a small part of the steps between two checks.
+        # In float32 on the device of the weights: a check costs little beside the steps between two checks.
         rows = [F.normalize(w.detach().float(), dim=-1) for w in weights]
-        found = balanced_kmeans_layers(rows, self._n_clusters, init=before or None, seed=self._seed)
-        self.labels = [layer.labels for layer in found]
+        clusterings = balanced_kmeans_layers(rows, self._n_clusters, init=before or None, seed=self._seed)
+        self.labels = [clustering.labels for clustering in clusterings]
         return pattern_similarity(before, self.labels) if before else None
 
     def reorder(self, orders: Sequence[Tensor]) -> None:
-        """Follow neurons that moved: `orders[layer][i]` is the old place of the neuron that stands at i now."""
+        """Permute the labels with the neurons: `orders[layer][i]` is the old place of the neuron now at i."""
         if self.labels:
             self.labels = [labels[order.cpu()] for labels, order in zip(self.labels, orders, strict=True)]
 

@@ -1,4 +1,4 @@
-"""How sparse an FFN is on given tokens, and how evenly its experts are used."""
+"""Sparsity of an FFN on given tokens, and balance of its experts."""
 
 import math
 
@@ -10,7 +10,7 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routing import Routing, top_k_experts
 
 NORM_SHARE = 0.95
-"""The active neurons of a smooth activation hold at least this share of the norm of all contributions."""
+"""Share of the norm of all contributions that the active neurons of a smooth activation must have."""
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def active_neurons(ffn: ExpertFFN, x: Tensor) -> Tensor:
     """Which of the F neurons are active for each token: x [T, D] -> bool [T, F].
 
     In sparse mode only neurons of the chosen experts are. With ReLU or its square, a neuron is active if its activation
-    is not zero (SSD, section 3). Other activations hardly ever give zero: there, neuron i contributes
+    is not zero (SSD, section 3). Other activations are hardly ever zero: there, neuron i contributes
     c_i = |h_i| * norm(w_out_i) to the output, and the active ones are the smallest set whose c has NORM_SHARE of the
     norm of all c.
     """
@@ -41,19 +41,19 @@ def active_ratio(ffn: ExpertFFN, x: Tensor) -> float:
 
 
 def chosen_mask(choice: Routing, experts: int) -> Tensor:
-    """The choice as bool [T, E]."""
+    """The chosen experts as bool [T, E]."""
     mask = torch.zeros(len(choice.experts), experts + 1, dtype=torch.bool, device=choice.experts.device)
     return mask.scatter_(1, choice.experts, True)[:, :-1]
 
 
 @torch.no_grad()
 def expert_load(ffn: ExpertFFN, x: Tensor) -> Tensor:
-    """Fraction of the tokens x [T, D] that choose each expert, [E]; the shares add up to the mean number of experts."""
+    """Fraction [E] of the tokens x [T, D] that choose each expert; the sum is the mean number of experts."""
     return chosen_mask(ffn.route(x), ffn.experts).float().mean(dim=0)
 
 
 def load_entropy(load: Tensor) -> float:
-    """Entropy of an expert load [E] over that of an even one: 1 is perfect balance, 0 a single expert."""
+    """Entropy of an expert load [E] divided by that of an even one: 1 is perfect balance, 0 a single expert."""
     share = load.double() / load.sum()
     entropy = -torch.special.xlogy(share, share).sum()
     return float(entropy) / max(math.log(len(load)), 1e-12)
@@ -66,7 +66,7 @@ def routing_recall(ffn: ExpertFFN, x: Tensor) -> float:
     The oracle takes the K experts of the largest mass; 1 means that the router loses nothing against it.
     """
     mass = ffn.activation_mass(x).double()
-    found = mass.gather(1, ffn.route(x).experts).sum()
+    chosen = mass.gather(1, ffn.route(x).experts).sum()
     best = mass.gather(1, top_k_experts(mass, ffn.top_k)).sum()
     # The same experts in another order may add up to a little more.
-    return min(1.0, float(found / best.clamp_min(torch.finfo(best.dtype).tiny)))
+    return min(1.0, float(chosen / best.clamp_min(torch.finfo(best.dtype).tiny)))

@@ -11,7 +11,7 @@ from ssd_lit.support.locks import exclusive
 
 def configs(experiment: Path, results: Path, settings: Sequence[str] = ()) -> str:
     """Check an experiment, changed by settings such as training.steps=100, and write its resolved configs."""
-    from ssd_lit.data.downstream import check_downstream
+    from ssd_lit.data.benchmarks import check_downstream
     from ssd_lit.data.sources import check_sources
 
     checked = load_experiment(experiment, parse_changes(settings))

@@ -1,6 +1,7 @@
-"""What is measured on the final model of a run: evaluation, analyses, other tasks."""
+"""The measurements of a run's final model: evaluation, analyses, downstream benchmarks."""
 
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,39 +14,43 @@ from ssd_lit.tracking.client import RunTracker
 
 
 class Found(NamedTuple):
-    """What a measurement came to."""
+    """The result of a measurement."""
 
     content: dict[str, Any]
-    """Of its JSON file."""
-    figures: Mapping[str, float]
-    """What is worth a line each in MLflow, by name."""
+    """Content of its JSON file."""
+    metrics: Mapping[str, float]
+    """Metrics for MLflow, by name."""
     summary: str
 
 
 def measure(run: Run, measurement: str) -> str:
-    """Measure the final model and write the result last. Raises ValueError if the run is not trained to its end."""
-    from ssd_lit.support.provenance import stage_provenance
+    """Measure the final model and write the JSON file last; returns a one-line summary.
+
+    Raises ValueError if the run is not trained to its end.
+    """
+    from ssd_lit.support.provenance import stage_provenance, timed
 
     work = {"evaluate": _evaluate, "analyse": _analyse, "downstream": _downstream}[measurement]
+    began = time.time()
     last_step, inputs = run.chain()[-1].last_step, run.measured_from(measurement)
     with RunTracker.of(run, measurement) as tracker:
-        found = work(run)
-        tracker.outcome(found.figures, run_step=last_step)
-        origin = {"inputs": inputs, "provenance": stage_provenance(run.config, run.tokens_digest)}
-        write_json_checked(run.folder / MEASUREMENTS[measurement][1], {**found.content, **origin})
+        measured = work(run)
+        tracker.outcome(measured.metrics, run_step=last_step)
+        origin = {"inputs": inputs, "provenance": timed(stage_provenance(run.config, run.tokens_digest), began)}
+        write_json_checked(run.folder / MEASUREMENTS[measurement][1], {**measured.content, **origin})
     if measurement == "downstream":
-        shutil.rmtree(_pieces(run), ignore_errors=True)
-    return found.summary
+        shutil.rmtree(_partial_results(run), ignore_errors=True)
+    return measured.summary
 
 
 def _evaluate(run: Run) -> Found:
     from ssd_lit.evaluation.evaluate import evaluate_run, outcome
 
     content = evaluate_run(run, load_evaluation(run.folder / "evaluation.yaml"))
-    figures = outcome(content)
-    perplexities = {mode: figures.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
-    told = [f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None]
-    return Found(content, figures, ", ".join(told))
+    metrics = outcome(content)
+    perplexities = {mode: metrics.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
+    values = [f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None]
+    return Found(content, metrics, ", ".join(values))
 
 
 def _analyse(run: Run) -> Found:
@@ -53,7 +58,7 @@ def _analyse(run: Run) -> Found:
 
     content = analyse_run(run, load_analysis(run.folder / "analysis.yaml"))
     layers = content["experts"]["layers"] if content["experts"] else []
-    figures = {
+    metrics = {
         f"analysis/{name}": sum(layer[name] for layer in layers) / len(layers)
         for name in ("load_entropy", "dead_experts", "routing_recall")
         if layers
@@ -61,18 +66,18 @@ def _analyse(run: Run) -> Found:
     digests = {name: sha256(run.folder / "analysis" / name) for name in content["written"]}
     left_out = "; ".join(sorted(set(content["left_out"].values())))
     summary = ", ".join(content["written"]) or f"nothing to write: {left_out}"
-    return Found({**content, "digests": digests}, figures, summary)
+    return Found({**content, "digests": digests}, metrics, summary)
 
 
 def _downstream(run: Run) -> Found:
-    """Ended on its way, it goes on with the fine-tuning that was not done."""
+    """After an interruption it resumes with the fine-tuning that is not done."""
     from ssd_lit.evaluation.downstream import evaluate_downstream, means
 
-    content = evaluate_downstream(run, load_downstream(run.folder / "downstream.yaml"), _pieces(run))
-    figures = means(content)
-    told = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in figures.items()]
-    return Found(content, figures, ", ".join(told) or "; ".join(content["left_out"].values()))
+    content = evaluate_downstream(run, load_downstream(run.folder / "downstream.yaml"), _partial_results(run))
+    metrics = means(content)
+    values = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in metrics.items()]
+    return Found(content, metrics, ", ".join(values) or "; ".join(content["left_out"].values()))
 
 
-def _pieces(run: Run) -> Path:
+def _partial_results(run: Run) -> Path:
     return run.folder / "downstream" / "pieces"

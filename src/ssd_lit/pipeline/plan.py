@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_lit.config import ConfigError, Experiment, load_experiment, read_changes
-from ssd_lit.data.downstream import check_downstream
+from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.records import MEASUREMENTS, training_stages

@@ -10,9 +10,8 @@ from ssd_lit.support.locks import exclusive
 
 
 def summarise(exp_dir: Path) -> str:
-    from ssd_lit.report.arms_table import write_arms
     from ssd_lit.report.downstream import write_downstream
-    from ssd_lit.report.summary import write_summary
+    from ssd_lit.report.tables import write_arms, write_summary
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     with exclusive(exp_dir, "summarise"):
@@ -31,10 +30,10 @@ def figures(exp_dir: Path) -> str:
 
 
 def report(exp_dir: Path) -> str:
-    from ssd_lit.report.report import write_report
-    from ssd_lit.report.summary import check_summary
+    from ssd_lit.report.page import write_report
+    from ssd_lit.report.tables import check_summary
     from ssd_lit.support.provenance import provenance
-    from ssd_lit.tracking.client import REPORT_SECONDS, try_for
+    from ssd_lit.tracking.delivery import REPORT_SECONDS, try_for
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
@@ -49,7 +48,7 @@ def report(exp_dir: Path) -> str:
 
 def send(place: Path) -> str:
     """Tell MLflow what it has not got yet of a run, or of an experiment's runs with the report."""
-    from ssd_lit.tracking.client import send_runs
+    from ssd_lit.tracking.delivery import send_runs
 
     if (place / "experiment.yaml").exists():
         count = _send_experiment(place)
@@ -62,13 +61,13 @@ def send(place: Path) -> str:
 
 def _send_experiment(exp_dir: Path) -> int:
     """Send what waits in the runs of an experiment, and its report if there is one; returns the number of runs."""
-    from ssd_lit.tracking.client import send_report, send_runs
+    from ssd_lit.tracking.delivery import send_report, send_runs
 
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
     count = send_runs(results, [exp_dir / "runs" / run.name for run in experiment.runs()])
     if (exp_dir / "report.html").exists():
-        figures = sorted((exp_dir / "figures").iterdir())
+        figures = sorted(path for path in (exp_dir / "figures").iterdir() if not path.name.startswith("."))
         files = {None: [exp_dir / "report.html", exp_dir / "summary.csv"], "figures": figures}
         send_report(results, experiment.experiment, files)
     return count
@@ -85,7 +84,7 @@ def verify(folder: Path) -> str:
 
 
 def store(results: Path) -> str:
-    from ssd_lit.tracking.client import ensure_store, masked, tracking_uri
+    from ssd_lit.tracking.store import ensure_store, masked, tracking_uri
 
     ensure_store(results)
     return masked(tracking_uri(results))
@@ -94,7 +93,7 @@ def store(results: Path) -> str:
 def ui(results: Path, port: int) -> str:
     import socket
 
-    from ssd_lit.tracking.client import serve
+    from ssd_lit.tracking.store import serve
 
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -1,4 +1,4 @@
-"""`ssd-lit train`: a run, from where it stands to the end of one of its stages, in one process."""
+"""`ssd-lit train`: trains and measures a run up to the end of one of its stages, in one process."""
 
 import gc
 import os
@@ -28,12 +28,12 @@ def train(
     start: str | None = None,
     threads: int | None = None,
 ) -> str:
-    """Take a run on to its end, or to the end of the stage `until`.
+    """Complete a run, or its stages up to `until`; returns a one-line summary.
 
-    What is done and stands on record stays as it is. `settings` such as training.steps=100 change the run's config
-    first: what was made from others is made anew. `start`, a stage or a phase such as 05-sparse, is done anew with
-    all that follows it. Raises ConfigError for a name that the run does not have, ValueError for what it needs of
-    another run and is not done, `Preempted` where a signal asked for it; the state is then saved.
+    Keeps what is done and recorded. `settings` such as training.steps=100 change the run's config first: what was made
+    from others is made again. `start`, a stage or a phase such as 05-sparse, is done again with all that follows
+    it. Raises ConfigError for a name that the run does not have, ValueError if another run that it needs is not done,
+    `Preempted` on a signal, after saving the state.
     """
     if settings and _is_first_process():
         _change_config(folder, settings)
@@ -41,56 +41,54 @@ def train(
     last = until or run.stages[-1]
     if last not in run.stages:
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
-    wanted = run.stages[: run.stages.index(last) + 1]
+    stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
     if not _is_first_process():
         take_machine(run, threads, run.config.training.devices)
-        return _train_beside(run, wanted)
+        return _train_further_device(run, stages)
     with exclusive(run.folder, f"train to {last}"):
-        resume_step = _forget_what_is_stale(run) if start is None else _begin_anew(run, start)
+        resume_step = _remove_stale(run) if start is None else _remove_from(run, start)
         _restore_stage_records(run)
-        missing = [stage for stage in wanted if not run.is_done(stage)]
+        missing = [stage for stage in stages if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]
         if training:
             take_machine(run, threads, run.config.training.devices)
             _train(run, training, resume_step)
         if run.is_done(run.training_stages[-1]):
             shutil.rmtree(run.folder / "work", ignore_errors=True)
-        told = []
+        summaries = [_summary(run)] if training else []
         for stage in (stage for stage in missing if stage in MEASUREMENTS):
             take_machine(run, threads)
-            gc.collect()  # trainers and models hold each other; the next ones need the room
-            told.append(measure(run, stage))
-    if not missing:
-        return "all of it was done already"
-    return "; ".join([*([_outcome(run)] if training else []), *told])
+            gc.collect()  # trainers and models are in reference cycles; the next ones need the memory
+            summaries.append(measure(run, stage))
+    return "; ".join(summaries) if missing else "all stages were done already"
 
 
 def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -> str:
-    """Measure the final model of a run, unless that was done. Raises ValueError if the run has none yet."""
+    """Measure the final model of a run, unless done already. Raises ValueError if the run has none yet."""
     run = Run.open(folder)
     settings = run.folder / MEASUREMENTS[measurement][0]
     if not settings.exists():
-        raise ConfigError(f"{settings}: not found; the experiment does not ask for it")
+        raise ConfigError(f"{settings}: not found; the experiment has no such measurement of this run")
     with exclusive(run.folder, measurement):
         _restore_stage_records(run)
         if run.is_done(measurement):
-            return "it was done already"
+            return "done already"
         take_machine(run, threads)
         return measure(run, measurement)
 
 
 def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
-    """The threads and algorithms that a run's config gives its stages, and a GPU for each process that works on it."""
+    """Set the threads and the determinism of a run's config, and reserve a GPU for each of its `processes`."""
     import torch
 
     training = run.config.training
     reserve_gpus(processes)
     if training.deterministic:
-        # Read when the GPU is first used; torch asks for it.
+        # Read when the GPU is first used; torch requires it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(training.deterministic)
-    # For finding reads of what was never written; nothing of ours does that.
+    # The filling is for finding reads of uninitialised memory; there are none here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_num_threads(max(1, (threads or training.threads) // processes))
 
@@ -122,12 +120,12 @@ def _is_first_process() -> bool:
 
 
 def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
-    """Do the training stages that are not done, in order."""
+    """Do the `missing` training stages in order."""
     from ssd_lit.support.provenance import stage_provenance
 
     provenance = stage_provenance(run.config, run.tokens_digest)
     with RunTracker.of(run, missing[0], resume_step) as tracker:
-        # From here on the recorded points are those of these inputs.
+        # The points recorded from here on are of these inputs.
         write_json_checked(run.folder / "work" / "made_from.json", run.made_from())
         while missing:
             stage = missing[0]
@@ -135,58 +133,58 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
             if stage == "warmup" and run.config.shares_warmup is not None:
                 _adopt_warmup(run, tracker)
             elif stage == "moefy":
-                from ssd_lit.training.moefy_stage import moefy_checkpoint
-                from ssd_lit.training.start import starting_point
+                from ssd_lit.training.checkpoint import starting_point
+                from ssd_lit.training.moefication import moefy_checkpoint
 
                 moefy_checkpoint(run, starting_point(run), provenance)
             elif stage == "route":
-                from ssd_lit.training.router_phase import train_routers
+                from ssd_lit.training.routers import train_routers
 
                 train_routers(run, tracker, provenance)
             else:
                 from ssd_lit.training.fit import train as fit
 
-                fit(run, [one for one in missing if one != "route"][-1], tracker, provenance)
-            remaining = [one for one in missing if not run.is_done(one)]
+                fit(run, [name for name in missing if name != "route"][-1], tracker, provenance)
+            remaining = [name for name in missing if not run.is_done(name)]
             if remaining == missing:
-                raise ConfigError(f"{stage}: its result does not match what it was made from")
+                raise ConfigError(f"{stage}: its result does not match its inputs")
             missing = remaining
-        for stage in (one for one in run.training_stages if run.is_done(one)):
-            _tell(run, stage, tracker)
+        for stage in filter(run.is_done, run.training_stages):
+            _finish(run, stage, tracker)
 
 
-def _train_beside(run: Run, wanted: tuple[str, ...]) -> str:
-    """The part of a process that works on a further device."""
+def _train_further_device(run: Run, stages: tuple[str, ...]) -> str:
+    """The training in a process of a further device."""
     from ssd_lit.training.fit import train as fit
 
-    training = [stage for stage in wanted if stage in run.training_stages and stage != "route"]
+    training = [stage for stage in stages if stage in run.training_stages and stage != "route"]
     try:
         fit(run, training[-1], recorder=None, provenance={})
     except signals.Preempted:
-        # The first process answers for all; Lightning would kill it, were the status of another not 0.
+        # The exit status is the first process's; Lightning would kill that if another's were not 0.
         return "stopped with the first process"
-    return "trained beside the first process, which keeps the records"
+    return "trained with the first process, which writes the records"
 
 
 def _with_matched_steps(run: Run) -> Run:
-    """The run with the steps that another run's FLOPs pay for, where it is to match them."""
+    """The run with the steps that another run's FLOPs pay for, if its config matches FLOPs."""
     if run.config.matches is None:
         return run
-    from ssd_lit.training.budget import with_steps_for
+    from ssd_lit.training.schedule import with_steps_for
 
     spent = run.other(run.config.matches).chain()[-1].total
     return replace(run, config=with_steps_for(run.config, spent.flops, run.vocab))
 
 
-def _forget_what_is_stale(run: Run) -> int | None:
-    """Remove all that was made from something else than there is now.
+def _remove_stale(run: Run) -> int | None:
+    """Remove the run's results if they were made from other inputs than the current ones.
 
-    Returns 0, the step up to which its points count, if the run begins anew; None if it goes on.
+    Returns 0, the step up to which its points count, if the run starts again; None if it resumes.
     """
-    inputs, begun = run.made_from(), run.folder / "work" / "made_from.json"
-    # All that there are, not the chain: another method's phases have other names.
+    inputs, made_from = run.made_from(), run.folder / "work" / "made_from.json"
+    # All records, not only the chain's: another method's phases have other names.
     records = [PhaseRecord.read(path) for path in run.folder.glob("phases/*/phase.json")]
-    if begun.exists() and read_json_checked(begun) == inputs and not records:
+    if made_from.exists() and read_json_checked(made_from) == inputs and not records:
         return None
     if records and all(record.inputs == inputs for record in records):
         return None
@@ -194,8 +192,8 @@ def _forget_what_is_stale(run: Run) -> int | None:
     return 0
 
 
-def _begin_anew(run: Run, start: str) -> int:
-    """Remove what was made at and behind a stage or a phase; returns the step at which it began.
+def _remove_from(run: Run, start: str) -> int:
+    """Remove the results of a stage or a phase and of all after it; returns the step at which it began.
 
     Raises ConfigError if there is no such phase, or if no checkpoint from before it was kept.
     """
@@ -204,16 +202,16 @@ def _begin_anew(run: Run, start: str) -> int:
     places |= {record.name: record.index for record in phases}
     if start not in places:
         raise ConfigError(
-            f"--from {start}: run {config.name} has not come there; allowed: {', '.join(places) or 'none'}"
+            f"--from {start}: run {config.name} has not reached it; allowed: {', '.join(places) or 'none'}"
         )
     index = places[start]
     done = [stage for stage in run.training_stages if run.is_done(stage) and run.has_checkpoint(stage)]
-    kept = [-1, *(run.stage(stage).phase for stage in done)]
-    kept += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
-    if index - 1 not in kept:
+    saved = [-1, *(run.stage(stage).phase for stage in done)]  # phases with a checkpoint of their end
+    saved += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
+    if index - 1 not in saved:
         raise ConfigError(
             f"--from {start}: no checkpoint from before it was kept; training.keep_phases keeps them, and without it "
-            f"allowed: {', '.join(place for place, first in places.items() if first - 1 in kept)}"
+            f"allowed: {', '.join(place for place, first in places.items() if first - 1 in saved)}"
         )
     first_step = phases[index].first_step
     _remove(run, index, first_step)
@@ -221,16 +219,16 @@ def _begin_anew(run: Run, start: str) -> int:
 
 
 def _remove(run: Run, index: int, first_step: int) -> None:
-    """Remove the phases from `index` on, which began at `first_step`, and all that was made from them.
+    """Remove the phases from `index` on, the first of which began at `first_step`, and all that was made from them.
 
-    Measurements stay, and count as stale.
+    Keeps measurements, which count as stale.
     """
     for folder in run.folder.glob("phases/*-*"):
         if int(folder.name.partition("-")[0]) >= index:
             shutil.rmtree(folder)
-    kept = {path.stem for path in run.folder.glob("stages/*.json") if StageRecord.read(path).phase < index}
+    earlier = {path.stem for path in run.folder.glob("stages/*.json") if StageRecord.read(path).phase < index}
     for path in [*run.folder.glob("stages/*.json"), *run.folder.glob("checkpoints/*.ckpt")]:
-        if path.stem not in kept:
+        if path.stem not in earlier:
             path.unlink()
     shutil.rmtree(run.folder / "work", ignore_errors=True)
     for step, snapshot in snapshots(run.folder):
@@ -239,24 +237,22 @@ def _remove(run: Run, index: int, first_step: int) -> None:
 
 
 def _restore_stage_records(run: Run) -> None:
-    """Write anew the records of stages that are done: a workflow removes them when it plans the stage once more."""
-    phases = run.phases()
+    """Restore the records of stages that are done: a workflow deletes them when it plans the stage again."""
     for stage in run.training_stages:
-        mine = [record for record in phases if stage_of(run.config.method, record.index, record.mode) == stage]
-        path = checkpoint_path(run.folder, stage)
-        if not mine or stage_path(run.folder, stage).exists() or not path.exists():
+        records, path = _records_of(run, stage), checkpoint_path(run.folder, stage)
+        if not records or stage_path(run.folder, stage).exists() or not path.exists():
             continue
         from ssd_lit.training.checkpoint import SWITCH_STATE, read_checkpoint
 
-        last = mine[-1]
+        last = records[-1]
         state = read_checkpoint(path, mapped=True)["callbacks"][SWITCH_STATE]
         if (state["inputs"], state["phase"]) == (run.made_from(), last.index + 1):
             close_stage(run.folder, stage, last)
-            print(f"{stage}: its result stands in the run's records, and stays", flush=True)
+            print(f"{stage}: done already; its record is restored", flush=True)
 
 
 def _adopt_warmup(run: Run, tracker: RunTracker) -> None:
-    """Take over the warm-up of another run, with curves and snapshots; the checkpoint stays where it is.
+    """Copy the records, curves and snapshots of another run's warm-up; its checkpoint is read in place.
 
     The run counts its steps, FLOPs and seconds as its own: they are what it would have spent.
     """
@@ -276,13 +272,18 @@ def _adopt_warmup(run: Run, tracker: RunTracker) -> None:
     replace(stage, inputs=inputs).write(stage_path(run.folder, "warmup"))
 
 
-def _tell(run: Run, stage: str, tracker: RunTracker) -> None:
-    """Tell MLflow what a training stage came to."""
-    mine = [one for one in run.phases() if stage_of(run.config.method, one.index, one.mode) == stage]
-    totals = {name: sum(getattr(one, name) for one in mine) for name in ("steps", "tokens", "flops", "seconds")}
-    tracker.finish(stage, totals, {"phases": str(len(mine)), "ended_by": mine[-1].ended_by})
+def _finish(run: Run, stage: str, tracker: RunTracker) -> None:
+    """Log the totals of a training stage to MLflow."""
+    records = _records_of(run, stage)
+    totals = {name: sum(getattr(r, name) for r in records) for name in ("steps", "tokens", "flops", "seconds")}
+    tracker.finish(stage, totals, {"phases": str(len(records)), "ended_by": records[-1].ended_by})
 
 
-def _outcome(run: Run) -> str:
+def _records_of(run: Run, stage: str) -> list[PhaseRecord]:
+    """The records of a stage's phases."""
+    return [record for record in run.phases() if stage_of(run.config.method, record.index, record.mode) == stage]
+
+
+def _summary(run: Run) -> str:
     last = run.phases()[-1]
     return f"{last.total.steps:,} steps in {last.index + 1} phases, the last ended by {last.ended_by}"

@@ -1,4 +1,4 @@
-"""Whether the results of a run still are what its stages wrote, and still match what they were made from."""
+"""`ssd-lit verify`: whether results are as their stages wrote them, and still match their inputs."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,42 +12,43 @@ from ssd_lit.data.sources import described_files
 from ssd_lit.data.tokenizer import check_tokenizer
 from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
 from ssd_lit.records import MEASUREMENTS, PhaseRecord
-from ssd_lit.report.summary import check_summary
+from ssd_lit.report.tables import check_summary
 from ssd_lit.run import Run
 from ssd_lit.support.files import archive_digest, check_checksum, check_digests, read_json_checked, sha256
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import check_checkpoint
 
 Check = tuple[str, Callable[[], str]]
-"""A name, and what looks: it tells what it found, or raises ValueError or OSError for what does not match."""
+"""A name and a function that returns a description, or raises ValueError or OSError for a mismatch."""
 
 
 def verify(folder: Path, say: Callable[[str], None]) -> tuple[int, int]:
-    """Verify the folder of a run or of a whole experiment, with the data; says one line for everything it looks at.
+    """Verify the folder of a run or of a whole experiment, with the data; calls `say` with one line a check.
 
-    Returns how many things it looked at, and how many of them do not match. Raises ValueError if it is no such folder.
+    Returns the numbers of checks and of mismatches. Raises ValueError if it is no such folder.
     """
-    looked_at = mismatches = 0
-    for name, look in _checks(folder.absolute()):
-        looked_at += 1
+    checks = mismatches = 0
+    for name, check in _checks(folder.absolute()):
+        checks += 1
         try:
-            say(f"ok        {name}: {look()}")
+            say(f"ok        {name}: {check()}")
         except (ValueError, OSError) as error:
             mismatches += 1
             say(f"MISMATCH  {name}: {error}")
-    return looked_at, mismatches
+    return checks, mismatches
 
 
 def _checks(folder: Path) -> Iterator[Check]:
     whole = (folder / "experiment.yaml").is_file()
     exp_dir = folder if whole else folder.parents[1]
+    not_a_folder = ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
     if not (exp_dir / "experiment.yaml").is_file():
-        raise ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
+        raise not_a_folder
     experiment = load_resolved(exp_dir / "experiment.yaml")
     results = results_of(exp_dir, experiment.data)
     runs = [run for run in experiment.runs() if whole or run.name == folder.name]
     if not runs:
-        raise ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
+        raise not_a_folder
     yield from _data_checks(data_dir(results, experiment.data))
     for config in runs:
         yield from _run_checks(Run(run_dir(results, config), results, config))
@@ -88,51 +89,51 @@ def _fail(why: str) -> str:
 
 def _config(run: Run) -> str:
     if load_run(run.folder / "config.yaml") != run.config:
-        raise ValueError(f"{run.folder / 'config.yaml'}: not what the experiment asks for")
+        raise ValueError(f"{run.folder / 'config.yaml'}: differs from the experiment's settings")
     return f"{run.config.method}, seed {run.config.seed}"
 
 
 def _sources(documents: Path) -> str:
-    """Local files are compared with what was read from them; a package is checked by the stage that reads it."""
+    """Compares local files with their recorded digests; a package is checked by the stage that reads it."""
     files = described_files(read_json_checked(documents / "card.json"))
     if not files:
         return "no local files"
-    there = [file for file in files if Path(file["path"]).is_file()]
-    changed = [file["path"] for file in there if sha256(Path(file["path"])) != file["sha256"]]
-    if changed:
-        raise ValueError(f"{changed[0]}: not the file that the documents were read from any more")
-    return f"{len(there)} of {len(files)} local files are there, and unchanged"
+    present = [file for file in files if Path(file["path"]).is_file()]
+    for file in present:
+        if sha256(Path(file["path"])) != file["sha256"]:
+            raise ValueError(f"{file['path']}: changed since the documents were read from it")
+    return f"{len(present)} of {len(files)} local files are present, and unchanged"
 
 
 def _documents(documents: Path) -> str:
     splits = read_json_checked(documents / "card.json")["splits"]
-    for split, told in splits.items():
+    for split, card in splits.items():
         digest = hashlib.sha256()
         for texts in read_split(documents, split):
             for text in texts:
                 digest.update(hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest())
-        if digest.hexdigest() != told["digest"]:
-            raise ValueError(f"{documents / split}.parquet: not the documents that card.json tells of")
-    return f"{sum(told['documents'] for told in splits.values()):,}"
+        if digest.hexdigest() != card["digest"]:
+            raise ValueError(f"{documents / split}.parquet: its documents do not match card.json")
+    return f"{sum(card['documents'] for card in splits.values()):,}"
 
 
 def _tokenizer(folder: Path) -> str:
     check_tokenizer(folder)
-    return "as it was written"
+    return "unchanged"
 
 
 def _tokens(folder: Path) -> str:
     index = load_index(folder)
-    check_digests(folder, {f"{split}.bin": told["sha256"] for split, told in index["splits"].items()})
+    check_digests(folder, {f"{name}.bin": split["sha256"] for name, split in index["splits"].items()})
     return str(index["digest"][:16])
 
 
 def _phase(run: Run, record: PhaseRecord) -> str:
-    here = phase_dir(run.folder, record.index, record.mode)
-    _compare(here / "phase.json", record.inputs, run.made_from())
-    kept = here / "weights.ckpt"
-    if kept.exists():
-        check_checkpoint(kept)
+    folder = phase_dir(run.folder, record.index, record.mode)
+    _compare(folder / "phase.json", record.inputs, run.made_from())
+    weights = folder / "weights.ckpt"
+    if weights.exists():
+        check_checkpoint(weights)
     return f"steps {record.first_step} to {record.last_step}, ended by {record.ended_by}"
 
 
@@ -143,32 +144,32 @@ def _stage(run: Run, stage: str) -> str:
         raise ValueError(f"{weights}: not found")
     check_checkpoint(weights)
     if archive_digest(weights) != record.weights:
-        raise ValueError(f"{weights}: not the checkpoint that the stage wrote")
+        raise ValueError(f"{weights}: differs from the checkpoint that the stage wrote")
     return f"step {record.step}, weights {record.weights[:16]}"
 
 
 def _snapshots(folder: Path) -> str:
     for _, path in snapshots(folder):
         check_checkpoint(path)
-    return f"{len(snapshots(folder))} are whole"
+    return f"{len(snapshots(folder))} undamaged"
 
 
 def _measured(run: Run, measurement: str) -> str:
-    """One of the JSON files of a run: made from these weights and tokens, with the settings beside the run."""
+    """Checks that a measurement was made from the run's current weights, tokens and settings."""
     settings, result = (run.folder / name for name in MEASUREMENTS[measurement])
-    found = read_json_checked(result)
+    content = read_json_checked(result)
     check_checksum(settings)
-    _compare(result, found.get("inputs", {}), run.measured_from(measurement))
-    check_digests(result.parent, found.get("digests", {}))
+    _compare(result, content.get("inputs", {}), run.measured_from(measurement))
+    check_digests(result.parent, content.get("digests", {}))
     return f"of weights {run.final().weights[:16]}"
 
 
 def _summary(exp_dir: Path, run: RunConfig) -> str:
     check_summary(exp_dir, [run])
-    return "its row is what phases and evaluation give"
+    return "its row matches phases and evaluation"
 
 
-def _compare(path: Path, recorded: Mapping[str, str | None], now: Mapping[str, str | None]) -> None:
-    other = [name for name, digest in now.items() if name not in recorded or recorded[name] != digest]
-    if other:
-        raise ValueError(f"{path}: made from other {' and '.join(other)} than there are now")
+def _compare(path: Path, recorded: Mapping[str, str | None], current: Mapping[str, str | None]) -> None:
+    changed = [name for name, digest in current.items() if name not in recorded or recorded[name] != digest]
+    if changed:
+        raise ValueError(f"{path}: made from other {' and '.join(changed)} than the current ones")

@@ -1,20 +1,15 @@
-"""An arm's numbers over its seeds, and how they are told."""
+"""An arm's numbers over its seeds, and how numbers are written."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 from ssd_lit.config import Method, RunConfig
-from ssd_lit.report.formatting import number
-from ssd_lit.report.runs import RunResult, by_arm, perplexity
+from ssd_lit.report.results import RunResult, by_arm, run_frame
 
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence or two, and the runs whose numbers they hold."""
-
-    topic: str
-    text: str
-    runs: tuple[str, ...]
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 @dataclass(frozen=True)
@@ -35,25 +30,13 @@ class Measure:
     def high(self) -> float:
         return max(self.values)
 
-    def text(self, write: Callable[[float], str] = number) -> str:
-        """The mean, and the range if the seeds differ in what is written."""
-        low, high = write(self.low), write(self.high)
-        return low if low == high else f"{write(self.mean)} ({low} to {high})"
 
-    def overlap(self, other: "Measure") -> str:
-        """Whether seeds alone could explain the difference; empty without several seeds."""
-        if min(len(self.values), len(other.values)) < 2:
-            return ""
-        if self.high < other.low or other.high < self.low:
-            return " The ranges over seeds do not overlap."
-        return " The ranges over seeds overlap, so the difference may be chance."
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arm:
-    """The runs of one arm, one a seed."""
+    """The runs of one arm, one a seed, and their rows of `run_frame`."""
 
     runs: tuple[RunResult, ...]
+    rows: pd.DataFrame
 
     @property
     def name(self) -> str:
@@ -72,73 +55,100 @@ class Arm:
         """The settings of the arm, which all its runs share."""
         return self.runs[0].config
 
-    @property
-    def experts(self) -> str:
-        """How many experts a token runs through in use."""
-        moe = self.config.moe
-        return f"{moe.top_k} of {moe.experts} experts"
+    def measure(self, column: str) -> Measure | None:
+        """A column of `run_frame` over the seeds, None if one of them lacks it."""
+        return measure_of(self.rows[column])
 
-    def measure(self, get: Callable[[RunResult], float | None]) -> Measure | None:
-        """A number of every run, None if one of them lacks it."""
-        values = [value for run in self.runs if (value := get(run)) is not None]
-        return Measure(tuple(values)) if len(values) == len(self.runs) else None
-
-    def measured(self, get: Callable[[RunResult], float]) -> Measure:
-        """A number that every run has."""
-        return Measure(tuple(get(run) for run in self.runs))
+    def over(self, get: Callable[[RunResult], float | None]) -> Measure | None:
+        """Another number of every run, None if one of them lacks it."""
+        return measure_of([get(run) for run in self.runs])
 
 
-def dense_peer(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The dense arm of the same model and data that trained for all its steps."""
-    return next((other for other in peers(arm, arms, "dense") if other.config.match_flops_of_arm is None), None)
-
-
-def peers(arm: Arm, arms: Sequence[Arm], *methods: Method) -> list[Arm]:
-    """Arms of those methods with the same model and data: only these can be compared."""
-    return [
-        other
-        for other in arms
-        if other.method in methods and other.config.model == arm.config.model and other.config.data == arm.config.data
-    ]
-
-
-def of_methods(arms: Sequence[Arm], *methods: Method) -> list[Arm]:
-    return [arm for arm in arms if arm.method in methods]
-
-
-def flops(arm: Arm) -> Measure:
-    """FLOPs spent in training, those of the run that it starts from included."""
-    return arm.measured(lambda run: run.total.flops)
-
-
-def seconds(arm: Arm) -> Measure:
-    """Wall-clock seconds of training, those of the run that it starts from included."""
-    return arm.measured(lambda run: run.total.seconds)
-
-
-def in_dense_mode(arm: Arm) -> Measure | None:
-    """Perplexity in dense mode."""
-    return arm.measure(lambda run: run.ppl_dense)
-
-
-def in_sparse_mode(arm: Arm) -> Measure | None:
-    """Perplexity in sparse mode with the arm's k."""
-    return arm.measure(lambda run: run.ppl_sparse)
-
-
-def dynamic_k(arm: Arm) -> list[tuple[Measure, Measure]]:
-    """The mean number of experts and the perplexity at each threshold, where tokens take as many as matter."""
-    points = zip(*(run.evaluation.threshold_curve for run in arm.runs), strict=True)
-    return [
-        (Measure(tuple(k for _, k, _ in point)), Measure(tuple(perplexity(loss) for _, _, loss in point)))
-        for point in points
-    ]
+def measure_of(values: "Sequence[float | None] | pd.Series[float]") -> Measure | None:
+    """None if there is no value, or if one of them is missing."""
+    present = [float(value) for value in values if value is not None]
+    return Measure(tuple(present)) if present and len(present) == len(values) else None
 
 
 def arms_of(results: Sequence[RunResult]) -> list[Arm]:
     """The arms, in the order they first appear."""
-    return [Arm(tuple(runs)) for runs in by_arm(results).values()]
+    frame = run_frame(results)
+    return [Arm(tuple(runs), frame[frame["arm"] == name]) for name, runs in by_arm(results).items()]
 
 
-def run_names(*arms: Arm) -> tuple[str, ...]:
-    return tuple(run.name for arm in arms for run in arm.runs)
+def dense_peer(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The dense arm of the same model and data that trained for all its steps."""
+    for other in arms:
+        same = other.config.model == arm.config.model and other.config.data == arm.config.data
+        if same and other.method == "dense" and other.config.match_flops_of_arm is None:
+            return other
+    return None
+
+
+def reference_arm(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The dense arm that an arm is compared with: of the same model; for one that matches an arm's FLOPs that arm's."""
+    matched = next((other for other in arms if other.name == arm.config.match_flops_of_arm), None)
+    return dense_peer(arm, arms) or (None if matched is None else dense_peer(matched, arms))
+
+
+def cell(measure: Measure | None, write: "Callable[[float], str] | None" = None) -> str:
+    """A cell of a table: the mean, and the range if the seeds differ in what is written; a dash for none."""
+    if measure is None:
+        return "-"
+    write = write or number
+    low, high = write(measure.low), write(measure.high)
+    return low if low == high else f"{write(measure.mean)} ({low} to {high})"
+
+
+def scaled(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.23 G."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g} {unit}".strip()
+    power = min(max(int(math.log10(abs(value)) // 3), 0), len(PREFIXES) - 1)
+    mantissa = value / 1000.0**power
+    # 999.7 rounds to 1000: one prefix further.
+    if round(abs(mantissa)) >= 1000 and power + 1 < len(PREFIXES):
+        mantissa, power = mantissa / 1000, power + 1
+    return f"{digits(mantissa)} {PREFIXES[power]}{unit}".strip()
+
+
+def digits(value: float) -> str:
+    """About three digits that matter, without an exponent."""
+    if not math.isfinite(value):
+        return f"{value:g}"
+    size = abs(value)
+    return f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"
+
+
+def number(value: float | None) -> str:
+    """Perplexities in tables: two decimals, fewer once they are large; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * fraction:.1f}%"
+
+
+def change(fraction: float) -> str:
+    """A relative difference in per cent, with its sign; no sign where it rounds to nothing."""
+    return f"{100 * fraction:+.1f}%".replace("+0.0%", "0.0%").replace("-0.0%", "0.0%")
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def listed(items: Sequence[str]) -> str:
+    """a, b and c."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def shortened(text: str, most: int = 32) -> str:
+    """A name that fits beside a figure: the middle of a long one is left out, for names differ at their ends."""
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"

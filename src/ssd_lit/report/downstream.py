@@ -8,11 +8,9 @@ from typing import Any
 import pandas as pd
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.glue import TASKS
-from ssd_lit.report.analyses import RUN
-from ssd_lit.report.arms import Measure
-from ssd_lit.report.formatting import percent
-from ssd_lit.report.runs import RunResult
+from ssd_lit.data.benchmarks import TASKS
+from ssd_lit.report.arms import Measure, cell, measure_of, percent
+from ssd_lit.report.results import RUN, RunResult
 from ssd_lit.support.files import read_json_checked, write_text
 
 METRICS = {"accuracy": "accuracy", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
@@ -70,15 +68,15 @@ def scores(results: Sequence[RunResult], benchmark: str) -> pd.DataFrame:
 
 def baselines(results: Sequence[RunResult]) -> dict[tuple[str, str], float]:
     """What the commonest class scores on each task of GLUE, by task and metric."""
-    known = {task: one for found in _all(results, "glue") for task, one in found["baseline"].items()}
-    return {(task, metric): value for task, one in known.items() for metric, value in one.items()}
+    by_task = {task: scored for content in _all(results, "glue") for task, scored in content["baseline"].items()}
+    return {(task, metric): value for task, scored in by_task.items() for metric, value in scored.items()}
 
 
 def parts(table: pd.DataFrame) -> list[tuple[str, str]]:
     """The (part, metric) pairs of a table of scores: tasks in their order, or fields as they come."""
-    found = list(table[["part", "metric"]].drop_duplicates().itertuples(index=False, name=None))
-    order = [*TASKS]
-    return sorted(found, key=lambda one: (order.index(one[0]) if one[0] in order else 0, [*METRICS].index(one[1])))
+    pairs = table[["part", "metric"]].drop_duplicates().itertuples(index=False, name=None)
+    tasks, metrics = list(TASKS), list(METRICS)
+    return sorted(pairs, key=lambda pair: (tasks.index(pair[0]) if pair[0] in tasks else 0, metrics.index(pair[1])))
 
 
 def part_name(part: str) -> str:
@@ -92,10 +90,10 @@ def glue_table(results: Sequence[RunResult]) -> ScoreTable | None:
     if table.empty:
         return None
     known, columns = baselines(results), parts(table)
-    first: Row = ("-", "-"), [_percent(known[one]) for one in columns]
+    first: Row = ("-", "-"), [_percent(known[column]) for column in columns]
     headings = [f"{part_name(part)}, {METRICS[metric]}" for part, metric in columns]
-    counts = [one for found in _all(results, "glue") for one in found["examples"].values()]
-    remark = _cut(sum(one["cut"] for one in counts), sum(one["train"] + one["dev"] for one in counts), "examples")
+    counts = [of_task for content in _all(results, "glue") for of_task in content["examples"].values()]
+    remark = _cut([count["cut"] for count in counts], [count["train"] + count["dev"] for count in counts], "examples")
     return ScoreTable(headings, [("Commonest class", [first]), *_arms(results, table, columns, "glue")], remark)
 
 
@@ -105,36 +103,37 @@ def blimp_table(results: Sequence[RunResult]) -> ScoreTable | None:
     if table.empty:
         return None
     columns = parts(table)
-    counts = [one for found in _all(results, "blimp") for one in found["scores"]]
-    remark = _cut(sum(one["cut"] for one in counts), sum(one["pairs"] for one in counts), "pairs")
+    sets = [scored for content in _all(results, "blimp") for scored in content["scores"]]
+    remark = _cut([scored["cut"] for scored in sets], [scored["pairs"] for scored in sets], "pairs")
     return ScoreTable([part_name(part) for part, _ in columns], _arms(results, table, columns, "blimp"), remark)
 
 
 def measure(table: pd.DataFrame, arm: str, mode: str, part: str, metric: str) -> Measure | None:
     """The scores of an arm over all its seeds; None if it has none."""
-    mine = table[(table["arm"] == arm) & (table["mode"] == mode) & (table["part"] == part)]
-    values = tuple(float(value) for value in mine[mine["metric"] == metric]["value"])
-    return Measure(values) if values else None
+    rows = table[(table["arm"] == arm) & (table["mode"] == mode) & (table["part"] == part)]
+    return measure_of(rows[rows["metric"] == metric]["value"])
 
 
 def _arms(
     results: Sequence[RunResult], table: pd.DataFrame, columns: Sequence[tuple[str, str]], benchmark: str
 ) -> list[tuple[str, list[Row]]]:
-    found = []
+    arms = []
     for arm, label in {result.arm: result.label for result in results}.items():
         rows: list[Row] = []
         for mode, names in MODES[benchmark].items():
-            cells = [measure(table, arm, mode, *column) for column in columns]
-            if any(cell is not None for cell in cells):
-                rows.append((names, ["-" if cell is None else cell.text(_percent) for cell in cells]))
+            measured = [measure(table, arm, mode, *column) for column in columns]
+            if any(measured):
+                rows.append((names, [cell(score, _percent) for score in measured]))
         if rows:
-            found.append((label, rows))
-    return found
+            arms.append((label, rows))
+    return arms
 
 
-def _cut(count: int, whole: int, what: str) -> str:
+def _cut(cut: Sequence[int], of: Sequence[int], what: str) -> str:
     """A sentence on texts that were longer than the models read; empty if there were none."""
-    return f"{percent(count / whole)} of the {what} were longer than the model reads, and were cut." if count else ""
+    if not sum(cut):
+        return ""
+    return f"{percent(sum(cut) / sum(of))} of the {what} were longer than the model reads, and were cut."
 
 
 def _percent(value: float) -> str:
@@ -149,23 +148,23 @@ def _tried(result: RunResult) -> bool:
 
 def _all(results: Sequence[RunResult], benchmark: str) -> list[dict[str, Any]]:
     """What every run found on the benchmark that was tried on it."""
-    found = [_read(result.folder)[benchmark] for result in filter(_tried, results)]
-    return [one for one in found if one is not None]
+    contents = [_read(result.folder)[benchmark] for result in filter(_tried, results)]
+    return [content for content in contents if content is not None]
 
 
 def _read(run_dir: Path) -> dict[str, Any]:
     return read_json_checked(run_dir / "downstream" / "downstream.json")
 
 
-def _rows(run: RunConfig, found: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(run: RunConfig, content: dict[str, Any]) -> list[dict[str, Any]]:
     """All scores of a run as rows of downstream.csv; a cell that does not apply is left out."""
-    mine: dict[str, Any] = {"run": run.name, "arm": run.arm, "method": run.method, "seed": run.seed}
+    names: dict[str, Any] = {"run": run.name, "arm": run.arm, "method": run.method, "seed": run.seed}
     glue = [
-        {"benchmark": "glue", "tuning_seed": one["seed"], **{key: one[key] for key in one if key != "seed"}, **mine}
-        for one in (found["glue"] or {"scores": []})["scores"]
+        {**scored, "benchmark": "glue", "tuning_seed": scored["seed"], **names}
+        for scored in (content["glue"] or {"scores": []})["scores"]
     ]
     blimp = [
-        {"benchmark": "blimp", "task": one["set"], **{key: one[key] for key in ("field", "mode", "accuracy")}, **mine}
-        for one in (found["blimp"] or {"scores": []})["scores"]
+        {**scored, "benchmark": "blimp", "task": scored["set"], **names}
+        for scored in (content["blimp"] or {"scores": []})["scores"]
     ]
     return glue + blimp

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from ssd_lit.config import Experiment, cells
-from ssd_lit.report.arms import Arm, Measure, arms_of
-from ssd_lit.report.formatting import digits, number, percent
-from ssd_lit.report.runs import RunResult
+from ssd_lit.report.arms import Arm, Measure, arms_of, cell, digits, measure_of, number, percent
+from ssd_lit.report.results import RunResult
 from ssd_lit.report.settings import shown
 
 
@@ -37,30 +36,22 @@ class Grid:
     """The experiment's dense arm."""
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """A number of a run that the page shows: its heading, its column in the CSV, and how it is written."""
+class Quantity(NamedTuple):
+    """A number that the page shows: its heading, its column in the CSV, its column of `_rows`, how it is written."""
 
     title: str
     column: str
-    get: Callable[[RunResult, Arm | None], float | None]
+    source: str
     write: Callable[[float], str]
 
 
-def _relative_flops(run: RunResult, reference: Arm | None) -> float | None:
-    """Training FLOPs as a share of the dense arm's mean."""
-    if reference is None:
-        return None
-    return run.total.flops / reference.measured(lambda other: other.total.flops).mean
-
-
 QUANTITIES = (
-    Quantity("perplexity, dense mode", "perplexity_dense", lambda run, _: run.ppl_dense, number),
-    Quantity("perplexity, sparse mode", "perplexity_sparse", lambda run, _: run.ppl_sparse, number),
-    Quantity("sparse steps", "sparse_fraction", lambda run, _: run.sparse_fraction, percent),
-    Quantity("FLOPs, relative to dense", "relative_flops", _relative_flops, percent),
-    Quantity("active neurons", "active_neurons", lambda run, _: run.evaluation.active_neurons, digits),
-    Quantity("routing recall", "routing_recall", lambda run, _: run.recall, percent),
+    Quantity("perplexity, dense mode", "perplexity_dense", "val_ppl_dense", number),
+    Quantity("perplexity, sparse mode", "perplexity_sparse", "val_ppl_sparse", number),
+    Quantity("sparse steps", "sparse_fraction", "sparse_fraction", percent),
+    Quantity("FLOPs, relative to dense", "relative_flops", "relative_flops", percent),
+    Quantity("active neurons", "active_neurons", "active_neurons", digits),
+    Quantity("routing recall", "routing_recall", "routing_recall", percent),
 )
 
 
@@ -77,8 +68,8 @@ def grids(experiment: Experiment, results: Sequence[RunResult]) -> list[Grid]:
 def _grid(name: str, label: str, settings: Mapping[str, tuple[Any, dict[str, Any]]], arms: Mapping[str, Arm]) -> Grid:
     """The grid of an arm, from the settings that tell each of its cells apart."""
     keys = tuple(next(iter(settings.values()))[1])
-    values = [_distinct([told[key] for _, told in settings.values()]) for key in keys]
-    members = tuple(Cell(tuple(shown(told[key]) for key in keys), arms[cell]) for cell, (_, told) in settings.items())
+    values = [_distinct([values[key] for _, values in settings.values()]) for key in keys]
+    members = tuple(Cell(tuple(shown(own[key]) for key in keys), arms[name]) for name, (_, own) in settings.items())
     return Grid(
         name,
         label,
@@ -97,37 +88,38 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 
 def measured(grid: Grid, arm: Arm, quantity: Quantity) -> Measure | None:
     """A number of the page over the seeds of an arm; None where it does not apply."""
-    return arm.measure(lambda run: quantity.get(run, grid.reference))
+    return measure_of(_rows(grid, arm)[quantity.source])
 
 
 def page(grid: Grid) -> list[tuple[Arm, tuple[str, ...], list[str]]]:
-    """The rows of the page's table, the dense arm first: arm, its values, and every quantity in words."""
-    rows = [(cell.arm, cell.values) for cell in grid.cells]
+    """The rows of the page's table, the dense arm first: arm, its values, and every quantity as it is written."""
+    rows = [(member.arm, member.values) for member in grid.cells]
     if grid.reference is not None:
         rows.insert(0, (grid.reference, ("",) * len(grid.keys)))
-    return [(arm, values, [_told(measured(grid, arm, one), one) for one in QUANTITIES]) for arm, values in rows]
+    return [
+        (arm, values, [cell(measured(grid, arm, quantity), quantity.write) for quantity in QUANTITIES])
+        for arm, values in rows
+    ]
 
 
 def table(grid: Grid) -> pd.DataFrame:
     """One row a run, those of the dense arm last; a cell that does not apply stays empty."""
-    rows = [(cell.values, run) for cell in grid.cells for run in cell.arm.runs]
+    rows = [(member.values, member.arm) for member in grid.cells]
     if grid.reference is not None:
-        rows += [(("",) * len(grid.keys), run) for run in grid.reference.runs]
-    return pd.DataFrame(
-        [
-            {
-                "run": run.name,
-                "arm": run.arm,
-                "seed": run.config.seed,
-                **dict(zip(grid.keys, values, strict=True)),
-                "experts": run.evaluation.experts,
-                "top_k": run.evaluation.top_k,
-                "train_flops": run.total.flops,
-                **{one.column: one.get(run, grid.reference) for one in QUANTITIES},
-            }
-            for values, run in rows
-        ]
-    ).astype({"experts": "Int64", "top_k": "Int64"})
+        rows.append((("",) * len(grid.keys), grid.reference))
+    parts = [_rows(grid, arm).assign(**dict(zip(grid.keys, values, strict=True))) for values, arm in rows]
+    columns = ["run", "arm", "seed", *grid.keys, "experts", "top_k", "train_flops"]
+    whole = pd.concat(parts)[[*columns, *(quantity.source for quantity in QUANTITIES)]]
+    whole.columns = pd.Index([*columns, *(quantity.column for quantity in QUANTITIES)])
+    numbers = {quantity.column: float for quantity in QUANTITIES}
+    return whole.astype({**numbers, "seed": int, "experts": "Int64", "top_k": "Int64"})
+
+
+def _rows(grid: Grid, arm: Arm) -> pd.DataFrame:
+    """The arm's rows of `run_frame`, with training FLOPs as a fraction of the dense arm's mean."""
+    dense = None if grid.reference is None else grid.reference.measure("train_flops")
+    flops = None if dense is None else arm.rows["train_flops"] / dense.mean
+    return arm.rows.assign(relative_flops=flops)
 
 
 def _reference(cell: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -136,10 +128,6 @@ def _reference(cell: Arm, arms: Sequence[Arm]) -> Arm | None:
     dense = [arm for arm in dense if not arm.runs[0].is_cell and arm.config.model.family == cell.config.model.family]
     dense.sort(key=lambda arm: arm.config.model != cell.config.model)
     return dense[0] if dense else None
-
-
-def _told(measure: Measure | None, quantity: Quantity) -> str:
-    return "-" if measure is None else measure.text(quantity.write)
 
 
 def _is_number(value: object) -> bool:

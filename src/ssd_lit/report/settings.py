@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssd_lit.config import RunConfig, Section
-from ssd_lit.report.runs import RunResult, by_arm
+from ssd_lit.report.results import RunResult, by_arm
 
 SECTIONS = ("model", "moe", "optim", "training", "switching")
 AFTERWARDS = frozenset(f"moe.{key}" for key in ("posthoc_router", "router_hidden", "router_steps", "router_lr"))
@@ -30,28 +30,26 @@ def settings(results: Sequence[RunResult]) -> list[Setting]:
     """Every setting of every section; seeds of an arm share theirs."""
     configs = [runs[0].config for runs in by_arm(results).values()]
     return [
-        Setting(f"{section}.{key}", meaning, tuple(shown(getattr(getattr(one, section), key)) for one in configs))
+        Setting(f"{section}.{key}", meaning, tuple(shown(getattr(getattr(config, section), key)) for config in configs))
         for section in SECTIONS
         for key, meaning in _meanings(section).items()
     ]
 
 
-def differences(one: RunConfig, other: RunConfig) -> dict[str, tuple[str, str]]:
-    """The settings in which two runs differ, by dotted key: the value in one, the value in the other."""
-    found = {}
-    for section in SECTIONS:
-        mine, theirs = getattr(one, section), getattr(other, section)
-        for key in type(mine).model_fields:
-            values = getattr(mine, key), getattr(theirs, key)
-            if values[0] != values[1]:
-                found[f"{section}.{key}"] = shown(values[0]), shown(values[1])
-    return found
-
-
-def alike_but(one: RunConfig, other: RunConfig, keys: Set[str]) -> bool:
+def alike_but(run: RunConfig, other: RunConfig, keys: Set[str]) -> bool:
     """Whether two runs share method, origin and every setting but those of `keys`."""
-    origins = [(run.method, run.parent_arm, run.match_flops_of_arm) for run in (one, other)]
-    return origins[0] == origins[1] and differences(one, other).keys() <= keys
+    origins = [(each.method, each.parent_arm, each.match_flops_of_arm) for each in (run, other)]
+    return origins[0] == origins[1] and differences(run, other) <= keys
+
+
+def differences(run: RunConfig, other: RunConfig) -> set[str]:
+    """The settings in which two runs differ, by dotted key."""
+    return {
+        f"{section}.{key}"
+        for section in SECTIONS
+        for key in type(getattr(run, section)).model_fields
+        if getattr(getattr(run, section), key) != getattr(getattr(other, section), key)
+    }
 
 
 def shown(value: Any) -> str:
@@ -62,7 +60,7 @@ def shown(value: Any) -> str:
         case Section():
             return shown(value.model_dump())
         case Mapping():
-            return ", ".join(f"{key} {shown(one)}" for key, one in value.items())
+            return ", ".join(f"{key} {shown(item)}" for key, item in value.items())
         case list() | tuple():
             return ", ".join(shown(item) for item in value)
         case _:

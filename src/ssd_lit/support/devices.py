@@ -1,4 +1,4 @@
-"""Which of a machine's GPUs a process takes: the one that the fewest others have taken."""
+"""Reserves GPUs for a process: those with the fewest other processes."""
 
 import os
 import tempfile
@@ -8,20 +8,18 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-
 _held: list[FileLock] = []
-"""What this process holds until it ends, however it ends."""
+"""The locks that this process holds until it ends, however it ends."""
 
 
 def reserve_gpus(count: int = 1) -> None:
-    """Let this process and its children see `count` GPUs only, for good; a second call changes nothing.
+    """Restrict this process and its children to `count` GPUs, until it ends; a second call changes nothing.
 
-    Every process of this user that calls it holds a place on each GPU it takes, and takes those on which the fewest
-    places are held: four runs on two GPUs are two and two, whoever starts them. Of GPUs that a scheduler has chosen,
-    only those are taken. Must come before anything else asks for a GPU. Leaves a machine with no more than `count`
-    GPUs as it is.
+    Takes the GPUs on which the fewest processes of this user hold a place, and holds a place on each: four runs on two
+    GPUs are two on each, whoever starts them. Stays within the GPUs that a scheduler has chosen. Must be called before
+    any GPU is used. Has no effect on a machine with at most `count` GPUs.
     """
-    # Imported late, as by all stages; asks the driver's library, and begins nothing on a GPU.
+    # Imported late, because it takes seconds. The count comes from the driver's library and initialises no GPU.
     import torch
 
     if _held or torch.cuda.device_count() <= count:
@@ -39,7 +37,7 @@ def reserve_gpus(count: int = 1) -> None:
 
 
 class _Places(NamedTuple):
-    """The places on a GPU: how many are held, and the first that is not."""
+    """The number of places held on a GPU, and its first free place."""
 
     held: int
     first: FileLock
@@ -47,9 +45,9 @@ class _Places(NamedTuple):
 
 def _free_places(gpu: Path) -> _Places:
     gpu.mkdir(exist_ok=True)
-    known = [FileLock(path) for path in sorted(gpu.iterdir())]
-    free = [lock for lock in known if _is_free(lock)]
-    return _Places(len(known) - len(free), free[0] if free else FileLock(gpu / f"{len(known):04d}"))
+    places = [FileLock(path) for path in sorted(gpu.iterdir())]
+    free = [lock for lock in places if _is_free(lock)]
+    return _Places(len(places) - len(free), free[0] if free else FileLock(gpu / f"{len(places):04d}"))
 
 
 def _is_free(lock: FileLock) -> bool:

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and that tell whether they still are what was written.
+"""Atomic writes of files and folders, and checksums against damage.
 
-JSON and YAML of ours end with the SHA-256 of their own content; files of another format get a digest in a sealed JSON
-that is written behind them.
+Our JSON and YAML files end with the SHA-256 of their own content; the digests of other files are in a checked JSON
+file that is written after them.
 """
 
 import errno
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "sha256"
-"""Names the digest of a file inside itself."""
+"""Key of a file's digest inside the file."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; on success it becomes `path` by rename, on failure it goes.
+    """Yield a temporary file beside `path` to write to; renames it to `path` on success, deletes it on failure.
 
     The data reaches the disk before the rename, so a crash leaves the old file or the new one, never a part. Raises
-    OSError with the name of the file where the disk takes no more.
+    OSError with the name of the file if the disk is full.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,9 +44,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` to fill with files; on success it becomes `path` by rename, on failure it goes.
+    """Yield a temporary folder beside `path` to fill; renames it to `path` on success, deletes it on failure.
 
-    Raises ValueError if there is more at `path` than an empty folder.
+    Raises ValueError if `path` exists and is not an empty folder.
     """
     path = path.resolve()
     check_unfilled(path)
@@ -65,9 +65,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def same_file(source: Path, path: Path) -> None:
-    """Make `path` a second name of `source`, whole or not at all; a copy where the disk knows no second names.
+    """Make `path` a hard link to `source`, atomically; a copy where the file system has no hard links.
 
-    For files that are never written to again, only replaced.
+    For files that are never modified, only replaced.
     """
     with whole_file(path) as part:
         part.unlink()
@@ -79,7 +79,7 @@ def same_file(source: Path, path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A full disk names no file by itself: say which one could not be written."""
+    """Add the name of the file to the OSError of a full disk, which has none."""
     try:
         yield
     except OSError as error:
@@ -89,24 +89,24 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_unfilled(path: Path) -> None:
-    """Raise ValueError if there is more at `path` than an empty folder."""
+    """Raise ValueError if `path` exists and is not an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists already; give a new folder, or remove it")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
+    """Write `text` to `path` atomically."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON to `path`, whole or not at all."""
+    """Write `value` as readable JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a file that is missing or cut short raises ValueError with its name and the remedy."""
+    """Read JSON. Raises ValueError, with its name and the remedy, for a file that is missing or cut short."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -116,12 +116,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json_checked(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as readable JSON to `path`, whole or not at all, with the digest of all of it behind it."""
+    """Write `value` as readable JSON to `path` atomically, followed by its digest."""
     write_json(path, {**value, SEAL: _digest(value)})
 
 
 def read_json_checked(path: Path) -> dict[str, Any]:
-    """The content that `write_json_checked` wrote. Raises ValueError if it is missing, or is not what was written."""
+    """The content that `write_json_checked` wrote. Raises ValueError if it is missing or damaged."""
     content = read_json(path)
     if not isinstance(content, dict) or content.pop(SEAL, None) != _digest(content):
         raise ValueError(f"{path}: damaged (its checksum does not fit); delete it and run again")
@@ -133,12 +133,12 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def with_checksum(text: str) -> str:
-    """Lines of a format whose comments begin with #, and a last one that holds the digest of those before it."""
+    """`text`, of a format with # comments, with a last line that holds its digest."""
     return f"{text}# {SEAL}: {hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def check_checksum(path: Path) -> None:
-    """Raise ValueError if a file written `with_checksum` was changed since; a missing one is for others to tell."""
+    """Raise ValueError if a file written `with_checksum` was changed since. A missing file is no error here."""
     if not path.is_file():
         return
     content = path.read_bytes().decode("utf-8", "replace")
@@ -147,25 +147,23 @@ def check_checksum(path: Path) -> None:
         raise ValueError(f"{path}: damaged (its checksum does not fit); `ssd-lit configs` or snakemake writes it anew")
 
 
-def write_if_changed(path: Path, text: str) -> bool:
-    """Write `text` unless `path` already holds it, so its modification time tells of real changes only."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return False
-    write_text(path, text)
-    return True
+def write_if_changed(path: Path, text: str) -> None:
+    """Write `text` unless `path` already holds it, to keep its modification time."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    """The hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def archive_digest(path: Path) -> str:
-    """A hexadecimal SHA-256 over the names, sizes and CRC-32s of a zip archive's records, as torch.save writes it.
+    """A hexadecimal SHA-256 over the names, sizes and CRC-32s of the records of a zip archive, as torch.save writes it.
 
-    It stands for the whole content, and costs no reading of it: ten gigabytes would take half a minute.
-    Raises ValueError if the archive's directory is damaged.
+    Represents the whole content without reading it, which would take half a minute for ten gigabytes. Raises ValueError
+    if the archive's directory is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -176,7 +174,7 @@ def archive_digest(path: Path) -> str:
 
 
 def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise ValueError, with its name, at the first file of the folder whose SHA-256 is not the given one."""
+    """Raise ValueError at the first file of the folder that is missing or whose SHA-256 is not the given one."""
     for name, expected in digests.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: not found; run the stage that writes it first")

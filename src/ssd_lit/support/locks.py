@@ -1,4 +1,4 @@
-"""One process at a time writes into a folder of results, and clears away what killed ones left there."""
+"""Exclusive lock on a results folder, which also removes the temporary files of killed processes."""
 
 import os
 import platform
@@ -12,30 +12,29 @@ from filelock import FileLock, Timeout
 
 from ssd_lit.support.files import naming
 
-FIRST_WORD, NEXT_WORD = 10.0, 60.0
-"""Seconds of waiting before a newcomer says who holds the folder, and before it says so again."""
-
+FIRST_MESSAGE, NEXT_MESSAGE = 10.0, 60.0
+"""Seconds of waiting before the first message about the holder of the folder, and between later ones."""
 _SETTINGS_AGE = 3600.0
-"""Seconds after which a part of a settings file has surely lost its writer."""
+"""Seconds after which a temporary settings file is taken for a killed process's."""
 
 
 @contextmanager
 def exclusive(folder: Path, stage: str) -> Iterator[None]:
-    """Hold the folder for `stage` against every other process that would write there; waits for one that does.
+    """Hold the lock of a folder for `stage`; waits while another process holds it.
 
-    A killed workflow may have left a stage at work. The system frees the lock of a process that has ended, however it
-    ended. What was half written then is removed; `folder`/.holder says who holds the lock, for those who wait.
+    The system frees the lock of a process that has ended, however it ended. Removes the temporary files that it left.
+    `folder`/.holder names the holder of the lock for processes that wait.
     """
     lock, holder = FileLock(folder / ".lock"), folder / ".holder"
-    wait = FIRST_WORD
+    wait = FIRST_MESSAGE
     while True:
         try:
             lock.acquire(timeout=wait)
             break
         except Timeout:
-            who = holder.read_text(encoding="utf-8").strip() if holder.exists() else ""
-            print(f"{folder}: held by {who or 'another process'}; waiting for it to end", flush=True)
-            wait = NEXT_WORD
+            name = holder.read_text(encoding="utf-8").strip() if holder.exists() else ""
+            print(f"{folder}: held by {name or 'another process'}; waiting for it to end", flush=True)
+            wait = NEXT_MESSAGE
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with naming(holder):
@@ -48,10 +47,10 @@ def exclusive(folder: Path, stage: str) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what was being written when its writer died: all writers hold the lock, but those of settings files."""
-    for place, folders, files in os.walk(folder):
+    """Remove temporary files and folders. All their writers hold the lock, except those of settings files."""
+    for parent, folders, files in os.walk(folder):
         for name in [*folders, *files]:
-            path = Path(place) / name
+            path = Path(parent) / name
             if not (name.startswith(".") and (name.endswith(".part") or name.startswith(".work."))):
                 continue
             if ".yaml." in name and not _is_old(path):
@@ -61,11 +60,11 @@ def _remove_leftovers(folder: Path) -> None:
             else:
                 path.unlink(missing_ok=True)
         # The runs of an experiment have locks of their own.
-        folders[:] = [name for name in folders if name != "runs" and (Path(place) / name).exists()]
+        folders[:] = [name for name in folders if name != "runs" and (Path(parent) / name).exists()]
 
 
 def _is_old(path: Path) -> bool:
     try:
         return time.time() - path.stat().st_mtime > _SETTINGS_AGE
     except FileNotFoundError:
-        return False  # it has become what it was to be
+        return False  # it was renamed to its final name

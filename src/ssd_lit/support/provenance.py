@@ -1,9 +1,11 @@
 """Where results come from: code, packages and machine; for a stage of a run seed, threads and data too."""
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -45,11 +47,31 @@ def provenance() -> dict[str, object]:
 
 
 def stage_provenance(config: RunConfig, tokens: str) -> dict[str, object]:
-    """The provenance of a stage of a run, which works on data with the digest `tokens`."""
+    """The provenance of a stage of a run, which works on data with the digest `tokens`.
+
+    `host` and `devices` tell, with the times of `timed`, which runs shared a device: a digest of the host's name, and
+    "cpu" or the unique ids of the GPUs.
+    """
     import torch
 
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {**provenance(), "gpus": gpus, "threads": torch.get_num_threads(), "seed": config.seed, "tokens": tokens}
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        **provenance(),
+        "gpus": [gpu.name for gpu in gpus],
+        "host": hashlib.sha256(platform.node().encode()).hexdigest()[:16],
+        "devices": [str(gpu.uuid) for gpu in gpus] or ["cpu"],
+        "threads": torch.get_num_threads(),
+        "seed": config.seed,
+        "tokens": tokens,
+    }
+
+
+def timed(provenance: Mapping[str, object], began: float | None) -> dict[str, object]:
+    """The provenance of work that ends now, with its start and end in UNIX seconds.
+
+    None for a start says that part of the work was done earlier, by a process that was interrupted.
+    """
+    return {**provenance, "began": began, "ended": time.time()}
 
 
 def processor() -> str:

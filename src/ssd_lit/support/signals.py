@@ -1,4 +1,4 @@
-"""The signals by which a scheduler or a person asks a stage to end: SIGTERM, SIGUSR1, and SIGINT, which is Ctrl-C."""
+"""Handling of the signals that stop a stage: SIGTERM, SIGUSR1 and SIGINT (Ctrl-C)."""
 
 import os
 import signal
@@ -6,20 +6,18 @@ import threading
 from types import FrameType
 
 STATUS = 75
-"""Exit status of a stage that was stopped: EX_TEMPFAIL, "try again". No other end has it."""
-
+"""Exit status of a stage that was stopped, and of no other: EX_TEMPFAIL, "try again"."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
 _IMPORT_SECONDS = 0.05
-"""After so long a signal that came during an import is sent again."""
+"""Delay after which a signal that came during an import is sent again."""
 
 
 class Preempted(BaseException):
-    """The stage ends because it was asked to. Not an Exception: nobody on the way may take it for an error."""
+    """The stage was stopped by a signal. Not an Exception, so that no handler of errors catches it."""
 
 
 class _Request:
-    """What was asked, and whether to obey at once."""
+    """The signal that came, if any, and whether the reaction to it is deferred."""
 
     signal: str | None = None
     deferred: bool = False
@@ -29,47 +27,47 @@ _request = _Request()
 
 
 def raise_on_signal() -> None:
-    """From now on the first such signal raises `Preempted` where the process stands; any more change nothing.
+    """From now on the first signal raises `Preempted` at once; later ones have no effect.
 
-    One that comes while a module is imported waits until it is. Raises `Preempted` at once if a signal came while they
-    were deferred.
+    During the import of a module it raises after the import. Raises `Preempted` immediately if a signal came while
+    signals were deferred.
     """
     _request.deferred = False
-    _listen()
+    _install_handlers()
     if _request.signal is not None:
         raise Preempted(_request.signal)
 
 
 def defer() -> None:
-    """From now on such a signal is kept for those who ask `pending()`, and end where nothing is half done."""
+    """From now on a signal is only recorded, for `pending()`, so that the caller can stop at a safe point."""
     _request.deferred = True
-    _listen()
+    _install_handlers()
 
 
 def ignore(_: int) -> None:
-    """For processes that read data (the argument is their number): the stage that they read for ends them."""
+    """Ignore the signals in a data worker, which its stage ends; the argument is the worker's index."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def pending() -> str | None:
-    """The name of the signal that asked this process to end, if one did."""
+    """The name of the signal that came, if any."""
     return _request.signal
 
 
-def _listen() -> None:
+def _install_handlers() -> None:
     for number in _SIGNALS:
-        signal.signal(number, _hear)
+        signal.signal(number, _handle)
 
 
-def _hear(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     if _request.signal is not None:
         return
     if not _request.deferred and _is_importing(frame):
-        # An extension module that is left half way through its import can bring the interpreter down.
-        again = threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        # Interrupting the import of an extension module can crash the interpreter.
+        timer = threading.Timer(_IMPORT_SECONDS, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
         return
     _request.signal = signal.Signals(number).name
     if not _request.deferred:

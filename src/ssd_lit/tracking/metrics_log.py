@@ -1,6 +1,6 @@
-"""The points of a run's curves, in a file that only grows: the record that MLflow and the report are fed from.
+"""metrics.jsonl, the points of a run's curves in an append-only file, from which MLflow and the report are fed.
 
-metrics.jsonl holds lines {"step", "time", "values"}: optimiser step, milliseconds since 1970, names to numbers.
+Each line is {"step", "time", "values"}: optimiser step, milliseconds since 1970, names to numbers.
 """
 
 import json
@@ -15,36 +15,36 @@ from ssd_lit.support.files import naming, write_text
 class MetricsLog:
     """Appends points to a run's metrics.jsonl.
 
-    Steps that are trained again after an interruption bring the same points again; a name already recorded at a
-    step is left out.
+    Steps that are trained again after an interruption log the same points again; a name already recorded at a step is
+    skipped.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = _whole_lines(path)
         if path.exists() and path.stat().st_size != sum(map(len, lines)):
-            # A kill cut the last line short; nothing may be appended to half a line.
+            # A kill cut the last line short; remove it before appending.
             write_text(path, b"".join(lines).decode())
-        self._seen = {(name, point["step"]) for point in map(json.loads, lines) for name in point["values"]}
+        self._recorded = {(name, point["step"]) for point in map(json.loads, lines) for name in point["values"]}
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values at a step."""
-        fresh = {name: float(value) for name, value in values.items() if (name, step) not in self._seen}
+        fresh = {name: float(value) for name, value in values.items() if (name, step) not in self._recorded}
         if not fresh:
             return
-        self._seen.update((name, step) for name in fresh)
+        self._recorded.update((name, step) for name in fresh)
         with naming(Path(self._file.name)):
             self._file.write(json.dumps({"step": step, "time": time.time_ns() // 1_000_000, "values": fresh}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        with naming(Path(self._file.name)):  # what a full disk did not take is tried again
+        with naming(Path(self._file.name)):  # closing retries a write that failed on a full disk
             self._file.close()
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves of a run: name to (step, value), by step. Raises ValueError if there is no such file."""
+    """The curves of a run: name to (step, value) pairs, by step. Raises ValueError if the file is missing."""
     if not path.exists():
         raise ValueError(f"{path}: not found; run the stage that writes it first")
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -56,7 +56,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def points_from(path: Path, offset: int, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
-    """The points behind a byte offset, and the offset behind them; all, or those of the first `most` values.
+    """The points after a byte offset, up to `most` values, and the offset after them.
 
     At least one point if there is one, however many values it has.
     """
@@ -79,7 +79,7 @@ def points_from(path: Path, offset: int, most: int | None = None) -> tuple[list[
 
 
 def drop_points_after(path: Path, step: int) -> bool:
-    """Drop all points beyond a step, which is about to be trained on from anew; says whether there were any."""
+    """Drop all points after a step; returns whether there were any."""
     lines = _whole_lines(path)
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     if len(kept) == len(lines):

@@ -1,4 +1,4 @@
-"""mlflow.json of a run: what MLflow has been told, what it is still to hear, and how the run is found there again."""
+"""mlflow.json of a run: what has been sent to MLflow, what is still to be sent, and the run's key and ids there."""
 
 import threading
 import time
@@ -17,30 +17,29 @@ class Record:
     """The content of mlflow.json."""
 
     key: str
-    """The tag by which the run is found again; written here before the run is made."""
+    """Tag that identifies the MLflow run; written here before the run is created."""
     run_id: str | None = None
     sent: int = 0
-    """Bytes of metrics.jsonl whose points have arrived."""
+    """Bytes of metrics.jsonl whose points have been sent."""
     stages: dict[str, str] = field(default_factory=dict)
     """Ids of the stages' child runs."""
     superseded: list[str] = field(default_factory=list)
     """Ids of runs that this one replaces."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Those of the run, as of its latest stage."""
+    """Tags of the run, as of its latest stage."""
     data_digest: str = ""
     ended: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What stages came to that MLflow does not know yet: status, time (ms since 1970), metrics, tags, run_step."""
+    """Results of stages that are not sent yet: status, time (ms since 1970), metrics, tags, run_step."""
 
 
 class Spool:
-    """The record of one run and its points. Two threads may work with it: what one has written, the other keeps."""
+    """The record of one run and its points; thread-safe."""
 
     def __init__(self, run_dir: Path):
         self.points = run_dir / "metrics.jsonl"
         self._path = run_dir / "mlflow.json"
         self._lock = threading.RLock()
-        known = read_json(self._path) if self._path.exists() else {"key": uuid.uuid4().hex}
-        self.record = Record(**known)
+        self.record = Record(**(read_json(self._path) if self._path.exists() else {"key": uuid.uuid4().hex}))
 
     @staticmethod
     def exists(run_dir: Path) -> bool:
@@ -52,10 +51,10 @@ class Spool:
         with self._lock:
             for name, value in changes.items():
                 setattr(self.record, name, value)
-            self._save()
+            write_json(self._path, asdict(self.record))
 
     def supersede(self, kept: Collection[str]) -> None:
-        """Begin a new run, which takes over the stages that are `kept`."""
+        """Replace the MLflow run by a new one, which takes over the stages that are `kept`."""
         with self._lock:
             old = self.record
             self.update(
@@ -68,24 +67,21 @@ class Spool:
     def end(
         self, stage: str, status: str, metrics: Mapping[str, float], tags: Mapping[str, str], run_step: int | None
     ) -> None:
-        """Keep what a stage came to; with `run_step` its metrics are those of the run at that step as well."""
+        """Record the results of a stage; with `run_step` its metrics are also logged to the run at that step."""
         now = time.time_ns() // 1_000_000
         ending = {"status": status, "time": now, "metrics": dict(metrics), "tags": dict(tags), "run_step": run_step}
         with self._lock:
             self.update(ended={**self.record.ended, stage: ending})
 
     def told(self, stage: str) -> None:
-        """Forget the ending of a stage, which has arrived."""
+        """Remove the results of a stage after they were sent."""
         with self._lock:
             self.update(ended={name: ending for name, ending in self.record.ended.items() if name != stage})
 
     def waiting(self) -> str | None:
-        """What has not arrived yet, in words; None if all has."""
+        """A description of what is not sent yet; None if all is."""
         points, _ = points_from(self.points, self.record.sent)
         count = sum(len(point["values"]) for point in points)
         if count:
             return f"{count:,} points"
-        return "the end of a stage" if self.record.ended or self.record.superseded else None
-
-    def _save(self) -> None:
-        write_json(self._path, asdict(self.record))
+        return "results of a stage" if self.record.ended or self.record.superseded else None

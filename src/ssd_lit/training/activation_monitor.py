@@ -1,5 +1,7 @@
-"""How many neurons fire and which experts work, while training goes on."""
+"""Active neurons and expert load, monitored during training."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,21 +14,68 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback
-from ssd_lit.training.routing_watch import RoutingWatch
 from ssd_lit.training.schedule import Phase
 
+log = logging.getLogger(__name__)
+
+WINDOW = 10
+"""Measurements of the experts' load that are averaged."""
+COLLAPSED = 0.1
+"""Routing has collapsed if it uses less than this fraction of the experts beyond the top_k that it must use."""
+
+
+class RoutingWatch:
+    """Warns of dead experts and of collapsed routing, once for each layer and phase.
+
+    An expert is dead if no token chose it in a whole window. The number of experts in use is the exponential of the
+    load's entropy: E for an even load, K if all tokens choose the same K.
+    """
+
+    def __init__(self, title: str):
+        self._title = title
+        self._loads: list[Tensor] = []
+        self._warned: dict[str, set[int]] = {"dead": set(), "collapsed": set()}
+
+    def update(self, load: Tensor, top_k: int) -> None:
+        """Add one measurement of the load [L, E], on the CPU: the fraction of tokens that chose each expert."""
+        self._loads.append(load)
+        if len(self._loads) == WINDOW:
+            self.close(top_k)
+
+    def close(self, top_k: int) -> None:
+        """Check the loads since the last window, which may be fewer than a window at the end of a phase."""
+        if not self._loads:
+            return
+        load = torch.stack(self._loads).double().mean(dim=0)  # [L, E]
+        self._loads = []
+        experts = load.shape[1]
+        dead = (load == 0).sum(dim=1).tolist()
+        fraction = load / load.sum(dim=1, keepdim=True)
+        used = (-torch.special.xlogy(fraction, fraction).sum(dim=1)).exp().tolist()
+        self._warn("dead", dead, [bool(n) for n in dead], f"of {experts} experts no token chose")
+        floor = top_k + COLLAPSED * (experts - top_k)
+        low = [top_k < experts and n < floor for n in used]
+        self._warn("collapsed", used, low, f"routing has collapsed: of {experts} experts it uses")
+
+    def _warn(self, kind: str, values: Sequence[float], alarm: Sequence[bool], text: str) -> None:
+        layers = [layer for layer, bad in enumerate(alarm) if bad and layer not in self._warned[kind]]
+        if layers:
+            self._warned[kind].update(layers)
+            numbers = ", ".join(f"{values[layer]:.3g} in layer {layer}" for layer in layers)
+            log.warning("%s: %s %s", self._title, text, numbers)
+
+
 SEQUENCES, TOKENS = 4, 1024
-"""At most so many sequences of a batch are looked at, and of long ones no more than make so many tokens."""
+"""The most sequences and tokens of a batch that are measured; at least one sequence."""
 
 
 class ActivationMonitor(PhaseCallback):
-    """Logs, for every layer, the active-neuron ratio and in sparse mode the experts' load and its entropy.
+    """Logs every layer's active-neuron ratio and, in sparse mode, its experts' load and the load's entropy.
 
-    Taken on the first sequences of the step's batch with the weights after the step, over all processes. About a
-    thousand tokens are enough: a layer's ratio averages over them and its neurons, an expert's load over them, and only
-    an expert chosen by fewer than one token in a thousand may look dead. Sequences stay whole, because attention must
-    see what it sees in training. Stands before what waits for the device at the same steps, so that its own work is
-    queued behind the step's. Dead experts and collapsed routing are warned of.
+    Measured on the first sequences of the step's batch, with the weights after the step, over all processes. About a
+    thousand tokens are enough: only an expert chosen by fewer than one token in a thousand may look dead. Sequences
+    stay whole, so that attention has the context that it has in training. Must run before the callbacks that wait for
+    the device at the same steps, so that its work is queued right after the step's. Warns as `RoutingWatch` does.
     """
 
     def __init__(self, run: str, log_every: int):
@@ -37,20 +86,19 @@ class ActivationMonitor(PhaseCallback):
     def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         self._watch = RoutingWatch(f"{self._run} {phase.name}")
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs: Any, batch: Batch, *_: Any) -> None:  # type: ignore[override]
         if trainer.global_step % self._log_every:
             return
         ffns = module.model.ffns
         # In the precision of the training itself.
         with trainer.precision_plugin.forward_context():
-            inputs = ffn_inputs(module.model, _some_of(batch))
-            found = torch.stack([_shares(ffn, x) for ffn, x in zip(ffns, inputs, strict=True)])  # [L, 1 + E]
-        # One transfer: whatever else asked for a value would make the host wait for the device once more.
-        shares = trainer.strategy.reduce(found, reduce_op="mean").cpu()
+            count = min(SEQUENCES, max(1, TOKENS // batch["inputs"].shape[1]))
+            inputs = ffn_inputs(module.model, {name: rows[:count] for name, rows in batch.items()})
+            own = torch.stack([_fractions(ffn, x) for ffn, x in zip(ffns, inputs, strict=True)])  # [L, 1 + E]
+        # One transfer: any other read of a value would make the host wait for the device once more.
+        fractions = trainer.strategy.reduce(own, reduce_op="mean").cpu()
         values: dict[str, float] = {}
-        for layer, (ffn, (active, *_), load) in enumerate(zip(ffns, shares.tolist(), shares[:, 1:], strict=True)):
+        for layer, (ffn, (active, *_), load) in enumerate(zip(ffns, fractions.tolist(), fractions[:, 1:], strict=True)):
             values[f"activation/active_ratio/layer_{layer:02d}"] = active
             if ffn.mode == "sparse":
                 values[f"experts/load_entropy/layer_{layer:02d}"] = load_entropy(load)
@@ -60,19 +108,13 @@ class ActivationMonitor(PhaseCallback):
                 values["experts/top_k"] = ffn.top_k
         module.record(values)
         if ffns[0].mode == "sparse" and trainer.is_global_zero:
-            self._watch.update(shares[:, 1:], ffns[0].top_k)
+            self._watch.update(fractions[:, 1:], ffns[0].top_k)
 
     def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         self._watch.close(module.model.ffns[0].top_k)
 
 
-def _some_of(batch: Batch) -> Batch:
-    """The first sequences of a batch, one at least."""
-    count = min(SEQUENCES, max(1, TOKENS // batch["inputs"].shape[1]))
-    return {name: rows[:count] for name, rows in batch.items()}
-
-
-def _shares(ffn: ExpertFFN, x: Tensor) -> Tensor:
-    """For x [T, D], on its device: the share of active neurons, then in sparse mode the load [E]."""
+def _fractions(ffn: ExpertFFN, x: Tensor) -> Tensor:
+    """For x [T, D], on its device: the active-neuron ratio [1], followed in sparse mode by the load [E]."""
     active = active_neurons(ffn, x).mean(dtype=torch.float32)[None]  # converts as it sums: no copy of [T, F]
     return torch.cat([active, expert_load(ffn, x)]) if ffn.mode == "sparse" else active

@@ -1,4 +1,4 @@
-"""Checkpoints that are written beside training: a step waits for the copy to the host's memory, not for the disk."""
+"""Asynchronous checkpoints: a step waits for the copy to host memory, not for the disk."""
 
 import threading
 import time
@@ -16,32 +16,32 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from ssd_lit.config import TrainingConfig
-from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint
+from ssd_lit.paths import checkpoint_path, phase_dir, previous_checkpoint, rolling_checkpoint, snapshot_path
 from ssd_lit.records import PhaseRecord, close_stage
 from ssd_lit.run import Run
 from ssd_lit.support import signals
 from ssd_lit.support.files import whole_file
-from ssd_lit.training.checkpoint import read_checkpoint, save
+from ssd_lit.training.checkpoint import read_checkpoint, save, weights_of, write_checkpoint
 from ssd_lit.training.module import Pretraining
 
 COPIES = 2
-"""Checkpoints on their way to the disk at once: a stage that is one MoEfication saves right after another."""
+"""Checkpoints being written at once: a stage that is one MoEfication saves right after another stage."""
 
 
 class Delivery(NamedTuple):
-    """What goes with the writing of a checkpoint."""
+    """Options of writing a checkpoint."""
 
     previous: Path | None = None
-    """What becomes of the file that is replaced; None lets it go."""
+    """Where the replaced file is moved to; None deletes it."""
     done: Callable[[], None] | None = None
-    """Called when the file is there."""
+    """Called once the file is written."""
 
 
 class CheckpointWriter(TorchCheckpointIO):
     """Lightning's reader and writer of checkpoints: copies them to the host at once, and writes them in a thread.
 
-    Checkpoints reach the disk in the order in which they were given, each whole or not at all. What fails on the way is
-    raised by the next call. Reading looks at the checksums, which Lightning's own does not.
+    Checkpoints are written in the order of the calls, each atomically. The next call raises the error of a failed
+    write. Reading verifies the checksums, which Lightning does not.
     """
 
     def __init__(self) -> None:
@@ -51,14 +51,14 @@ class CheckpointWriter(TorchCheckpointIO):
 
     @property
     def is_busy(self) -> bool:
-        return any(not one.done() for one in self._writing)
+        return any(not write.done() for write in self._writing)
 
     def prepare(self, state: Iterable[Tensor], moments: Iterable[Tensor]) -> None:
-        """Get host memory, beside the training, for checkpoints of a model's state and of two moments a parameter."""
+        """Reserve host memory, in a thread, for checkpoints of a model's state and of two moments a parameter."""
         self._host.reserve([*state, *moments, *moments])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write to `path`; `storage_options` is a `Delivery`. Waits while two others are still to be written."""
+        """Write to `path`; `storage_options` is a `Delivery`. Waits while `COPIES` others are being written."""
         while len(self._writing) >= COPIES or (self._writing and self._writing[0].done()):
             self._writing.popleft().result()
         content, memory = self._host.copy_of(checkpoint)
@@ -81,7 +81,7 @@ class CheckpointWriter(TorchCheckpointIO):
         return read_checkpoint(path)
 
     def wait(self) -> None:
-        """Return when all that was given is on the disk. Raises OSError if it is not."""
+        """Return when all checkpoints are on the disk. Raises OSError if a write failed."""
         while self._writing:
             self._writing.popleft().result()
 
@@ -91,27 +91,27 @@ class CheckpointWriter(TorchCheckpointIO):
 
 
 class _HostMemory:
-    """Memory of the host for copies of checkpoints: pinned for what comes from a GPU, and used again and again."""
+    """Host memory for copies of checkpoints: pinned for tensors of a GPU, and reused."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._lock = threading.Lock()
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
-        """Pin memory for `COPIES` copies, for one where there is little; it takes a second a gigabyte."""
-        on_gpu = [one for one in tensors if one.is_cuda]
-        size = sum(one.nbytes for one in on_gpu)
+        """Pin memory for `COPIES` copies, for one where memory is short; takes a second a gigabyte."""
+        on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+        size = sum(tensor.nbytes for tensor in on_gpu)
         copies = COPIES if psutil.virtual_memory().available > 4 * size else 1
-        wanted = [(one.shape, one.dtype) for one in on_gpu] * copies
+        buffers = [(tensor.shape, tensor.dtype) for tensor in on_gpu] * copies
 
         def pin() -> None:
-            for shape, dtype in wanted:
+            for shape, dtype in buffers:
                 self._give(torch.empty(shape, dtype=dtype, pin_memory=True))
 
         threading.Thread(target=pin, name="pinning", daemon=True).start()
 
     def copy_of(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
-        """The checkpoint with all its tensors on the host, and those tensors; weights that are tied stay one."""
+        """The checkpoint with all its tensors on the host, and those tensors; tied weights stay one tensor."""
         copied: dict[Any, Tensor] = {}
 
         def copy(value: Tensor) -> Tensor:
@@ -126,18 +126,18 @@ class _HostMemory:
         return content, list(copied.values())
 
     def take_back(self, memory: Iterable[Tensor]) -> None:
-        """A copy is not needed any more."""
-        for one in memory:
-            if one.is_pinned():
-                self._give(one)
+        """Make the memory of a copy free for later ones."""
+        for tensor in memory:
+            if tensor.is_pinned():
+                self._give(tensor)
 
     def _take(self, value: Tensor) -> Tensor:
         with self._lock:
             free = self._free.get((value.shape, value.dtype))
-            kept = free.pop() if free else None
-        if kept is None:
-            kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return kept.copy_(value, non_blocking=True)
+            buffer = free.pop() if free else None
+        if buffer is None:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return buffer.copy_(value, non_blocking=True)
 
     def _give(self, memory: Tensor) -> None:
         with self._lock:
@@ -145,7 +145,7 @@ class _HostMemory:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the rolling one, those of stages, those of phases where they are kept."""
+    """The checkpoints of a run: the rolling one, those of stages, and those of phases with `keep_phases`."""
 
     def __init__(self, run: Run):
         self.writer = CheckpointWriter()
@@ -153,30 +153,28 @@ class Checkpoints:
         self.rolling = rolling_checkpoint(run.folder)
 
     def roll(self, trainer: Trainer) -> None:
-        """Save what training goes on from after an interruption; keep the one before."""
-        delivery = Delivery(previous=previous_checkpoint(self.rolling))
-        trainer.save_checkpoint(self.rolling, storage_options=delivery)
+        """Save the state that training resumes from after an interruption; keep the one before."""
+        trainer.save_checkpoint(self.rolling, storage_options=Delivery(previous=previous_checkpoint(self.rolling)))
 
     def keep_stage(self, trainer: Trainer, stage: str, record: PhaseRecord) -> None:
-        """Save the state at the end of a stage; its record is written when the file is there."""
+        """Save the state at the end of a stage, then write the stage's record."""
         delivery = Delivery(done=lambda: close_stage(self._run.folder, stage, record))
         trainer.save_checkpoint(checkpoint_path(self._run.folder, stage), storage_options=delivery)
 
     def keep_phase(self, trainer: Trainer, record: PhaseRecord) -> None:
         """Save the state at the end of a phase."""
-        path = phase_dir(self._run.folder, record.index, record.mode) / "weights.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(phase_dir(self._run.folder, record.index, record.mode) / "weights.ckpt")
 
 
 class RollingCheckpoint(Callback):
-    """Saves all state every `checkpoint_every` steps or `checkpoint_minutes`, and when a signal asks to stop.
+    """Saves all state every `checkpoint_every` steps or `checkpoint_minutes`, and on a signal to stop.
 
-    Where a validation follows the step, it saves behind it: the points of that validation are then on record, and a
-    change of phase is done. Must be the last callback, so that it saves what the others have just done. While a
-    checkpoint is still being written, the next one waits for a later step.
+    If a validation follows the step, it saves after that: the validation's points are then recorded, and a change of
+    phase is done. Must be the last callback, to save the state that the others leave. While a checkpoint is being
+    written, the next one waits for a later step.
 
-    A stop is obeyed after any step, by all processes together. Several processes agree on a stop, or on a checkpoint
-    that the clock asks for, at the steps at which they wait for each other anyway: those that are logged or validated.
+    A single process stops after any step. Several processes stop together: they agree on a stop, or on a checkpoint
+    that is due by the clock, at the steps at which they wait for each other anyway, those that are logged or validated.
     """
 
     def __init__(self, checkpoints: Checkpoints, training: TrainingConfig):
@@ -187,8 +185,8 @@ class RollingCheckpoint(Callback):
         self._overdue = False
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
-        # Takes the place of Lightning's own handler, which ends in the middle of a validation, has processes talk to
-        # each other while they may be talking already, and knows SIGUSR1 only as a wish to requeue a Slurm job.
+        # Replaces Lightning's own handler, which stops in the middle of a validation, starts a collective while another
+        # may be running, and takes SIGUSR1 for a request to requeue a Slurm job.
         signals.defer()
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
@@ -208,7 +206,9 @@ class RollingCheckpoint(Callback):
     def _close_step(self, trainer: Trainer, *, agree: bool) -> None:
         training, several = self._training, trainer.world_size > 1
         self._overdue |= trainer.global_step % training.checkpoint_every == 0
-        stop, due = signals.pending() is not None, self._overdue or self._is_late()
+        minutes = training.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        stop, due = signals.pending() is not None, self._overdue or late
         if several:
             if not agree:
                 return
@@ -218,10 +218,18 @@ class RollingCheckpoint(Callback):
             self._checkpoints.roll(trainer)
             self._saved_at, self._overdue = time.monotonic(), False
         if stop:
-            raise signals.Preempted(
-                f"{signals.pending() or 'a signal'} after step {trainer.global_step}, which is saved"
-            )
+            name = signals.pending() or "a signal"
+            raise signals.Preempted(f"{name} after step {trainer.global_step}, which is saved")
 
-    def _is_late(self) -> bool:
-        minutes = self._training.checkpoint_minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+class Snapshots(Callback):
+    """Saves the weights alone every `every` steps; steps that are trained again overwrite theirs."""
+
+    def __init__(self, run_dir: Path, every: int):
+        self._run_dir = run_dir
+        self._every = every
+
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
+        if trainer.is_global_zero and trainer.global_step % self._every == 0:
+            path = snapshot_path(self._run_dir, trainer.global_step)
+            write_checkpoint(path, {"state_dict": weights_of(module.model)})

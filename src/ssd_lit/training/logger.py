@@ -1,4 +1,4 @@
-"""Lightning's interfaces over what records the points of a run."""
+"""Lightning's logger and callback that pass metrics and stages to a recorder."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from ssd_lit.training.schedule import Phase
 
 
 class Recorder(Protocol):
-    """Keeps points of a run, and the stage that it stands in."""
+    """Records metrics of a run and its current stage."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -22,7 +22,7 @@ class Recorder(Protocol):
 
 
 class RecorderLogger(Logger):
-    """Hands metrics to a recorder, from the first process only; the others have none."""
+    """Passes metrics to a recorder, from the first process only; the others have none."""
 
     def __init__(self, recorder: Recorder | None):
         super().__init__()
@@ -38,7 +38,7 @@ class RecorderLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        # Lightning also logs what it gathers itself, such as an empty set at the end of an epoch.
+        # Lightning also logs metrics of its own, such as an empty set at the end of an epoch.
         if self._recorder is not None and metrics and step is not None:
             self._recorder.log(step, metrics)
 
@@ -48,7 +48,7 @@ class RecorderLogger(Logger):
 
 
 class StageTeller(PhaseCallback):
-    """Tells the recorder of the stage whose steps follow: one fit goes through several."""
+    """Passes the stage of the next steps to the recorder: one fit trains several stages."""
 
     def __init__(self, switch: PhaseSwitch, recorder: Recorder):
         self._method = switch.run.config.method

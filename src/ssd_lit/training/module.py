@@ -1,4 +1,4 @@
-"""The one LightningModule of all phases."""
+"""The LightningModule of all phases."""
 
 from typing import Any
 
@@ -11,24 +11,22 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.training.optim import build_optimizer, build_scheduler, leave_out_if
+from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.schedule import top_k_at
-from ssd_lit.training.update_guard import NonFiniteGuard
 from ssd_lit.training.weighted_mean import WeightedMean
 
 COMPILE_MODE = "reduce-overhead"
-"""Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and the host, launching them
-one by one, would keep the GPU waiting. Without a GPU it changes nothing."""
-
+"""Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and launching them one by one
+would keep the GPU waiting. Has no effect without a GPU."""
 LOSS_SUMS = "train_loss_sums"
-"""Key of a checkpoint: what went into the next point of the training loss, a row a process."""
+"""Checkpoint key of the sums of the training loss since its last logged point, a row a process."""
 
 
 class Pretraining(LightningModule):
     """A language model, its optimiser and its losses; the mode is set on `model` before a phase begins.
 
-    Random numbers (hidden tokens, dropout) are drawn anew for every step from (seed, step, rank), as the data is: a
-    run that was interrupted draws the same ones, on any number of processes, with nothing to save.
+    Random numbers (hidden tokens, dropout) are seeded with (seed, step, rank) at every step, as the data is: a resumed
+    run draws the same ones, on any number of processes, and a checkpoint holds no generator state.
     """
 
     def __init__(self, config: RunConfig, model: LanguageModel, objective: Objective):
@@ -41,14 +39,14 @@ class Pretraining(LightningModule):
         self._validation_loss = WeightedMean()
         self._loss = self._losses
         if config.training.compile:
-            # The loss inside the compiled region: logits of a large vocabulary need never exist as a whole.
+            # The loss is compiled too, so that the logits of a large vocabulary need not be held as a whole.
             self._loss = torch.compile(self._losses, mode=COMPILE_MODE)
-            # One graph for every k of a schedule: beyond its limit torch would go on without compiling.
+            # One graph for every k of a schedule: beyond the limit torch would run uncompiled.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, config.moe.experts + 1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """What the model is to read and to predict; the blocks' own noise in validation, fresh noise in training."""
+        """Inputs and targets of the objective; noise is fresh in training and the blocks' own in validation."""
         if self.trainer.training:
             return self._posed(batch, self.global_step)
         noise = batch.pop("noise", None)
@@ -71,15 +69,15 @@ class Pretraining(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, gate = self._loss(batch)
-        # One step without a number must not hide the loss of all others.
+        # One step that is not finite must not hide the loss of all others.
         finite = loss.detach().isfinite()
         self._train_loss.update(torch.where(finite, loss, 0.0), _targets(batch) * finite)
         total = self._total(loss, gate)
-        # A loss that is not finite makes its gradient so, in all processes, even where the gradient alone would be.
+        # A loss that is not finite gives NaN gradients in all processes.
         return total * (1.0 + 0.0 * total.detach())
 
     def run_again(self, step: int) -> Tensor:
-        """The loss of a step's batch, drawn anew, by the weights as they are; never compiled."""
+        """The loss of a step's batch, with the same random numbers and the current weights; never compiled."""
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
         self._set_top_k(step)
         return self._total(*self._losses(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)))
@@ -91,7 +89,7 @@ class Pretraining(LightningModule):
         return loss + moe.balance_weight * gate[0] + moe.z_weight * gate[1]
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The loss, and the two of a learned router."""
+        """The loss, and the two auxiliary losses of a learned router."""
         loss = self.model.loss(batch)
         return loss, self.model.gate_losses() if self.config.moe.router == "gate" else None
 
@@ -101,21 +99,21 @@ class Pretraining(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 scales none.
+        # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 has no scaling.
         assert gradient_clip_val is not None
         norm = torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
         leave_out_if(self.guard.update(norm, self.global_step), self.trainer.optimizers[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        # Lightning would keep them through the next forward pass, where memory is needed most.
+        # Lightning would keep the gradients through the next forward pass, where memory is needed most.
         self.trainer.optimizers[0].zero_grad()
 
     def on_train_end(self) -> None:
-        # Lightning would copy the moments to the host at the end, where nobody asks for them.
+        # Lightning would copy the moments to the host at the end, where nothing uses them.
         self.trainer.strategy.optimizers = []
 
     def take_train_loss(self) -> float:
-        """The mean loss over all targets since the last call, of all processes; waits for the device."""
+        """The mean loss over all targets since the last call, over all processes; waits for the device."""
         return self._take(self._train_loss).item()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -126,12 +124,12 @@ class Pretraining(LightningModule):
         self.record({"validation/loss": loss.item(), "validation/perplexity": loss.exp().item()})
 
     def _take(self, mean: WeightedMean) -> Tensor:
-        found: Tensor = mean.compute()
+        value: Tensor = mean.compute()
         mean.reset()
-        return found
+        return value
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # A run may be asked to stop between two points of the loss.
+        # A run may stop between two logged points of the loss.
         sums = self.trainer.strategy.all_gather(self._train_loss.sums())
         checkpoint[LOSS_SUMS] = sums.reshape(-1, 2).cpu()
 
@@ -145,11 +143,11 @@ class Pretraining(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def record(self, values: dict[str, float]) -> None:
-        """Log `values` at the number of optimiser steps done, once for all processes."""
+        """Log `values` at the current optimiser step, once for all processes."""
         assert self.trainer.logger is not None
         self.trainer.logger.log_metrics(values, step=self.global_step)
 
 
 def _targets(batch: Batch) -> Tensor:
-    """How many targets count."""
+    """The number of targets that count."""
     return (batch["targets"] != IGNORED).sum()

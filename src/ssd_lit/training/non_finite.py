@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are not finite: seen before anything is saved, and traced to where they begin."""
+"""Losses, gradients and weights that are not finite: detected before anything is saved, and traced to their origin."""
 
 import logging
 from collections.abc import Iterator
@@ -10,22 +10,21 @@ from torch import Tensor, nn
 
 from ssd_lit.training.checkpoint import read_checkpoint
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.optim import LeftOut, NonFiniteGuard
 from ssd_lit.training.phase_switch import PhaseSwitch
-from ssd_lit.training.update_guard import LeftOut, NonFiniteGuard
 
 log = logging.getLogger(__name__)
 
-WATCHED = "NonFinite"  # What was left out so far travels under this key of a checkpoint's callbacks.
-
 
 class NonFinite(Callback):
-    """Ends a run whose numbers are not finite with one line, and tells of updates that were left out.
+    """Ends a run whose numbers are not finite with a one-line error, and reports updates that were left out.
 
-    Looks at the steps at which the host waits for the device anyway: where something is logged, validated or saved.
-    Stands behind what only queues work, and before all that waits or saves.
+    Checks the steps at which the host waits for the device anyway: those that are logged, validated or saved. Must run
+    after callbacks that only queue work and before any that sync or save.
     """
 
-    state_key = WATCHED
+    state_key = "NonFinite"
+    """Key of the counts among a checkpoint's callbacks."""
 
     def __init__(self, switch: PhaseSwitch):
         self._switch = switch
@@ -33,45 +32,44 @@ class NonFinite(Callback):
         training = switch.run.config.training
         self._every = [training.log_every, training.checkpoint_every, training.validate_every]
         self._every += [training.snapshot_every] if training.snapshot_every else []
-        self._found = LeftOut()
+        self._counts = LeftOut()
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         self._guard = module.guard
-        module.guard.restore(self._found)
+        module.guard.restore(self._counts)
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
         if self._switch.ended_by is None and all(step % every for every in self._every):
             return
-        before, self._found = self._found, module.guard.read()
-        if self._found.row >= module.guard.limit:
-            raise ValueError(self._told(_first_non_finite(module, self._found.step)))
-        # Of the gradient nothing is left to see when the very update made them so.
+        before, self._counts = self._counts, module.guard.read()
+        if self._counts.row >= module.guard.limit:
+            raise ValueError(self._message(_first_non_finite(module, self._counts.step)))
+        # A finite gradient may still make the weights overflow in the update.
         if not torch.nn.utils.get_total_norm(module.model.parameters(), norm_type=torch.inf).isfinite():
             name = next(name for name, value in module.model.named_parameters() if not value.isfinite().all())
             raise ValueError(f"{self._title()}: weights are not finite by step {step}, first {name}; {self._remedy()}")
         if self._switch.run.config.training.non_finite == "skip":
-            module.record({"train/updates_left_out": float(self._found.total)})
-            if self._found.total > before.total and trainer.is_global_zero:
+            module.record({"train/updates_left_out": float(self._counts.total)})
+            if self._counts.total > before.total and trainer.is_global_zero:
                 log.warning(
                     "%s: %d updates left out by step %d, because their gradients were not finite; the last at step %d",
-                    self._title(), self._found.total, step, self._found.step + 1,
+                    self._title(), self._counts.total, step, self._counts.step + 1,
                 )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        found = self._found if self._guard is None else self._guard.read()
-        return vars(found).copy()
+        return vars(self._counts if self._guard is None else self._guard.read()).copy()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._found = LeftOut(**state)
+        self._counts = LeftOut(**state)
 
     def _title(self) -> str:
         return f"{self._switch.run.config.name} {self._switch.phase.name}"
 
-    def _told(self, where: str) -> str:
-        found = self._found
-        row = f", the last of {found.row} in a row" if found.row > 1 else ""
-        return f"{self._title()}: step {found.step + 1} is not finite{row}, first {where}; {self._remedy()}"
+    def _message(self, where: str) -> str:
+        counts = self._counts
+        row = f", the last of {counts.row} in a row" if counts.row > 1 else ""
+        return f"{self._title()}: step {counts.step + 1} is not finite{row}, first {where}; {self._remedy()}"
 
     def _remedy(self) -> str:
         self._switch.checkpoints.writer.wait()
@@ -79,25 +77,25 @@ class NonFinite(Callback):
         if rolling.exists():
             last = f"last good checkpoint: {rolling} (step {read_checkpoint(rolling)['global_step']})"
         skip = " or set training.non_finite: skip" if self._switch.run.config.training.non_finite == "stop" else ""
-        return f"{last}; started again as it is, it would come here again: lower optim.lr{skip}"
+        return f"{last}; a restart with the same settings would fail again: lower optim.lr{skip}"
 
 
 def _first_non_finite(module: Pretraining, step: int) -> str:
-    """What is the first not to be finite when a step is run again, by the weights that it was run with.
+    """Where the numbers of a step first stop being finite when it is run again with the same weights.
 
-    In forward order, through the modules and then the loss, then backward through the gradients. Every process runs
-    its own part of the batch; the earliest finding of all is told.
+    The order is the modules' outputs, the loss, then the gradients backwards. Every process runs its own part of the
+    batch; returns the earliest place of all.
     """
     model, names, bad = module.model, list[str](), list[Tensor]()
 
     def watch(name: str) -> Any:
-        def look(_: nn.Module, inputs: Any, output: Any) -> None:
+        def check(_: nn.Module, inputs: Any, output: Any) -> None:
             names.append(f"in the output of {name}")
             bad.append(_any_bad(list(_tensors(output)), module.device))
 
-        return look
+        return check
 
-    hooks = [one.register_forward_hook(watch(name)) for name, one in model.named_modules() if name]
+    hooks = [submodule.register_forward_hook(watch(name)) for name, submodule in model.named_modules() if name]
     try:
         with module.trainer.precision_plugin.forward_context():
             loss = module.run_again(step)
@@ -106,20 +104,20 @@ def _first_non_finite(module: Pretraining, step: int) -> str:
             hook.remove()
     names.append("in the loss")
     bad.append(_any_bad([loss], module.device))
-    # Not .backward(): of several processes only one may have come so far.
+    # Not .backward(): its gradient sync waits for all processes, of which only one may come this far.
     parameters = [(name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
     for (name, _), gradient in zip(parameters, gradients, strict=True):
         names.append(f"in the gradient of {name}")
         bad.append(_any_bad([] if gradient is None else [gradient], module.device))
-    names.append("nowhere when it was run again, without compilation: where is not known")
+    names.append("nowhere when run again without compilation: the place is unknown")
     first = torch.stack([*bad, torch.ones_like(bad[0])]).int().argmax()
     return names[int(module.trainer.strategy.reduce(first, reduce_op="min"))]
 
 
 def _any_bad(tensors: list[Tensor], device: torch.device) -> Tensor:
-    found = [~one.isfinite().all() for one in tensors if one.is_floating_point()]
-    return torch.stack(found).any() if found else torch.zeros((), dtype=torch.bool, device=device)
+    flags = [~tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -127,5 +125,5 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict | list | tuple):
-        for one in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(one)
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(part)

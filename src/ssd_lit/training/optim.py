@@ -1,9 +1,11 @@
-"""AdamW and its learning rate, the same through all phases of a run."""
+"""AdamW, its learning rate schedule, and the guard that skips updates that are not finite."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -14,8 +16,8 @@ from ssd_lit.config import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW with decoupled decay on matrices and embeddings, none on norms and biases (one-dimensional).
 
-    One fused kernel updates all, and leaves the update out where it is told so (`leave_out_if`). Its state loads from
-    a checkpoint of any device or kernel.
+    A fused kernel applies the update, or skips it (`leave_out_if`). Its state loads from a checkpoint of any device or
+    kernel.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -28,20 +30,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 
 
 def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The state to load, for our own kernel: a checkpoint names the one that it was written with."""
+    """The state to load, set to the fused kernel: a checkpoint names the kernel that it was written with."""
     return {**state, "param_groups": [{**group, "fused": True} for group in state["param_groups"]]}
 
 
 def leave_out_if(flag: Tensor, optimizer: Optimizer) -> None:
     """Have the next update change neither weights nor state if `flag` [], a float on their device, is 1.
 
-    By the way in which `torch.amp.GradScaler` tells a fused optimizer: the kernel reads it, the host does not.
+    Uses the interface of `torch.amp.GradScaler` to fused optimizers: the kernel reads the flag, without a device sync.
     """
     optimizer.found_inf = flag  # type: ignore[attr-defined]
 
 
 def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:
-    """The learning rate of a step (0-based) as a share of `config.lr`.
+    """The learning rate of a step (0-based) as a fraction of `config.lr`.
 
     Linear warm-up, then either a cosine to `min_lr_fraction` at the last step, or a constant rate and a linear
     decay to `min_lr_fraction` over the last `decay_fraction` of all steps.
@@ -60,3 +62,45 @@ def lr_factor(step: int, *, config: OptimConfig, steps: int) -> float:
 def build_scheduler(optimizer: AdamW, config: OptimConfig, steps: int) -> LambdaLR:
     """`lr_factor` as a scheduler that is stepped once an optimiser step."""
     return LambdaLR(optimizer, partial(lr_factor, config=config, steps=steps))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Counts of the updates that were left out."""
+
+    total: int = 0
+    row: int = 0
+    """The number in a row up to now; stops counting at the limit."""
+    step: int = 0
+    """The step (0-based) of the last of them."""
+
+
+class NonFiniteGuard:
+    """Decides at every step, on the device, whether the update is left out because its gradient is not finite.
+
+    After `limit` such updates in a row all later ones are left out too, so that weights and optimiser state stay as
+    they were before the first of them until the host reads the counts.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.restore(LeftOut())
+
+    def restore(self, counts: LeftOut) -> None:
+        """Continue counting from `counts`."""
+        self._total, self._row, self._step = (torch.tensor(n) for n in (counts.total, counts.row, counts.step))
+
+    def update(self, norm: Tensor, step: int) -> Tensor:
+        """1 if the update is to be left out, else 0; a float on the device of `norm`, its gradient's norm."""
+        # Moved at the first step only.
+        total, row, last = (count.to(norm.device) for count in (self._total, self._row, self._step))
+        halted = row >= self.limit
+        bad = ~(norm.isfinite() | halted)
+        self._total = total + bad
+        self._row = torch.where(halted | bad, row + bad, 0)
+        self._step = torch.where(bad, step, last)
+        return (halted | bad).float()
+
+    def read(self) -> LeftOut:
+        """The counts so far; waits for the device."""
+        return LeftOut(*torch.stack([self._total, self._row, self._step]).tolist())

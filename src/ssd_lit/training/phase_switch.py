@@ -1,4 +1,4 @@
-"""The change of phase, between two steps of one fit: decided, put on record, carried out on the live model."""
+"""The change of phase between two steps of a fit: decided, recorded, and carried out on the live model."""
 
 import time
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from ssd_lit.models.flops import Costs
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.records import PhaseRecord, Totals, stage_of
 from ssd_lit.run import Run
+from ssd_lit.support.provenance import timed
 from ssd_lit.training.checkpoint import SWITCH_STATE
 from ssd_lit.training.checkpointing import Checkpoints
 from ssd_lit.training.module import Pretraining
@@ -20,23 +21,23 @@ from ssd_lit.training.schedule import Phase, next_phase, phase_flops
 
 
 class PhaseCallback(Callback):
-    """A callback that is told of phases too, by `PhaseSwitch`."""
+    """A callback with hooks for phases, which `PhaseSwitch` calls."""
 
     def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
-        """The steps that follow are of this phase; its mode is set."""
+        """Called before the first step of the phase, after its mode is set."""
 
     def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
-        """The phase's last step was done, and validated."""
+        """Called after the phase's last step and its validation."""
 
 
 class PhaseSwitch(Callback):
-    """Takes a model through the phases of its run, in every process alike.
+    """Takes a model through the phases of its run, in the same way in every process.
 
-    After each step it decides whether the phase ends there, and says so in `ended_by` to the callbacks behind it. When
-    they and a validation are done, it writes phase.json and goes on: a MoEfication is carried out on the live model, a
-    dense or sparse phase begins with the next step. The trainer stops behind the last phase of the stage `until`.
+    After each step it decides whether the phase ends, and sets `ended_by` for the callbacks after it. After them and a
+    validation it writes phase.json and starts the next phase: a MoEfication on the live model, a dense or sparse phase
+    with the next step. The trainer stops after the last phase of the stage `until`.
 
-    Its state, with the clusterings, travels in the checkpoint; what earlier phases were is read from their records.
+    Its state, with the clusterings, is in the checkpoint; earlier phases are read from their records.
     """
 
     state_key = SWITCH_STATE
@@ -55,9 +56,9 @@ class PhaseSwitch(Callback):
         self.history = list(history)
         self.tracker = PatternTracker(run.config.moe.experts, seed=run.config.seed)
         self.ended_by: str | None = None
-        """Why the phase ends with the step that was just done; None while it goes on."""
+        """Why the phase ends with the step just done; None while it goes on."""
         self._start = start
-        """What another run had spent, where this one goes on from its model."""
+        """Totals of the run whose model this one starts from."""
         self._until = until
         self._costs = costs
         self.checkpoints = checkpoints
@@ -66,17 +67,19 @@ class PhaseSwitch(Callback):
         self._similarity: Checks = []
         self._seconds = 0.0
         self._since: float | None = None
+        self._began: float | None = None
+        """UNIX seconds; None in a phase that an earlier process began."""
         following = next_phase(run.config, history)
         assert following is not None, "a run at its end has nothing to train"
         self.phase: Phase = following
 
     @property
     def before(self) -> Totals:
-        """What was spent until the phase began."""
+        """The totals at the start of the phase."""
         return self.history[-1].total if self.history else self._start
 
     def elapsed(self) -> float:
-        """Seconds of the phase's training so far, without validation; those before an interruption included."""
+        """Seconds of training in the phase so far, without validation, with those before an interruption."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
@@ -91,13 +94,13 @@ class PhaseSwitch(Callback):
         if self.phase.mode == "dense" and step % self.run.config.switching.check_every == 0:
             if trainer.is_global_zero:
                 similarity = self.tracker.update([ffn.gating_weight for ffn in module.model.ffns])
-            # One process decides, and the checkpoint holds its clusterings: none may go on where another stops.
+            # One process decides for all, and its clusterings are in the checkpoint.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:
                 self._similarity.append([step, similarity])
                 module.record({"activation/similarity": similarity})
         self.ended_by = self.phase.ended_by(step - self.phase.first_step, similarity)
-        # Lightning validates once more before it stops; whether it does stop is decided behind that.
+        # Makes Lightning validate; whether training does stop is decided after that.
         trainer.should_stop = self.ended_by is not None
 
     def on_validation_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
@@ -107,13 +110,13 @@ class PhaseSwitch(Callback):
         if self.ended_by is None:
             self._since = time.perf_counter()
             return
-        for callback in _listeners(trainer):
+        for callback in _phase_callbacks(trainer):
             callback.on_phase_end(trainer, module, self.phase)
         self._close(trainer, self._spent(trainer.global_step), self.ended_by, self._similarity)
         self._go_on(trainer, module)
 
     def _spent(self, step: int) -> Totals:
-        """What the phase has taken up to a step."""
+        """What the phase has spent up to a step."""
         config, steps = self.run.config, step - self.phase.first_step
         return Totals(
             steps=steps,
@@ -124,10 +127,10 @@ class PhaseSwitch(Callback):
         )
 
     def _close(self, trainer: Trainer, spent: Totals, ended_by: str, similarity: Checks) -> None:
-        """Put the phase that is done on record, and the state where a stage ends with it."""
+        """Record the phase that is done, save the state if a stage ends with it, and set the next phase."""
         config = self.run.config
         record = self.phase.record(config, self.history, self.before, spent, ended_by, similarity)
-        record = replace(record, inputs=self._inputs, provenance=self._provenance)
+        record = replace(record, inputs=self._inputs, provenance=timed(self._provenance, self._began))
         if trainer.is_global_zero:
             record.write(self.run.folder)
         self.history.append(record)
@@ -144,33 +147,34 @@ class PhaseSwitch(Callback):
         trainer.should_stop = following is None or following.mode == "router" or (stage_ends and stage == self._until)
 
     def _go_on(self, trainer: Trainer, module: Pretraining) -> None:
-        """Carry out what lies before the next training phase, and begin that."""
+        """Carry out any MoEfications, then begin the next training phase."""
         while not trainer.should_stop and self.phase.mode == "moefy":
             self._moefy(trainer, module)
         if not trainer.should_stop:
             self._begin(trainer, module)
 
     def _moefy(self, trainer: Trainer, module: Pretraining) -> None:
-        began = time.perf_counter()
+        began, self._began = time.perf_counter(), time.time()
         labels, similarity = self._find_experts(trainer, module)
         group_neurons(self.run.config, module.model, self.tracker, labels, trainer.optimizers[0])
         self._close(trainer, Totals(seconds=time.perf_counter() - began), "moefied", similarity)
 
     def _find_experts(self, trainer: Trainer, module: Pretraining) -> tuple[list[Tensor], Checks]:
-        """The expert of every neuron; one process looks for them, and all get the same."""
-        found: tuple[list[Tensor], Checks] | None = None
+        """`find_experts` in the first process, its result in all."""
+        experts: tuple[list[Tensor], Checks] | None = None
         if trainer.is_global_zero:
             run = self.run
-            found = find_experts(run.config, module.model, self.tracker, self.history, run.tokens, run.vocab)
-        found = trainer.strategy.broadcast(found)
-        assert found is not None
-        return found
+            experts = find_experts(run.config, module.model, self.tracker, self.history, run.tokens, run.vocab)
+        experts = trainer.strategy.broadcast(experts)
+        assert experts is not None
+        return experts
 
     def _begin(self, trainer: Trainer, module: Pretraining) -> None:
-        """Let the steps that follow be of the phase."""
+        """Set the phase's mode and call the callbacks."""
         module.model.set_mode("sparse" if self.phase.mode == "sparse" else "dense")
-        for callback in _listeners(trainer):
+        for callback in _phase_callbacks(trainer):
             callback.on_phase_start(trainer, module, self.phase)
+        self._began = None if self._seconds else time.time()
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,5 +192,5 @@ class PhaseSwitch(Callback):
         self._seconds = state["seconds"]
 
 
-def _listeners(trainer: Trainer) -> list[PhaseCallback]:
+def _phase_callbacks(trainer: Trainer) -> list[PhaseCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, PhaseCallback)]  # type: ignore[attr-defined]

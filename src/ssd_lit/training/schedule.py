@@ -1,4 +1,4 @@
-"""Every method as a schedule of phases: what comes next follows from the settings and the phases done.
+"""Every method as a schedule of phases; the next phase is a function of the settings and the phases done.
 
 dense     dense
 ssd       dense until stable, (moefy, sparse, dense)*, the last dense phase being longer, moefy; or at fixed steps
@@ -6,7 +6,7 @@ sparse    moefy (at random), sparse
 upcycle   moefy (copies of another run's FFNs), sparse
 posthoc   moefy, on another run's final model
 
-ssd and posthoc may end with a phase `router`, which trains the router alone.
+ssd and posthoc may end with a phase `router`, which trains only the router.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ssd_lit.config import RunConfig
-from ssd_lit.models.flops import Costs
+from ssd_lit.data.index import VocabInfo
+from ssd_lit.models.flops import Costs, forward_costs
 from ssd_lit.moe.routing import scheduled_k
 from ssd_lit.paths import phase_name
 from ssd_lit.records import PhaseRecord, Totals
@@ -24,24 +25,24 @@ PhaseMode = Literal["dense", "sparse", "moefy", "router"]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps in one mode and the rule for its end; `moefy` and `router` take no step of the run."""
+    """Consecutive steps in one mode and the rule for their end; `moefy` and `router` take no step of the run."""
 
     index: int
     mode: PhaseMode
     first_step: int
     max_steps: int = 0
     at_max: str = "steps"
-    """Why a phase that ran for `max_steps` ended."""
+    """Reason recorded for an end at `max_steps`."""
     min_steps: int = 0
     tau: float | None = None
-    """End once the activation pattern similarity reaches this and `min_steps` are done."""
+    """The phase ends once the activation pattern similarity reaches this and `min_steps` are done."""
 
     @property
     def name(self) -> str:
         return phase_name(self.index, self.mode)
 
     def ended_by(self, steps: int, similarity: float | None) -> str | None:
-        """Why the phase ends after `steps` of its own, or None; `similarity` of a check made just now, if any."""
+        """Why the phase ends after `steps` of its own, or None; `similarity` of a check at this step, if any."""
         if self.tau is not None and similarity is not None and similarity >= self.tau and steps >= self.min_steps:
             return "stable"
         return self.at_max if steps >= self.max_steps else None
@@ -55,7 +56,7 @@ class Phase:
         ended_by: str,
         similarity: list[list[float]],
     ) -> PhaseRecord:
-        """The record of this phase, done after `history`; `before` is what was spent until it began."""
+        """The record of this phase, done after `history`; `before` holds the totals at its start."""
         record = PhaseRecord(
             index=self.index,
             mode=self.mode,
@@ -103,7 +104,7 @@ def _next_of_adaptive(config: RunConfig, history: Sequence[PhaseRecord]) -> Phas
         case "sparse" if sparse_left <= 0 or before_final <= s.dense_min_steps:
             return _dense(config, history, left, "budget")
         case "sparse":
-            # One step at least must be left for the sparse phase behind it.
+            # At least one step must be left for the sparse phase after it.
             ceiling = min(s.dense_max_steps, before_final - 1)
             return _dense(config, history, ceiling, "ceiling", s.dense_min_steps)
         case "moefy" if left > 0:
@@ -116,53 +117,47 @@ def _next_of_adaptive(config: RunConfig, history: Sequence[PhaseRecord]) -> Phas
 
 
 def _next_of_fixed(config: RunConfig, history: Sequence[PhaseRecord], points: Sequence[int]) -> Phase | None:
-    done = history[-1].last_step if history else 0
+    done = _steps_done(history)
     ends = [*points, config.training.steps]
     if history and history[-1].mode == "dense":
         return _moefy(history)
     if done == config.training.steps:
         return _router(config, history)
-    at = next(index for index, end in enumerate(ends) if end > done)
-    why = "budget" if at == len(points) else "switch point"
+    index = next(i for i, end in enumerate(ends) if end > done)
+    steps, at_max = ends[index] - done, "budget" if index == len(points) else "switch point"
     # Dense and sparse in turn, dense first.
-    if at % 2 == 0:
-        return _dense(config, history, ends[at] - done, why)
-    return _sparse(history, ends[at] - done, why)
+    return _sparse(history, steps, at_max) if index % 2 else _dense(config, history, steps, at_max)
 
 
 def _router(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | None:
-    """The training of the router behind the last MoEfication, if one is wanted and not done yet."""
+    """The training of a post-hoc router after the last MoEfication, if there is one and it is not done."""
     if config.moe.posthoc_router is None or history[-1].mode == "router":
         return None
-    first, index = _start(history)
-    return Phase(index, "router", first)
+    return Phase(len(history), "router", history[-1].last_step)
 
 
 def _dense(
     config: RunConfig, history: Sequence[PhaseRecord], max_steps: int, at_max: str, min_steps: int | None = None
 ) -> Phase:
-    """A dense phase; one with a floor of steps may end early, when the pattern is stable."""
-    first, index = _start(history)
+    """A dense phase; with `min_steps` it may end early, when the activation pattern is stable."""
     tau = None if min_steps is None else config.switching.tau
-    return Phase(index, "dense", first, max_steps, at_max, min_steps or 0, tau)
+    return Phase(len(history), "dense", _steps_done(history), max_steps, at_max, min_steps or 0, tau)
 
 
 def _sparse(history: Sequence[PhaseRecord], max_steps: int, at_max: str) -> Phase:
-    first, index = _start(history)
-    return Phase(index, "sparse", first, max_steps, at_max)
+    return Phase(len(history), "sparse", _steps_done(history), max_steps, at_max)
 
 
 def _moefy(history: Sequence[PhaseRecord]) -> Phase:
-    first, index = _start(history)
-    return Phase(index, "moefy", first)
+    return Phase(len(history), "moefy", _steps_done(history))
 
 
-def _start(history: Sequence[PhaseRecord]) -> tuple[int, int]:
-    return (history[-1].last_step if history else 0), len(history)
+def _steps_done(history: Sequence[PhaseRecord]) -> int:
+    return history[-1].last_step if history else 0
 
 
 def top_k_at(config: RunConfig, step: int) -> int:
-    """k of the run's schedule at a global step (0-based) in a sparse phase."""
+    """The schedule's k at a global step (0-based) in a sparse phase."""
     schedule = config.moe.k_schedule
     end = schedule.end or config.moe.top_k
     return scheduled_k(
@@ -177,5 +172,20 @@ def phase_flops(config: RunConfig, phase: Phase, costs: Costs, step: int, since:
         blocks = len(steps) * costs.dense()
     else:
         copies = config.method == "upcycle"
-        blocks = sum(costs.sparse(config.moe, top_k_at(config, one), upcycled=copies) for one in steps)
+        blocks = sum(costs.sparse(config.moe, top_k_at(config, step), upcycled=copies) for step in steps)
     return config.training.batch_size * blocks
+
+
+def with_steps_for(config: RunConfig, flops: float, vocab: VocabInfo) -> RunConfig:
+    """The config with as many training steps as dense training can do with `flops`, rounded down.
+
+    Raises ValueError if they are no more than the warm-up of the learning rate.
+    """
+    costs = forward_costs(config.model, config.moe, vocab, config.data.sequence_length)
+    steps = int(flops / (config.training.batch_size * costs.dense()))
+    if steps <= config.optim.warmup_steps:
+        raise ValueError(
+            f"match_flops_of_arm {config.match_flops_of_arm}: pays for {steps} steps, no more than optim.warmup_steps "
+            f"{config.optim.warmup_steps}; choose a smaller model or a shorter warm-up"
+        )
+    return config.model_copy(update={"training": config.training.model_copy(update={"steps": steps})})

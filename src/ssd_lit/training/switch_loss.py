@@ -1,4 +1,4 @@
-"""How far the loss jumps where a run changes from dense to sparse or back."""
+"""The jump of the loss where a run switches from dense to sparse or back."""
 
 import logging
 from typing import Any
@@ -14,26 +14,26 @@ from ssd_lit.training.schedule import Phase
 log = logging.getLogger(__name__)
 
 STEPS = 10
-"""Steps before and after a switch that are compared; of a shorter phase all."""
+"""Steps before and after a switch that are compared; all steps of a shorter phase."""
 ALARM = 0.1
-"""A jump is warned of from this share of the loss before it on."""
-
-KEPT = "loss_jump"  # The losses travel under this key of a checkpoint.
+"""Jumps larger than this fraction of the loss before the switch are warned of."""
+STATE_KEY = "loss_jump"
+"""Checkpoint key of the losses."""
 
 
 class SwitchLossLogger(PhaseCallback):
-    """Logs the mean loss of the first steps after a switch, less that of the last steps before it.
+    """Logs the mean loss of the first steps after a switch, minus that of the last steps before it.
 
-    Nothing waits for the device but at the one step where it is told, and where a checkpoint is written.
+    Waits for the device only at the step that is logged, at a switch, and where a checkpoint is written.
     """
 
     def __init__(self, switch: PhaseSwitch):
         self._switch = switch
         self._phase: int | None = None
-        """Index of the phase that the losses are of."""
+        """Index of the phase of the losses."""
         self._mode = ""
         self._losses = torch.full((STEPS,), torch.nan)
-        """Those of the phase's latest steps; step n at n modulo STEPS."""
+        """Losses of the phase's latest steps; step n at n modulo STEPS."""
         self._before: float | None = None
 
     def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
@@ -45,9 +45,7 @@ class SwitchLossLogger(PhaseCallback):
         self._losses = torch.full_like(self._losses, torch.nan)
         self._phase, self._mode = phase.index, phase.mode
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any) -> None:  # type: ignore[override]
         loss: Tensor = outputs["loss"]
         self._losses = self._losses.to(loss.device)
         self._losses[trainer.global_step % STEPS] = loss
@@ -63,20 +61,16 @@ class SwitchLossLogger(PhaseCallback):
                 self._switch.run.config.name, phase.name, self._before, self._before + jump,
             )  # fmt: skip
 
-    def on_save_checkpoint(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         losses = self._reduced(trainer).tolist()
-        checkpoint[KEPT] = {"phase": self._phase, "mode": self._mode, "before": self._before, "losses": losses}
+        checkpoint[STATE_KEY] = {"phase": self._phase, "mode": self._mode, "before": self._before, "losses": losses}
 
-    def on_load_checkpoint(  # type: ignore[override]
-        self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]
-    ) -> None:
-        kept = checkpoint.get(KEPT)
-        if kept is not None:
-            self._phase, self._mode, self._before = kept["phase"], kept["mode"], kept["before"]
-            self._losses = torch.tensor(kept["losses"])
+    def on_load_checkpoint(self, trainer: Trainer, module: Pretraining, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        state = checkpoint.get(STATE_KEY)
+        if state is not None:
+            self._phase, self._mode, self._before = state["phase"], state["mode"], state["before"]
+            self._losses = torch.tensor(state["losses"])
 
     def _reduced(self, trainer: Trainer) -> Tensor:
-        found: Tensor = trainer.strategy.reduce(self._losses.clone(), reduce_op="mean")
-        return found
+        losses: Tensor = trainer.strategy.reduce(self._losses.clone(), reduce_op="mean")
+        return losses

@@ -1,4 +1,4 @@
-"""A mean that costs a step nothing: nothing waits for the device until the mean is asked for."""
+"""Weighted mean without a device sync in `update`."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,10 @@ from torchmetrics import Metric
 
 
 class WeightedMean(Metric):
-    """The weighted mean of the scalars seen since the last reset, over all processes.
+    """The weighted mean of the scalars since the last reset, over all processes.
 
-    torchmetrics' own MeanMetric looks at every value to see whether it is NaN, for which the host waits for the device;
-    told not to look, it forgets the weights (torchmetrics 1.9).
+    torchmetrics' MeanMetric checks every value for NaN, which waits for the device; with that check disabled, it
+    ignores the weights (torchmetrics 1.9).
     """
 
     full_state_update = False
@@ -22,20 +22,20 @@ class WeightedMean(Metric):
         self.add_state("weight", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, value: Tensor, weight: Tensor) -> None:
-        """Take in a scalar, and the number of things that it is the mean of; both stay on their device."""
+        """Add a scalar and its weight, the number of values that it is the mean of; both stay on their device."""
         self.total = self.total + value.detach().float() * weight
         self.weight = self.weight + weight
 
     def sums(self) -> Tensor:
-        """What the mean of this process is made of, [2]."""
+        """Weighted sum and sum of weights of this process, [2]."""
         return torch.stack([self.total, self.weight])
 
     def go_on_from(self, sums: Tensor) -> None:
-        """Take up the sums of a mean that was interrupted; one value at least must follow."""
+        """Continue from the `sums` of an interrupted mean; at least one value must follow."""
         self.total, self.weight = sums.to(self.total.device)
 
     def compute(self) -> Tensor:
-        """The mean, on the device of the values. Raises ValueError if nothing was seen."""
+        """The mean, on the device of the values. Raises ValueError if there were no values."""
         if not self.update_called:
-            raise ValueError("the mean of nothing was asked for")
+            raise ValueError("the mean of no values is not defined")
         return self.total / self.weight

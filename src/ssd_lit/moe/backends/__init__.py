@@ -1,4 +1,4 @@
-"""Ways to compute the sparse FFN. All give the same outputs and gradients; they differ in speed."""
+"""Backends of the sparse FFN. All give the same outputs and gradients; they differ in speed."""
 
 import torch
 from torch import Tensor
@@ -15,44 +15,45 @@ BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": group
 """Backends in plain torch, which run anywhere."""
 
 NAMES = ("auto", *BACKENDS, "fused", "decode_gpu")
-"""All that can be asked for; the last two are made of kernels, which are loaded where they can run."""
+"""All names; the last two are Triton kernels, imported only where they can run."""
 
 FEW_TOKENS = {"cpu": 8, "cuda": 8}
-"""Up to so many tokens it is faster to read each one's experts by themselves (benchmarks/ffn.py, ffn_float32.py)."""
-
+"""Up to this number of tokens the decode backends are fastest (benchmarks/ffn.py, ffn_float32.py)."""
 
 MANY_NUMBERS = 2**20
-"""From so many numbers of an input in float32 the fused kernels pass one product with all neurons on a GPU."""
+"""From this size of a float32 input on, the fused kernels are faster on a GPU than products with all neurons."""
 
 
-def choose_backend(name: str, x: Tensor, activation: Activation) -> Backend:
-    """The backend of that name, or the fastest one for x [T, D] if the name is `auto`.
+def choose_backend(name: str, x: Tensor, activation: Activation, *, gate_bias: bool = False) -> Backend:
+    """Returns the backend of that name, or the fastest one for x [T, D] if the name is `auto`.
 
-    Raises ValueError for one made of kernels where they cannot run.
+    Raises ValueError for kernels that cannot run here.
     """
     if name == "auto":
-        name = fastest_backend(x, activation)
+        name = fastest_backend(x, activation, gate_bias=gate_bias)
     if name in BACKENDS:
         return BACKENDS[name]
     if not kernels.runs_on(x):
         raise ValueError(f"backend {name!r}: needs a CUDA device and triton; allowed here are {', '.join(BACKENDS)}")
+    if gate_bias:
+        raise ValueError(f"backend {name!r}: knows no bias of a gate; allowed here are {', '.join(BACKENDS)}")
     from ssd_lit.moe.backends.decode_gpu import decode_gpu
     from ssd_lit.moe.backends.fused import fused
 
     return {"fused": fused, "decode_gpu": decode_gpu}[name]
 
 
-def fastest_backend(x: Tensor, activation: Activation) -> str:
-    """What `auto` takes for x [T, D], by its device, dtype and number of tokens, as measured in benchmarks/.
+def fastest_backend(x: Tensor, activation: Activation, *, gate_bias: bool = False) -> str:
+    """The backend of `auto` for x [T, D], by its device, dtype and number of tokens, as measured in benchmarks/.
 
-    On the CPU decode_cpu for a few tokens, else the loop. On a GPU kernels, but for dropout of activations, which they
-    lack, and for an input in float32 that is small: there a few large products take less time than many launches.
+    On the CPU decode_cpu for a few tokens, else the loop. On a GPU kernels, which lack dropout of activations and the
+    bias of a gate; but for a small input in float32, where a few large products take less time than many launches.
     """
     few = len(x) <= FEW_TOKENS[x.device.type] and not torch.is_grad_enabled()
     if not x.is_cuda:
-        # Which views are taken is known only outside a compiled graph.
+        # decode_cpu reads the choice of experts on the host, which breaks a compiled graph.
         return "decode_cpu" if few and not torch.compiler.is_compiling() else "loop"
-    if not kernels.runs_on(x) or activation.dropout:
+    if not kernels.runs_on(x) or activation.dropout or gate_bias:
         return "grouped" if x.dtype == torch.bfloat16 else "masked"
     if few:
         return "decode_gpu"

@@ -1,4 +1,4 @@
-"""The sparse FFN of a few tokens on a GPU, for generation: it reads the chosen experts' weights, and no others.
+"""The sparse FFN of a few tokens on a GPU, for generation: reads only the chosen experts' weights.
 
 Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token.
 """
@@ -13,9 +13,9 @@ from ssd_lit.moe.routing import Routing
 
 
 def decode_gpu(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
-    """Two launches and a sum over K. Nothing depends on the host: it can be captured in a CUDA graph.
+    """Two launches and a sum over K, without host synchronisation: can be captured in a CUDA graph.
 
-    Raises ValueError where a gradient is wanted.
+    Raises ValueError if a gradient is needed.
     """
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, choice.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
@@ -28,12 +28,12 @@ def _forward(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
     w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
-    """What every chosen expert adds, [T, K, D] in float32."""
+    """The output of every chosen expert, [T, K, D] in float32."""
     x, chosen = x.contiguous(), chosen.contiguous()
     (tokens, d), (experts, h, _), k = x.shape, w_in.shape, chosen.shape[1]
     hidden = x.new_empty(tokens * k, h, dtype=torch.float32)
     out = x.new_empty(tokens, k, d, dtype=torch.float32)
-    # ResumableResults of about 32 kB: enough programs for all multiprocessors, enough loads on their way in each.
+    # Pieces of about 32 kB: enough programs for all multiprocessors, and enough loads in flight in each.
     neurons, columns = 8, 64
     decode.up_few[(tokens * k, triton.cdiv(h, neurons))](
         x, chosen, weights, w_in, w_gate, b_in, hidden,

@@ -35,7 +35,7 @@ def fused(x: Tensor, choice: Routing, experts: Experts, activation: Activation) 
 
 
 class Plan(NamedTuple):
-    """Sizes of the pieces in which kernels work, and how many warps and stages of loads each gets."""
+    """Tile sizes of the kernels, and their warps and pipeline stages."""
 
     tile_rows: int
     window: int
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     down: dict[str, int]
     gradients: dict[str, int]
     even_parts: int = 1
-    """Gradients of an expert's weights are computed in parts of so many times the rows of an even load."""
+    """Rows of a part of the gradients of an expert's weights, in units of the rows of an even load."""
 
     def part_rows(self, n_pairs: int, n_experts: int) -> int:
         rows = self.gradients["ROWS"]
@@ -67,23 +67,23 @@ def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype)
         up["maxnreg"] = 128
     return Plan(
         tile_rows=128,
-        # All experts' weights stay in the cache, or else few of them at a time.
+        # Keeps the weights of all experts in the cache, or of only a few at a time.
         window=2 if small else 32,
         whole=wide >= neurons,
         up=up,
         down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": 8, "num_stages": 3},
-        # A row's token is read stages before the row itself: half of the stages go to that.
+        # Reading a row's token before the row itself takes half of the stages.
         gradients={
             "ROWS": 32 if small else 64, "NEURONS": min(128, h), "COLUMNS": min(128 if small else 256, d),
             "num_warps": 4 if small else 8, "num_stages": 7 if small else 5,
         },
-        # Of a wide model there are enough pieces for all multiprocessors, and adding up parts of them costs more.
+        # A wide model has enough tiles for all multiprocessors, and adding up parts of them costs more.
         even_parts=1 if small else 2,
     )  # fmt: skip
 
 
 def _plan_of_few(h: int, d: int, rows: int) -> Plan:
-    """Small pieces, so that a few rows an expert keep all multiprocessors at work."""
+    """Small tiles, so that a few rows an expert keep all multiprocessors busy."""
     warps = 4
     return Plan(
         tile_rows=16 if rows < 32 else 64,
@@ -130,7 +130,7 @@ def _shape(x: Tensor, chosen: Tensor, w_in: Tensor) -> _Shape:
 
 
 def _keeps(activation: str, weights: Tensor | None, w_gate: Tensor | None) -> bool:
-    """Whether the backward pass needs more than the activations: a ReLU's tell all, unless they were weighed."""
+    """Whether the backward pass needs more than the activations, which suffice for ReLU without weights or gate."""
     return activation != "relu" or weights is not None or w_gate is not None
 
 
@@ -139,7 +139,7 @@ def _forward(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
     w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [T, D]; then what the backward pass reads: hidden, pre and gate [N, H] and the groups."""
+    """y [T, D]; then the inputs of the backward pass: hidden, pre and gate [N, H] and the groups."""
     x, chosen = x.contiguous(), chosen.contiguous()
     shape = _shape(x, chosen, w_in)
     n, h = chosen.numel(), shape.neurons
@@ -214,7 +214,7 @@ def _backward(
     )  # fmt: skip
     if not sizes.whole:
         _down(dpre, w_in, dgate, w_gate, groups, out, sizes)
-    # Adding up waits for memory, the gradients of weights for products: side by side they take little more than one.
+    # Adding up is bound by memory, weight gradients by compute: in parallel they take little more than one.
     side = _side_stream(x.device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
@@ -277,12 +277,12 @@ def _add_pairs(out: Tensor, chosen: Tensor, y: Tensor, shape: _Shape, ragged: bo
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A second queue of work for the device; none where kernels are interpreted."""
+    """A second stream of the device; None where kernels are interpreted."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _precision(x: Tensor) -> str:
-    """float32 products as exact as float32, unless torch itself was told otherwise."""
+    """Exact float32 products, unless torch's setting allows TF32."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

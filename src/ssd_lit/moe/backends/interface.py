@@ -1,4 +1,4 @@
-"""What every way of computing the sparse FFN takes and gives.
+"""Inputs and outputs of every backend of the sparse FFN.
 
 Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T*K.
 """
@@ -25,20 +25,22 @@ class Experts(NamedTuple):
     """[E, H]"""
     w_gate: Tensor | None
     """[E, H, D], for a gated FFN."""
+    b_gate: Tensor | None = None
+    """[E, H], for a gate with a bias."""
 
 
-# Compared by identity: torch.compile would hash one that it has not built yet.
+# Compared by identity: torch.compile would hash an object that it has not built yet.
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """From a neuron's inputs to its activation."""
+    """Maps a neuron's inputs to its activation."""
 
     name: str
     """One of `moe.activations`."""
     dropout: float = 0.0
-    """The probability with which an activation is dropped; zero outside training."""
+    """Dropout probability; zero outside training."""
 
     def __call__(self, pre: Tensor, gate: Tensor | None) -> Tensor:
-        """Of x @ w_in + b_in, and x @ w_gate for a gated FFN; all of one shape."""
+        """pre is x @ w_in + b_in, gate x @ w_gate + b_gate for a gated FFN; all of one shape."""
         act = ACTIVATIONS[self.name]
         hidden = act(pre) if gate is None else act(gate) * pre
         return F.dropout(hidden, self.dropout) if self.dropout else hidden

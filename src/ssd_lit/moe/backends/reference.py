@@ -1,4 +1,4 @@
-"""The obvious way to compute the sparse FFN, against which all others are checked."""
+"""The reference backend of the sparse FFN, against which all others are tested."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,15 @@ from ssd_lit.moe.routing import Routing
 
 
 def masked(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
-    """Compute every neuron, then weigh those of experts not chosen with zero. Saves nothing."""
+    """Computes every neuron, then multiplies those of experts not chosen by zero. Saves nothing."""
     n_experts = experts.w_in.shape[0]
     weights = torch.ones_like(choice.experts, dtype=x.dtype) if choice.weights is None else choice.weights.to(x.dtype)
-    # The column behind the last expert takes the places of tokens with fewer than K experts.
+    # Column E is for the unused places of tokens with fewer than K experts.
     mask = x.new_zeros(x.shape[0], n_experts + 1).scatter(1, choice.experts, weights)[:, :-1]  # [T, E]
     pre = torch.einsum("td,ehd->teh", x, experts.w_in)
     if experts.b_in is not None:
         pre = pre + experts.b_in
     gate = None if experts.w_gate is None else torch.einsum("td,ehd->teh", x, experts.w_gate)
+    if gate is not None and experts.b_gate is not None:
+        gate = gate + experts.b_gate
     return torch.einsum("teh,ehd->td", activation(pre, gate) * mask[:, :, None], experts.w_out)

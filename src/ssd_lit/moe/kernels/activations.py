@@ -1,4 +1,4 @@
-"""Activations and their derivatives inside kernels, by the names of `moe.activations`."""
+"""Activations and their derivatives in kernels, by the names of `moe.activations`."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def activate(x, NAME: tl.constexpr):
 
 @triton.jit
 def derivative(x, NAME: tl.constexpr):
-    """Of `activate` at x; zero where a ReLU's input is not positive, as torch has it."""
+    """The derivative of `activate` at x; zero where a ReLU's input is not positive, as in torch."""
     if NAME == "relu":
         return tl.where(x > 0.0, 1.0, 0.0)
     elif NAME == "relu2":

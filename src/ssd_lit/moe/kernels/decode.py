@@ -1,4 +1,4 @@
-"""The sparse FFN for a few tokens: every program reads a piece of one chosen expert's weights, once, and nothing else.
+"""The sparse FFN for a few tokens: every program reads one piece of one chosen expert's weights, once.
 
 Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token.
 """
@@ -48,7 +48,7 @@ def down_few(
     hidden, chosen, w_out, out,
     D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [T, K, D] in float32: what each chosen expert adds to its token."""
+    """out [T, K, D] in float32: the output of each chosen expert."""
     pair = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.load(chosen + pair)

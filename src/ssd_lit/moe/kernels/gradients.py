@@ -1,7 +1,7 @@
 """Gradients of the experts' weights and biases, over grouped pairs (`kernels.grouping`).
 
-An expert with many rows is computed in parts, each by programs of its own, so that the busiest expert does not keep
-the device waiting; the parts are then added up in their order. Shape letters: T tokens, D model width, E experts,
+An expert with many rows is computed in parts by different programs, so that the busiest expert does not hold up the
+device; the parts are then added up in a fixed order. Shape letters: T tokens, D model width, E experts,
 H neurons of one expert, K experts a token, N = T * K pairs.
 """
 
@@ -44,7 +44,7 @@ def weight_gradients(
 
 @triton.jit
 def _parts(bounds, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr):
-    """Of every expert: its first row, the row behind its last, and its number of parts; none has less than one."""
+    """Of every expert: its first row, the row after its last, and its number of parts, at least one."""
     experts = tl.arange(0, PADDED)
     begin = tl.load(bounds + experts, mask=experts < E, other=0)
     end = tl.load(bounds + experts + 1, mask=experts < E, other=0)
@@ -59,7 +59,7 @@ def _of(expert, experts, values):
 
 @triton.jit
 def _first_shared(expert, experts, parts):
-    """Where the parts of an expert with several begin among all such parts."""
+    """Index of the first part of an expert among the parts of all experts with several."""
     return tl.sum(tl.where((experts < expert) & (parts > 1), parts, 0), axis=0)
 
 
@@ -144,7 +144,7 @@ def _add_parts(
 
 @triton.jit
 def bias_slot(expert, first, ROWS: tl.constexpr):
-    """A number for the tile of an expert that begins at a row: tiles of one expert follow each other."""
+    """A unique number of an expert's tile that begins at a row; tiles of one expert have consecutive numbers."""
     return first // ROWS + expert
 
 
@@ -152,7 +152,7 @@ def bias_slot(expert, first, ROWS: tl.constexpr):
 def bias_gradient(
     db_tiles, bounds, db, H: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NEURONS: tl.constexpr
 ):
-    """db [E, H]: each expert's sum over its tiles of ROWS rows, as `up_backward` left them."""
+    """db [E, H]: each expert's sum over its tiles of ROWS rows, which `up_backward` wrote."""
     expert = tl.program_id(0)
     neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     tile = tl.arange(0, TILES)

@@ -1,4 +1,4 @@
-"""Tokens grouped by the expert they chose, without atomics: the same choice always gives the same order.
+"""Tokens grouped by their experts, without atomics: the same choice always gives the same order.
 
 A *pair* is a token with one of its experts, t * K + k. Pairs are put in order of their expert, and of their number
 within one expert: a counting sort. Tiles cut the groups into pieces of at most BM rows of one expert.
@@ -17,14 +17,14 @@ PAIRS_PER_BLOCK = 256
 
 
 class Groups(NamedTuple):
-    """Pairs in order of their expert, and how kernels walk through them."""
+    """Pairs in order of their expert, and their tiles."""
 
     pairs: Tensor
-    """[N] int32; pairs without an expert stand last."""
+    """[N] int32; pairs without an expert come last."""
     bounds: Tensor
     """[E + 1] int32: rows bounds[e] to bounds[e + 1] of `pairs` belong to expert e."""
     tiles: Tensor
-    """[most tiles + 1, 3] int32: expert, first row and end of every tile; the last line holds their number."""
+    """[most tiles + 1, 3] int32: expert, first row and end of every tile; the last line holds the number of tiles."""
 
 
 def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: int, window: int) -> Groups:
@@ -52,7 +52,7 @@ def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: 
 
 
 def most_tiles(n_pairs: int, n_experts: int, tile_rows: int) -> int:
-    """How many tiles there can be, whatever the experts' loads."""
+    """The largest possible number of tiles, for any load of the experts."""
     return n_pairs // tile_rows + n_experts
 
 

@@ -51,7 +51,7 @@ def _rows_by_neurons(
 
 @triton.jit
 def _tile(tiles, most_tiles, number):
-    """Expert, first row and end of a tile; an empty range of rows behind the last tile."""
+    """Expert, first row and end of a tile; an empty range of rows after the last tile."""
     exists = number < tl.load(tiles + most_tiles * 3)
     expert = tl.load(tiles + number * 3, mask=exists, other=0)
     first = tl.load(tiles + number * 3 + 1, mask=exists, other=0)
@@ -65,7 +65,7 @@ def _spread(
     D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = a @ w[neurons] (+ a_gate @ w_gate[neurons]), for a [ROWS, NEURONS] that lies in registers."""
+    """out[pair] = a @ w[neurons] (+ a_gate @ w_gate[neurons]), for a [ROWS, NEURONS] in registers."""
     column = tl.arange(0, COLUMNS)
     weight_at = neurons.to(tl.int64)[:, None] * D + column[None, :]
     out_at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
@@ -143,7 +143,7 @@ def up_backward(
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr, DOWN: tl.constexpr,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what `up` fed to the activations, from dy [T, D], and of the pairs' weights by piece of H.
+    """Gradients of the activations' inputs in `up`, from dy [T, D], and of the pairs' weights by piece of H.
 
     DOWN, with all H neurons in one piece, also writes each pair's gradient of its token, out [N, D]. With
     BIAS, db_tiles holds the sums of dpre over each tile's rows, for `bias_gradient`.
@@ -239,7 +239,7 @@ def add_pairs(
     out, chosen, y, n_tokens, n_experts,
     D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y [T, D]: the sum of each token's pairs in out [N, D], in the order in which it names its experts."""
+    """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = (token < n_tokens)[:, None] & (column < D)[None, :]

@@ -1,0 +1,118 @@
+"""Loss, throughput and cost of training at every logged step, and the progress display."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from tqdm import tqdm
+
+from ssd_lit.models.flops import PEAK_FLOPS, Costs
+from ssd_lit.training.module import Pretraining
+from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
+from ssd_lit.training.schedule import Phase, phase_flops
+
+
+class ThroughputLogger(PhaseCallback):
+    """Logs the mean loss since the last logged step, tokens a second, training FLOPs, seconds and MFU.
+
+    Logs at the end of a phase too, so that no point covers two phases.
+    """
+
+    def __init__(self, switch: PhaseSwitch, costs: Costs):
+        self.last: dict[str, float] = {}
+        """The latest logged values."""
+        self._switch = switch
+        self._config = switch.run.config
+        self._costs = costs
+        self._flops = 0.0
+        """FLOPs of the phase."""
+        self._peak: float | None = None
+        self._since = 0.0
+        """Seconds of the phase at the last logged step."""
+        self._steps = 0
+        """Steps since the last logged one."""
+
+    def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+        if module.device.type == "cuda" and self._config.training.precision == "bf16":
+            self._peak = PEAK_FLOPS.get(torch.cuda.get_device_name(module.device))
+
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        self._flops = phase_flops(self._config, phase, self._costs, trainer.global_step)
+        self._since, self._steps = self._switch.elapsed(), 0
+
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
+        step, phase, training = trainer.global_step, self._switch.phase, self._config.training
+        step_flops = phase_flops(self._config, phase, self._costs, step, since=step - 1)
+        self._flops += step_flops
+        self._steps += 1
+        if self._switch.ended_by is None and step % training.log_every:
+            return
+        loss = module.take_train_loss()
+        now = self._switch.elapsed()
+        step_tokens = training.batch_size * self._config.data.sequence_length
+        rate = self._steps * step_tokens / (now - self._since)
+        self._steps, self._since = 0, now
+        self.last = {
+            "train/loss": loss,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/tokens_per_second": rate,
+            "train/flops": self._switch.before.flops + self._flops,
+            "train/seconds": self._switch.before.seconds + now,
+        }
+        if self._peak is not None:
+            self.last["train/mfu"] = rate * step_flops / step_tokens / (self._peak * trainer.world_size)
+        module.record(self.last)
+
+
+LINE_SECONDS = 15.0
+"""Time between progress lines where there is no terminal."""
+
+
+class Progress(PhaseCallback):
+    """Shows phase, step, loss, tokens a second and time left: a bar on a terminal, else lines in the log."""
+
+    def __init__(self, switch: PhaseSwitch, meter: ThroughputLogger):
+        self._switch = switch
+        self._meter = meter
+        self._bar: tqdm[Any] | None = None
+        self._last_line = 0.0
+
+    def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
+        if not trainer.is_global_zero:
+            return
+        config = self._switch.run.config
+        if self._bar is None:
+            self._last_line = time.monotonic()
+            # Without a terminal the bar only formats the lines that are printed.
+            self._bar = tqdm(
+                total=config.training.steps,
+                initial=trainer.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr if sys.stderr.isatty() else _NullWriter(),
+            )
+        self._bar.set_description_str(f"{config.name} {phase.name}")
+
+    def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
+        if self._bar is None:
+            return
+        self._bar.update()
+        if self._meter.last:
+            loss, rate = self._meter.last["train/loss"], self._meter.last["train/tokens_per_second"]
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+        if not sys.stderr.isatty() and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            print(str(self._bar), file=sys.stderr, flush=True)
+
+    def teardown(self, trainer: Trainer, module: Pretraining, stage: str) -> None:  # type: ignore[override]
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _NullWriter:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
