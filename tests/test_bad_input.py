@@ -236,7 +236,7 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
      "data.sources.0: given {'kind': 'web'}"),
     # Settings: arms.
     ("no arm", Settings({"arms": {}}), "arms: given {}; dictionary should have at least 1 item"),
-    ("an arm of nothing", Settings({"arms": {"a": None}}), "arms.a: nothing to drop; without it there are: none"),
+    ("an arm of nothing", Settings({"arms": {"a": None}}), "arms.a: nothing to drop; without it there are: []"),
     ("an unknown method", Settings({"arms.ssd.method": "sdd"}),
      "arms.ssd.method: given 'sdd'; input should be 'dense'"),
     ("an arm's own mistake", Settings({"arms.ssd.moe": {"top_k": 99}}),

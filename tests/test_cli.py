@@ -91,7 +91,7 @@ def test_an_experiment_is_changed_by_settings(tmp_path: Path, capsys: pytest.Cap
         ("model.dropout=2", "model.dropout: given 2; input should be less than 1"),
         ("training.steps", "'training.steps': expected KEY=VALUE"),
         ("training.steps=[1", "training.steps: not valid YAML"),
-        ("arms.sdd=null", "arms.sdd: nothing to drop; without it there are: dense, posthoc, sparse, ssd"),
+        ("arms.sdd=null", "arms.sdd: nothing to drop; without it there are: ['dense', 'posthoc', 'sparse', 'ssd']"),
         ("moe.router_lr=0.1", "moe.router_lr: has no effect here: only a moe.posthoc_router"),
     ):
         assert configs(setting) == 1
@@ -111,11 +111,13 @@ def test_a_run_is_changed_by_settings_and_made_anew(tmp_path: Path, capsys: pyte
     # Once more with the same settings there is nothing to do.
     capsys.readouterr()
     bench.stage("train", folder, "training.steps=10", "--until", "dense")
-    assert "all of it was done already" in capsys.readouterr().err
+    assert "done already" in capsys.readouterr().err
     for setting, message in (
         ("training.stpes=5", "config.yaml: training.stpes: unknown key; did you mean 'steps'?"),
         ("data.sequence_length=8", "data: not a section of a run; allowed: model, moe, optim, training, switching"),
         ("moe.top_k=1", "moe.top_k: has no effect here: models of method dense have no experts"),
+        ("model=3", "config.yaml: model: given 3; input should be a valid dictionary"),
+        ("model.pretrained=none", "config.yaml: model: no config.json in folder 'none'"),
         ("optim.warmup_steps=10", "optim.warmup_steps 10: must be below training.steps 10"),
     ):
         assert main(["train", str(folder), setting]) == 1
@@ -134,6 +136,8 @@ def test_a_first_phase_that_runs_share_is_not_changed_for_one(
     assert load_run(other / "config.yaml").shares_warmup == owner.name
     assert main(["train", str(owner), "optim.lr=0.1"]) == 1
     assert f"{other.name} takes over this run's first phase" in capsys.readouterr().err
+    assert main(["train", str(other), "moe.top_k=1"]) == 1
+    assert "moe.top_k: tells this run from others of its grid" in capsys.readouterr().err
     # There is no text yet to train on, but the settings are written: a first phase of its own, or still the other's.
     assert main(["train", str(other), "switching.sparse_steps=4"]) == 1
     assert load_run(other / "config.yaml").shares_warmup == owner.name

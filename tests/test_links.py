@@ -22,9 +22,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/ssd_lit"
 FOLDERS = ("benchmarks", "configs", "docs", "src", "tests", "workflow")
-PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
-LINKS_ONLY = ("config/README.md",)
-"""Its paths are those of a deployed copy."""
+LINKS_ONLY = ("config/README.md", "docs/settings.md")
+"""The paths of the first are those of a deployed copy; the second tells settings, whose names are like paths."""
+DOCS = (f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
+PAGES = ("README.md", "CONTRIBUTING.md", *(page for page in DOCS if page not in LINKS_ONLY))
 
 FENCE = re.compile(r"^ *```.*?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")

@@ -1,5 +1,6 @@
 """Every shipped config is valid; configs are laid over others, and become runs."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -80,12 +81,15 @@ def test_null_drops_an_arm_and_other_mappings_of_a_base(tmp_path: Path) -> None:
     assert over("analysis: null").analysis is None
     assert over("data: {max_megabytes: null}").data.max_megabytes is None
     for text, message in (
-        ("arms: {sdd: null}", "arms.sdd: nothing to drop; without it there are: dense, posthoc, sparse, ssd"),
-        ("data: {held_out: {newz: null}}", "data.held_out.newz: nothing to drop; without it there are: news, novel"),
+        ("arms: {sdd: null}", "arms.sdd: nothing to drop; without it there are: ['dense', 'posthoc', 'sparse', 'ssd']"),
+        (
+            "data: {held_out: {newz: null}}",
+            "data.held_out.newz: nothing to drop; without it there are: ['news', 'novel']",
+        ),
         ("arms: {ssd: {grid: {moe.topk: null}}}", "arms.ssd.grid.moe.topk: nothing to drop"),
         ("arms: {dense: null}", "arms.posthoc.parent_arm: given 'dense'; allowed: "),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             over(text)
 
 

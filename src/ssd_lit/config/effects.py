@@ -14,7 +14,7 @@ LOOK_AT_ACTIVATIONS = ("kmeans_activations", "coactivation")
 """The constructions that do."""
 
 OF_EVERY_STAGE = ("devices", "threads", "deterministic")
-OF_BATCHES = ("batch_size", "log_every", "workers")
+OF_BATCHES = ("batch_size", "log_every")
 """Keys of the section training that routers are trained by too."""
 
 

@@ -134,8 +134,18 @@ def change_run(run: RunConfig, changes: Mapping[str, Any], analysis: AnalysisCon
             f"{others[0]}: not a section of a run; allowed: {', '.join(RUN_SECTIONS)} (change the rest for the whole "
             "experiment, with `ssd-lit configs`)"
         )
-    changed = checked(RunConfig, laid_over(run.model_dump(), own))
+    told = [f"{section}.{key}" for section, keys in own.items() if isinstance(keys, Mapping) for key in keys]
+    if cell := [key for key in told if key in run.grid]:
+        raise ConfigError(f"{cell[0]}: tells this run from others of its grid; change the grid, with `ssd-lit configs`")
+    content = laid_over(run.model_dump(), own)
+    pretrained = content["model"]["pretrained"] if isinstance(own.get("model"), Mapping) else None
+    if pretrained is not None:
+        # The shape is that of the checkpoint, which has to be read once more.
+        content["model"] = {"pretrained": pretrained, **own["model"]}
+    changed = checked(RunConfig, content)
     check_effects_in_run(changed, own, analysis)
+    if pretrained is not None:
+        check_checkpoint(Path(pretrained), run.data)
     if changed.shares_warmup is not None and changed.warmup() != run.warmup():
         changed = changed.model_copy(update={"shares_warmup": None})
     return changed

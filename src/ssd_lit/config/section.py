@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ssd_lit.config.yaml_file import ConfigError, shown
+from ssd_lit.config.yaml_file import ConfigError, dotted, shown
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
 Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
@@ -37,9 +37,7 @@ def checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str, 
 
 def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]], str]) -> str:
     location = tuple(str(part) for part in error["loc"])
-    key = where(location)
-    if len(key) > 200 or not key.isprintable():
-        key = shown(key)
+    key = dotted([where(location)])
     match error["type"]:
         case "extra_forbidden":
             known = _known_keys(kind, location[:-1])

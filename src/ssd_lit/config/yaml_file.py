@@ -102,8 +102,8 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any], where: tuple[s
     for key, value in above.items():
         is_entry = _has_free_names(where)
         if value is None and is_entry and key not in below:
-            names = ", ".join(map(str, below)) or "none"
-            raise ConfigError(f"{'.'.join([*where, str(key)])}: nothing to drop; without it there are: {names}")
+            place = dotted([*where, str(key)])
+            raise ConfigError(f"{place}: nothing to drop; without it there are: {shown(list(below))}")
         if value is None and (is_entry or isinstance(below.get(key), dict)):
             del merged[key]
         elif isinstance(value, dict):
@@ -123,6 +123,12 @@ def shown(value: Any) -> str:
     """A value as a message can show it, on one line and not too long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text):,} characters)"
+
+
+def dotted(place: Sequence[str]) -> str:
+    """The dotted key of a place in a config, as a message can show it."""
+    key = ".".join(place)
+    return key if len(key) <= 200 and key.isprintable() else shown(key)
 
 
 def _real(path: Path) -> Path:
