@@ -40,7 +40,7 @@ from ssd_lit.support.files import sha256, write_json, write_json_checked, write_
 from ssd_lit.tracking.metrics_log import MetricsLog
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint
-from ssd_lit.training.fit import build_trainer, quiet
+from ssd_lit.training.fit import build_trainer, silence_lightning
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.throughput import Progress, ThroughputLogger
@@ -303,7 +303,7 @@ def fit(run: Run, shape: Shape, steps: int) -> tuple[Windows, float, float | Non
     windows = Windows(steps, WARMUP)
     points = Points(run.folder / "metrics.jsonl")
     switch = PhaseSwitch(run, [], Totals(), "dense", costs, Checkpoints(run), provenance={})
-    with quiet():
+    with silence_lightning():
         trainer = build_trainer(run, switch, costs, points)
         # The final model is saved behind the last stretch; nothing is to be saved within one.
         trainer.callbacks = [  # type: ignore[attr-defined]

@@ -40,10 +40,10 @@ def active_ratio(ffn: ExpertFFN, x: Tensor) -> float:
     return float(active_neurons(ffn, x).sum()) / (len(x) * ffn.d_ff)
 
 
-def chosen_mask(choice: Routing, experts: int) -> Tensor:
+def chosen_mask(routing: Routing, experts: int) -> Tensor:
     """The chosen experts as bool [T, E]."""
-    mask = torch.zeros(len(choice.experts), experts + 1, dtype=torch.bool, device=choice.experts.device)
-    return mask.scatter_(1, choice.experts, True)[:, :-1]
+    mask = torch.zeros(len(routing.experts), experts + 1, dtype=torch.bool, device=routing.experts.device)
+    return mask.scatter_(1, routing.experts, True)[:, :-1]
 
 
 @torch.no_grad()

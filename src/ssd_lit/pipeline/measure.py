@@ -13,7 +13,7 @@ from ssd_lit.support.files import sha256, write_json_checked
 from ssd_lit.tracking.client import RunTracker
 
 
-class Found(NamedTuple):
+class Measured(NamedTuple):
     """The result of a measurement."""
 
     content: dict[str, Any]
@@ -43,17 +43,17 @@ def measure(run: Run, measurement: str) -> str:
     return measured.summary
 
 
-def _evaluate(run: Run) -> Found:
+def _evaluate(run: Run) -> Measured:
     from ssd_lit.evaluation.evaluate import evaluate_run, outcome
 
     content = evaluate_run(run, load_evaluation(run.folder / "evaluation.yaml"))
     metrics = outcome(content)
     perplexities = {mode: metrics.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
     values = [f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None]
-    return Found(content, metrics, ", ".join(values))
+    return Measured(content, metrics, ", ".join(values))
 
 
-def _analyse(run: Run) -> Found:
+def _analyse(run: Run) -> Measured:
     from ssd_lit.evaluation.analysis import analyse_run
 
     content = analyse_run(run, load_analysis(run.folder / "analysis.yaml"))
@@ -66,17 +66,17 @@ def _analyse(run: Run) -> Found:
     digests = {name: sha256(run.folder / "analysis" / name) for name in content["written"]}
     left_out = "; ".join(sorted(set(content["left_out"].values())))
     summary = ", ".join(content["written"]) or f"nothing to write: {left_out}"
-    return Found({**content, "digests": digests}, metrics, summary)
+    return Measured({**content, "digests": digests}, metrics, summary)
 
 
-def _downstream(run: Run) -> Found:
+def _downstream(run: Run) -> Measured:
     """After an interruption it resumes with the fine-tuning that is not done."""
     from ssd_lit.evaluation.downstream import evaluate_downstream, means
 
     content = evaluate_downstream(run, load_downstream(run.folder / "downstream.yaml"), _partial_results(run))
     metrics = means(content)
     values = [f"{name.removeprefix('downstream/')} {value:.3f}" for name, value in metrics.items()]
-    return Found(content, metrics, ", ".join(values) or "; ".join(content["left_out"].values()))
+    return Measured(content, metrics, ", ".join(values) or "; ".join(content["left_out"].values()))
 
 
 def _partial_results(run: Run) -> Path:

@@ -86,7 +86,7 @@ class Delivery:
                 _log_outcome(self._client, run, {**ending, "tags": {}}, ending["run_step"])
             for run_id in (child.info.run_id, self.run_id):
                 self._client.set_terminated(run_id, ending["status"], ending["time"])
-            self._spool.told(stage)
+            self._spool.forget_ending(stage)
 
     def _child(self, stage: str) -> "MlflowRun":
         record = self._spool.record

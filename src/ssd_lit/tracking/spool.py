@@ -73,7 +73,7 @@ class Spool:
         with self._lock:
             self.update(ended={**self.record.ended, stage: ending})
 
-    def told(self, stage: str) -> None:
+    def forget_ending(self, stage: str) -> None:
         """Remove the results of a stage after they were sent."""
         with self._lock:
             self.update(ended={name: ending for name, ending in self.record.ended.items() if name != stage})

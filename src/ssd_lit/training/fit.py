@@ -24,7 +24,7 @@ from ssd_lit.support.signals import Preempted
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint, spent_elsewhere, starting_point
 from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint, Snapshots
-from ssd_lit.training.logger import Recorder, RecorderLogger, StageTeller
+from ssd_lit.training.logger import Recorder, RecorderLogger, StageReporter
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
@@ -67,7 +67,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
             SwitchLossLogger(switch),
             meter,
             Progress(switch, meter),
-            *([StageTeller(switch, recorder)] if recorder is not None else []),
+            *([StageReporter(switch, recorder)] if recorder is not None else []),
             *snapshots,
             RollingCheckpoint(switch.checkpoints, training),
         ],
@@ -79,7 +79,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_lightning() -> Iterator[None]:
     """Silence Lightning's start-up messages, its advice on settings, and warnings that only Lightning can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -112,7 +112,7 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
     if config.method != "dense":
         print(f"{config.name}: sparse FFNs are computed by {backend}", flush=True)
     switch = PhaseSwitch(run, start.history, elsewhere, until, costs, Checkpoints(run), provenance)
-    with quiet():
+    with silence_lightning():
         trainer = build_trainer(run, switch, costs, recorder)
         resume = start.checkpoint if start.step else None
         try:

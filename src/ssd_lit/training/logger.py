@@ -47,7 +47,7 @@ class RecorderLogger(Logger):
         """The recorder has the whole config already."""
 
 
-class StageTeller(PhaseCallback):
+class StageReporter(PhaseCallback):
     """Passes the stage of the next steps to the recorder: one fit trains several stages."""
 
     def __init__(self, switch: PhaseSwitch, recorder: Recorder):

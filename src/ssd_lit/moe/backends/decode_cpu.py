@@ -13,7 +13,7 @@ BLOCK = 16
 """Neurons of one product: MKL computes one matrix-vector product on one core, but a batch of them on all."""
 
 
-def decode_cpu(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
+def decode_cpu(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Token by token, expert by expert: reads only the chosen experts' weights, in place.
 
     torch.compile breaks its graph here, where the chosen experts become numbers.
@@ -28,7 +28,7 @@ def decode_cpu(x: Tensor, choice: Routing, experts: Experts, activation: Activat
     assert w_in is not None
     w_out = experts.w_out.view(n_experts, blocks, block, width)
     sums = []
-    for t, chosen in enumerate(choice.experts.tolist()):
+    for t, chosen in enumerate(routing.experts.tolist()):
         row = x[t].expand(blocks, 1, width)
         y = x.new_zeros(blocks, 1, width)
         for k, e in enumerate(chosen):
@@ -36,8 +36,8 @@ def decode_cpu(x: Tensor, choice: Routing, experts: Experts, activation: Activat
                 continue
             gate = None if w_gate is None else _products(row, w_gate[e], b_gate, e)
             hidden = activation(_products(row, w_in[e], b_in, e), gate)
-            if choice.weights is not None:
-                hidden = hidden * choice.weights[t, k].to(x.dtype)
+            if routing.weights is not None:
+                hidden = hidden * routing.weights[t, k].to(x.dtype)
             y = torch.baddbmm(y, hidden, w_out[e])
         sums.append(y.sum(0))
     return torch.cat(sums)

@@ -12,14 +12,14 @@ from ssd_lit.moe.kernels import decode
 from ssd_lit.moe.routing import Routing
 
 
-def decode_gpu(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
+def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Two launches and a sum over K, without host synchronisation: can be captured in a CUDA graph.
 
     Raises ValueError if a gradient is needed.
     """
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, choice.weights, *experts)):
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, routing.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
-    out: Tensor = _forward(x, choice.experts, choice.weights, *experts[:4], activation.name)
+    out: Tensor = _forward(x, routing.experts, routing.weights, *experts[:4], activation.name)
     return out.sum(dim=1).to(x.dtype)
 
 

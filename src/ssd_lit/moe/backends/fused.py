@@ -21,7 +21,7 @@ from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
 from ssd_lit.moe.routing import Routing
 
 
-def fused(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
+def fused(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Gather, products, activation and scatter in kernels.
 
     Raises ValueError for dropout between activation and output.
@@ -29,7 +29,7 @@ def fused(x: Tensor, choice: Routing, experts: Experts, activation: Activation) 
     if activation.dropout:
         raise ValueError("backend 'fused': dropout of activations is not supported; take 'grouped'")
     y: Tensor = _forward(
-        x, choice.experts, choice.weights, *experts[:4], activation.name, choice.ragged
+        x, routing.experts, routing.weights, *experts[:4], activation.name, routing.ragged
     )[0]  # fmt: skip
     return y
 

@@ -121,21 +121,21 @@ scattered_products.register_autograd(_scattered_backward, setup_context=_save_sc
 product_gradients.register_autograd(_gradients_backward, setup_context=_save_gradients)
 
 
-def loop(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
+def loop(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """One set of matrix products for each expert, over the tokens that chose it."""
-    place, count = _sorted_by_expert(choice, experts.w_in.shape[0])
-    token = place // choice.experts.shape[1]
+    place, count = _sorted_by_expert(routing, experts.w_in.shape[0])
+    token = place // routing.experts.shape[1]
     pre = gathered_products(x, experts.w_in, experts.b_in, token, count)
     gate = None if experts.w_gate is None else gathered_products(x, experts.w_gate, experts.b_gate, token, count)
-    hidden = _weighed(activation(pre, gate), choice, place)
+    hidden = _weighed(activation(pre, gate), routing, place)
     y: Tensor = scattered_products(hidden, experts.w_out, token, count, x.shape[0])
     return y
 
 
-def grouped(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
+def grouped(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Grouped matrix products over all experts."""
-    place, count = _sorted_by_expert(choice, experts.w_in.shape[0])
-    token = place // choice.experts.shape[1]
+    place, count = _sorted_by_expert(routing, experts.w_in.shape[0])
+    token = place // routing.experts.shape[1]
     ends = count.cumsum(0).to(torch.int32)
     rows = x[token]
 
@@ -146,18 +146,18 @@ def grouped(x: Tensor, choice: Routing, experts: Experts, activation: Activation
     pre = products(experts.w_in, experts.b_in)
     gate = None if experts.w_gate is None else products(experts.w_gate, experts.b_gate)
     out = F.grouped_mm(activation(pre, gate), experts.w_out, offs=ends)
-    return torch.zeros_like(x).index_add(0, token, _weighed(out, choice, place))
+    return torch.zeros_like(x).index_add(0, token, _weighed(out, routing, place))
 
 
-def _sorted_by_expert(choice: Routing, n_experts: int) -> tuple[Tensor, Tensor]:
-    """Places [N] in the flattened choice, sorted by their expert, and how many tokens go to each [E]."""
-    expert = choice.experts.flatten()
+def _sorted_by_expert(routing: Routing, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Places [N] in the flattened routing, sorted by their expert, and how many tokens go to each [E]."""
+    expert = routing.experts.flatten()
     place = expert.argsort(stable=True)
     # Not bincount: torch.compile does not know the size of its output.
     count = expert.new_zeros(n_experts + 1).scatter_add(0, expert, torch.ones_like(expert))[:n_experts]
     # Places without an expert come last.
-    return (place[: int(count.sum())] if choice.ragged else place), count
+    return (place[: int(count.sum())] if routing.ragged else place), count
 
 
-def _weighed(out: Tensor, choice: Routing, place: Tensor) -> Tensor:
-    return out if choice.weights is None else out * choice.weights.flatten()[place, None].to(out.dtype)
+def _weighed(out: Tensor, routing: Routing, place: Tensor) -> Tensor:
+    return out if routing.weights is None else out * routing.weights.flatten()[place, None].to(out.dtype)

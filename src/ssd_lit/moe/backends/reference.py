@@ -7,12 +7,14 @@ from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.routing import Routing
 
 
-def masked(x: Tensor, choice: Routing, experts: Experts, activation: Activation) -> Tensor:
+def masked(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Computes every neuron, then multiplies those of experts not chosen by zero. Saves nothing."""
     n_experts = experts.w_in.shape[0]
-    weights = torch.ones_like(choice.experts, dtype=x.dtype) if choice.weights is None else choice.weights.to(x.dtype)
+    weights = (
+        torch.ones_like(routing.experts, dtype=x.dtype) if routing.weights is None else routing.weights.to(x.dtype)
+    )
     # Column E is for the unused places of tokens with fewer than K experts.
-    mask = x.new_zeros(x.shape[0], n_experts + 1).scatter(1, choice.experts, weights)[:, :-1]  # [T, E]
+    mask = x.new_zeros(x.shape[0], n_experts + 1).scatter(1, routing.experts, weights)[:, :-1]  # [T, E]
     pre = torch.einsum("td,ehd->teh", x, experts.w_in)
     if experts.b_in is not None:
         pre = pre + experts.b_in
