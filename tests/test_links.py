@@ -173,3 +173,10 @@ def test_what_is_there_or_no_path_is_left_alone() -> None:
 """
     assert [*broken_links("README.md", page)] == []
     assert [*broken_paths(page)] == []
+
+
+def test_every_source_file_stands_in_the_tree_of_contributing() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = [path for path in (ROOT / "src/ssd_lit").rglob("*.py") if path.name != "__init__.py"]
+    listed = [path for path in files if path.parent.name not in ("backends", "kernels", "figures")]
+    assert [str(path) for path in listed if not re.search(rf"(?<![\w/]){re.escape(path.name)}\b", tree)] == []

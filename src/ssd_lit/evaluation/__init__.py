@@ -1,0 +1,1 @@
+"""What a final model is worth: losses over k, experts, activation pattern, GLUE, BLiMP."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders of Hugging Face: MoEfy, open and export."""

@@ -36,7 +36,7 @@ def measure(run: Run, measurement: str) -> str:
     with RunTracker.of(run, measurement) as tracker:
         measured = work(run)
         tracker.outcome(measured.metrics, run_step=last_step)
-        origin = {"inputs": inputs, "provenance": timed(stage_provenance(run.config, run.tokens_digest), began)}
+        origin = {"inputs": inputs, "provenance": timed(stage_provenance(run.config.seed, run.tokens_digest), began)}
         write_json_checked(run.folder / MEASUREMENTS[measurement][1], {**measured.content, **origin})
     if measurement == "downstream":
         shutil.rmtree(_partial_results(run), ignore_errors=True)

@@ -123,7 +123,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
     """Do the `missing` training stages in order."""
     from ssd_lit.support.provenance import stage_provenance
 
-    provenance = stage_provenance(run.config, run.tokens_digest)
+    provenance = stage_provenance(run.config.seed, run.tokens_digest)
     with RunTracker.of(run, missing[0], resume_step) as tracker:
         # The points recorded from here on are of these inputs.
         write_json_checked(run.folder / "work" / "made_from.json", run.made_from())

@@ -1,0 +1,1 @@
+"""Tables, figures and report.html, from the files that runs left."""

@@ -1,0 +1,1 @@
+"""Files, locks, signals, devices and provenance; knows nothing of the other packages."""

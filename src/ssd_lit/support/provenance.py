@@ -10,8 +10,6 @@ from pathlib import Path
 
 import psutil
 
-from ssd_lit.config import RunConfig
-
 PACKAGES = (
     "torch", "lightning", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn",
     "pyarrow", "snakemake", "mlflow",
@@ -46,8 +44,8 @@ def provenance() -> dict[str, object]:
     }
 
 
-def stage_provenance(config: RunConfig, tokens: str) -> dict[str, object]:
-    """The provenance of a stage of a run, which works on data with the digest `tokens`.
+def stage_provenance(seed: int, tokens: str) -> dict[str, object]:
+    """The provenance of a stage of a run with that seed, which works on data with the digest `tokens`.
 
     `host` and `devices` tell, with the times of `timed`, which runs shared a device: a digest of the host's name, and
     "cpu" or the unique ids of the GPUs.
@@ -61,7 +59,7 @@ def stage_provenance(config: RunConfig, tokens: str) -> dict[str, object]:
         "host": hashlib.sha256(platform.node().encode()).hexdigest()[:16],
         "devices": [str(gpu.uuid) for gpu in gpus] or ["cpu"],
         "threads": torch.get_num_threads(),
-        "seed": config.seed,
+        "seed": seed,
         "tokens": tokens,
     }
 

@@ -1,0 +1,1 @@
+"""MLflow: points go into a file first, and from there to the server."""

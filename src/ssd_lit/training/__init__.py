@@ -1,0 +1,1 @@
+"""The training of a run: schedule, one fit through all phases, checkpoints, routers."""
