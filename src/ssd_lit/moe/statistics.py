@@ -52,11 +52,16 @@ def expert_load(ffn: ExpertFFN, x: Tensor) -> Tensor:
     return chosen_mask(ffn.route(x), ffn.experts).float().mean(dim=0)
 
 
+def entropy(load: Tensor) -> Tensor:
+    """The entropy in nats of expert loads [..., E] -> [...], each taken as a distribution."""
+    fraction = load.double() / load.sum(dim=-1, keepdim=True)
+    nats: Tensor = -torch.special.xlogy(fraction, fraction).sum(dim=-1)
+    return nats
+
+
 def load_entropy(load: Tensor) -> float:
     """Entropy of an expert load [E] divided by that of an even one: 1 is perfect balance, 0 a single expert."""
-    share = load.double() / load.sum()
-    entropy = -torch.special.xlogy(share, share).sum()
-    return float(entropy) / max(math.log(len(load)), 1e-12)
+    return float(entropy(load)) / max(math.log(len(load)), 1e-12)
 
 
 @torch.no_grad()

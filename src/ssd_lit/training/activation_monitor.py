@@ -11,7 +11,7 @@ from torch import Tensor
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.statistics import active_neurons, expert_load, load_entropy
+from ssd_lit.moe.statistics import active_neurons, entropy, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback
 from ssd_lit.training.schedule import Phase
@@ -50,8 +50,7 @@ class RoutingWatch:
         self._loads = []
         experts = load.shape[1]
         dead = (load == 0).sum(dim=1).tolist()
-        fraction = load / load.sum(dim=1, keepdim=True)
-        used = (-torch.special.xlogy(fraction, fraction).sum(dim=1)).exp().tolist()
+        used = entropy(load).exp().tolist()
         self._warn("dead", dead, [bool(n) for n in dead], f"of {experts} experts no token chose")
         floor = top_k + COLLAPSED * (experts - top_k)
         low = [top_k < experts and n < floor for n in used]
