@@ -340,13 +340,15 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
             assert main(["train", str(run), "--threads", "2"]) == 0
         else:
             command = [PROGRAM, "train", str(run), "--threads", "2"]
-            process = subprocess.Popen(
-                command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-            )
-            status, told = kill_when(process, run / "metrics.jsonl", 3, signal.SIGTERM)
-            assert status == STATUS
-            assert "stopped by SIGTERM after step" in told
-            assert is_gone_within(10, process.pid)
+            for number, alone in ((signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)):
+                logged = curves(run)["train/loss"][-1][0] if (run / "metrics.jsonl").exists() else 0
+                process = subprocess.Popen(
+                    command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+                )
+                status, told = kill_when(process, run / "metrics.jsonl", logged + 3, number, alone=alone)
+                assert status == STATUS
+                assert f"stopped by {number.name} after step" in told
+                assert is_gone_within(10, process.pid)
             done = subprocess.run(
                 command, env={**os.environ, **cluster}, check=True, timeout=300, stderr=subprocess.PIPE, text=True
             )
