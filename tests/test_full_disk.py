@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,13 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
 
 
 def fill(disk: Path, kilobytes: int) -> None:
-    """Leave so much room and no more."""
-    free = os.statvfs(disk)
+    """Leave so much room and no more; tries again where a thread of the stage before is still writing to the store."""
     with (disk / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_bsize - 1024 * kilobytes))
+        for _ in range(100):
+            free = os.statvfs(disk)
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, free.f_bavail * free.f_bsize - 1024 * kilobytes))
+                return
+            except OSError:
+                time.sleep(0.1)
+    raise AssertionError("the disk does not come to rest")

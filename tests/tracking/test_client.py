@@ -110,7 +110,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 import ssd_lit.tracking.client as tracking
 tracking.SEND_SECONDS = 0.05
-from tests.test_tracking import tracker
+from tests.tracking.test_client import tracker
 with tracker(Path({run!r}), Path({results!r})) as t:
     for step in range(1, 10**6):
         t.log(step, {{"train/loss": float(step)}})
