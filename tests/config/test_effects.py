@@ -7,9 +7,8 @@ import pytest
 import yaml
 
 from ssd_lit.config import ConfigError, Method, RunConfig, Section, dump, load_experiment, load_resolved, load_run
-from ssd_lit.config.effects import LOOK_AT_ACTIVATIONS, RULES
+from ssd_lit.config.effects import RULES
 from ssd_lit.config.experiment import Experiment
-from ssd_lit.moe.construction import NEEDS_ACTIVATIONS
 from ssd_lit.paths import write_configs
 from tests.conftest import tiny_experiment
 
@@ -126,5 +125,4 @@ def test_every_rule_is_about_a_key_that_there_is() -> None:
     known |= {f"moe.k_schedule.{key}" for key in ("start", "stairs")}
     known |= {f"data.tokenizer.{key}" for key in ("vocab_size", "train_megabytes")}
     assert {key for rule in RULES for key in rule.keys} <= known
-    assert set(LOOK_AT_ACTIVATIONS) == NEEDS_ACTIVATIONS
     assert {arm["method"] for arm in ARMS.values()} == set(get_args(Method))

@@ -7,8 +7,8 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
-from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct, leading_components
-from ssd_lit.moe.names import Construction
+from ssd_lit.moe.construction import construct, leading_components
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS, Construction
 
 F, T, E, D = 96, 400, 8, 16
 KMEANS = ("kmeans", *sorted(NEEDS_ACTIVATIONS))

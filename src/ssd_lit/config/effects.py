@@ -9,9 +9,7 @@ from ssd_lit.config.run_config import RUN_SECTIONS, RunConfig
 from ssd_lit.config.section import Section
 from ssd_lit.config.sections import MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
 from ssd_lit.config.yaml_file import ConfigError
-
-LOOK_AT_ACTIVATIONS = ("kmeans_activations", "coactivation")
-"""The constructions that do."""
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 
 OF_EVERY_STAGE = ("devices", "threads", "deterministic")
 OF_BATCHES = ("batch_size", "log_every")
@@ -40,9 +38,9 @@ def _takes_batches(run: RunConfig, _: AnalysisConfig | None) -> bool:
 
 
 def _calibrates(run: RunConfig, analysis: AnalysisConfig | None) -> bool:
-    grouped = run.method not in ("dense", "upcycle") and run.moe.construction in LOOK_AT_ACTIVATIONS
+    grouped = run.method not in ("dense", "upcycle") and run.moe.construction in NEEDS_ACTIVATIONS
     compared = analysis.constructions if analysis is not None and run.training.snapshot_every is not None else []
-    return grouped or any(name in LOOK_AT_ACTIVATIONS for name in compared)
+    return grouped or any(name in NEEDS_ACTIVATIONS for name in compared)
 
 
 RULES = (
@@ -66,7 +64,7 @@ RULES = (
     Rule(
         ("moe.calibration_blocks",),
         _calibrates,
-        f"activations are taken for moe.construction {' and '.join(LOOK_AT_ACTIVATIONS)} only",
+        f"activations are taken for moe.construction {' and '.join(NEEDS_ACTIVATIONS)} only",
     ),
     Rule(
         ("moe.k_schedule",),

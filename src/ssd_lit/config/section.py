@@ -1,7 +1,7 @@
 """A section of settings: typed, strict, and a mistake in it told by key, value given and values allowed."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +29,7 @@ T = TypeVar("T", bound=Section)
 
 
 def checked(kind: type[T], content: dict[str, Any], where: Callable[[tuple[str, ...]], str] = ".".join) -> T:
+    """The section with that content. Raises ConfigError at the first two mistakes, with keys as `where` names them."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -40,10 +41,7 @@ def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]],
     key = dotted([where(location)])
     match error["type"]:
         case "extra_forbidden":
-            known = _known_keys(kind, location[:-1])
-            close = difflib.get_close_matches(location[-1], known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
-            return f"{key}: unknown key; {hint}"
+            return unknown_key(key, location[-1], _known_keys(kind, location[:-1]))
         case "missing":
             return f"{key}: missing; it must be given"
         case "value_error":
@@ -51,6 +49,13 @@ def _explain(kind: type[Section], error: Any, where: Callable[[tuple[str, ...]],
             return f"{key}: {message}" if location else message
         case _:
             return f"{key}: given {shown(error['input'])}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def unknown_key(title: str, key: str, known: Sequence[str]) -> str:
+    """The message for a key that there is not, with the nearest known one, or all that are allowed."""
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+    return f"{title}: unknown key; {hint}"
 
 
 def _known_keys(kind: type[Section], location: tuple[str, ...]) -> list[str]:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from ssd_lit.config import AnalysisConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
+from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.names import Construction
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS, Construction
 from ssd_lit.moe.similarity import pattern_similarity
 from ssd_lit.paths import snapshots
 from ssd_lit.run import Run

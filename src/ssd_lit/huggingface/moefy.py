@@ -18,8 +18,9 @@ from ssd_lit.huggingface.folder import Experts, copy_in_new_order, write_experts
 from ssd_lit.models.family import family, swap_ffns
 from ssd_lit.models.hooks import capture_inputs
 from ssd_lit.moe.activations import ACTIVATIONS
-from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
+from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 from ssd_lit.moe.permutation import moefy
 from ssd_lit.support.files import check_unfilled, whole_folder
 from ssd_lit.training.routers import Example, contributions, fit_routers

@@ -38,7 +38,7 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     Exact, for any cost that is finite.
     """
     problems = cost.flatten(0, -3) if cost.ndim > 2 else cost[None]
-    return assign(problems.double()).view(cost.shape[:-1])
+    return _assign(problems.double()).view(cost.shape[:-1])
 
 
 def centred_costs(cost: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def centred_costs(cost: Tensor) -> Tensor:
     return cost.sub_(cost.mean(2, keepdim=True))
 
 
-def assign(cost: Tensor) -> Tensor:
+def _assign(cost: Tensor) -> Tensor:
     """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
     n, n_columns = cost.shape[1:]
     cost = centred_costs(cost)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.assignment import TEMPERATURES, assign, centred_costs, cost_spread, newton_prices
+from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, cost_spread, newton_prices
 
 KMEANS_ROUNDS = 20
 """Rounds of plain k-means before the balanced ones; they are cheaper, and more of them gain nothing."""
@@ -195,11 +195,11 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
         labels[:, -1] = init
         inertia[:, -1:] = _inertia(squares, centers[:, -1:], x.shape[1])
         # If it has converged, drafts would only make it worse.
-        means = _centers(x, _exact_round(x, centers[:, -1:]), n_clusters)
+        means = _centers(x, balanced_assignment(_costs(x, centers[:, -1:])), n_clusters)
         going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
     centers = _draft(x, centers)
     for _ in range(EXACT_ROUNDS):
-        new = _exact_round(x, centers)
+        new = balanced_assignment(_costs(x, centers))
         centers = _centers(x, new, n_clusters)
         reached = _inertia(squares, centers, x.shape[1])
         going &= reached < inertia * (1 - LEAST_GAIN)
@@ -216,11 +216,6 @@ def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
     squares [L, 1]: sum of the rows' squared lengths.
     """
     return squares - n // centers.shape[2] * centers.double().square().sum((2, 3))
-
-
-def _exact_round(x: Tensor, centers: Tensor) -> Tensor:
-    """Labels [L, S, n] of the cheapest balanced assignments to centers [L, S, E, D]."""
-    return assign(_costs(x, centers).double().flatten(0, 1)).view(*centers.shape[:2], -1)
 
 
 def _draft(x: Tensor, centers: Tensor) -> Tensor:

@@ -15,9 +15,6 @@ from ssd_lit.moe.assignment import Floats
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
 from ssd_lit.moe.names import Construction
 
-NEEDS_ACTIVATIONS = frozenset({"kmeans_activations", "coactivation"})
-"""Constructions that need activations on calibration tokens."""
-
 LINK = 1e-6
 """Fraction of a neuron's co-activation that is spread over all other neurons, so that the graph is connected."""
 

@@ -3,6 +3,8 @@
 from typing import Literal
 
 Construction = Literal["kmeans", "kmeans_activations", "coactivation", "random", "contiguous"]
+NEEDS_ACTIVATIONS = ("kmeans_activations", "coactivation")
+"""Constructions that use activations on calibration tokens."""
 RouterName = Literal["center", "random", "gate"]
 PosthocRouter = Literal["mass_mlp", "norm_mlp", "centers"]
 BackendName = Literal["auto", "masked", "loop", "grouped", "decode_cpu", "fused", "decode_gpu"]

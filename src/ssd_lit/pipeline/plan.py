@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from atexit import register
 from collections.abc import Mapping
-from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from ssd_lit.config import ConfigError, Experiment, load_experiment, read_changes
+from ssd_lit.config.section import unknown_key
 from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
@@ -33,9 +33,7 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     """
     for key in config:
         if key not in CONFIG_KEYS:
-            nearest = get_close_matches(key, CONFIG_KEYS, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"allowed: {', '.join(CONFIG_KEYS)}"
-            raise ConfigError(f"--config {key}: unknown key; {hint}")
+            raise ConfigError(unknown_key(f"--config {key}", key, CONFIG_KEYS))
     jobs = config.get("jobs", "stages")
     if jobs not in ("stages", "runs"):
         raise ConfigError(f"jobs: given {jobs!r}; allowed: stages (a job for each stage of a run), runs (one for all)")

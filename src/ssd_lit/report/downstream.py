@@ -9,7 +9,8 @@ import pandas as pd
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.benchmarks import TASKS
-from ssd_lit.report.arms import Measure, cell, measure_of, percent
+from ssd_lit.report.arms import Measure, cell, measure_of
+from ssd_lit.report.formatting import percent
 from ssd_lit.report.results import RUN, RunResult
 from ssd_lit.support.files import read_json_checked, write_text
 

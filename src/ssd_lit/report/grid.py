@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from ssd_lit.config import Experiment, cells
-from ssd_lit.report.arms import Arm, Measure, arms_of, cell, digits, measure_of, number, percent
+from ssd_lit.report.arms import Arm, Measure, arms_of, cell, measure_of
+from ssd_lit.report.formatting import digits, number, percent
 from ssd_lit.report.results import RunResult
 from ssd_lit.report.settings import shown
 

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ssd_lit.config import Experiment
-from ssd_lit.report import arms as writing
+from ssd_lit.report import formatting
 from ssd_lit.report.arms import Arm, arms_of
 from ssd_lit.report.comparison import comparison
 from ssd_lit.report.downstream import blimp_table, glue_table
@@ -128,7 +128,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for write in (writing.number, writing.scaled, writing.percent, writing.duration):
+    for write in (formatting.number, formatting.scaled, formatting.percent, formatting.duration):
         environment.filters[write.__name__] = write
     environment.filters["heading"] = _heading
     environment.filters["over_range"] = _over_range

@@ -9,7 +9,8 @@ import pandas as pd
 
 from ssd_lit.config import RunConfig
 from ssd_lit.evaluation.metrics import perplexity
-from ssd_lit.report.arms import Arm, Measure, arms_of, cell, measure_of, percent, reference_arm
+from ssd_lit.report.arms import Arm, Measure, arms_of, cell, measure_of, reference_arm
+from ssd_lit.report.formatting import percent
 from ssd_lit.report.results import RunResult, by_arm, has_table, load_results, perplexity_of, read_table, run_frame
 from ssd_lit.support.files import write_text
 

@@ -64,19 +64,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def same_file(source: Path, path: Path) -> None:
-    """Make `path` a hard link to `source`, atomically; a copy where the file system has no hard links.
-
-    For files that are never modified, only replaced.
-    """
-    with whole_file(path) as part:
-        part.unlink()
-        try:
-            os.link(source, part)
-        except OSError:
-            shutil.copyfile(source, part)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Add the name of the file to the OSError of a full disk, which has none."""

@@ -16,7 +16,8 @@ from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.construction import NEEDS_ACTIVATIONS, construct
+from ssd_lit.moe.construction import construct
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 from ssd_lit.moe.permutation import moefy, upcycle_into
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.paths import checkpoint_path

@@ -19,7 +19,7 @@ def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activa
     """
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, routing.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
-    out: Tensor = _forward(x, routing.experts, routing.weights, *experts[:4], activation.name)
+    out: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
     return out.sum(dim=1).to(x.dtype)
 
 

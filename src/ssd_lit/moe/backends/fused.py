@@ -29,7 +29,7 @@ def fused(x: Tensor, routing: Routing, experts: Experts, activation: Activation)
     if activation.dropout:
         raise ValueError("backend 'fused': dropout of activations is not supported; take 'grouped'")
     y: Tensor = _forward(
-        x, routing.experts, routing.weights, *experts[:4], activation.name, routing.ragged
+        x, routing.experts, routing.weights, *experts.for_kernels, activation.name, routing.ragged
     )[0]  # fmt: skip
     return y
 

@@ -28,6 +28,13 @@ class Experts(NamedTuple):
     b_gate: Tensor | None = None
     """[E, H], for a gate with a bias."""
 
+    @property
+    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The parts that kernels take. Raises ValueError if there is one that they do not know."""
+        if self.b_gate is not None:
+            raise ValueError("kernels know no bias of a gate; take a backend of plain torch")
+        return self.w_in, self.w_out, self.b_in, self.w_gate
+
 
 # Compared by identity: torch.compile would hash an object that it has not built yet.
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ssd_lit.report.arms import Arm, shortened
+from ssd_lit.report.arms import Arm
 from ssd_lit.report.figures.style import GREY, MARKERS, PALETTE, WIDTH, arm_label, key, ramp, scale_perplexities
+from ssd_lit.report.formatting import shortened
 from ssd_lit.report.grid import QUANTITIES, Grid, Quantity, measured, table
 
 SPREAD = 0.3

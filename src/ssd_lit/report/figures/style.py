@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-from ssd_lit.report.arms import shortened
+from ssd_lit.report.formatting import shortened
 from ssd_lit.report.results import Array, Points, RunResult, by_arm
 from ssd_lit.support.files import whole_file
 
