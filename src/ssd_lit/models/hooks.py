@@ -37,7 +37,7 @@ def ffn_inputs(model: LanguageModel, batch: Batch) -> list[Tensor]:
     training = model.training
     try:
         with capture_inputs(model.ffns) as captured:
-            model.eval().run_layers(batch)
+            model.eval()(batch, head=False)
     finally:
         model.train(training)
     return [captured[ffn] for ffn in model.ffns]

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 
-from ssd_lit.config import RunConfig
+from ssd_lit.config import RunConfig, TrainingConfig
 from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import Costs, forward_costs
@@ -33,6 +33,7 @@ from ssd_lit.training.logger import Recorder, RecorderLogger, StageReporter
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
+from ssd_lit.training.sharding import Shards
 from ssd_lit.training.switch_loss import SwitchLossLogger
 from ssd_lit.training.throughput import Progress, ThroughputLogger
 
@@ -53,7 +54,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
         max_epochs=-1,  # only the phase switch ends the training
         devices=training.devices,
         num_nodes=training.nodes,
-        strategy=WholeModels() if training.processes > 1 else "auto",
+        strategy=_strategy(training),
         plugins=[_environment(), switch.checkpoints.writer],
         precision=PRECISION[training.precision],
         gradient_clip_val=config.optim.grad_clip,
@@ -80,6 +81,12 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
         enable_model_summary=False,
         default_root_dir=run.folder / "work",
     )
+
+
+def _strategy(training: TrainingConfig) -> Any:
+    if training.processes == 1:
+        return "auto"
+    return Shards(training.processes) if training.shard else WholeModels()
 
 
 def _environment() -> ClusterEnvironment:
