@@ -1,6 +1,5 @@
 """How the work of a run is spread changes rounding only: pieces of a batch, devices, machines, shards."""
 
-import os
 import re
 import signal
 import socket
@@ -12,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from ssd_lit.support.files import read_json
-from ssd_lit.support.signals import STATUS
 from ssd_lit.training.checkpoint import check_checkpoint, read_checkpoint
 from tests.conftest import Bench
-from tests.training.test_phases import PROGRAM, curves, is_gone_within, kill_when, weights
+from tests.training.test_phases import PROGRAM, curves, kill_when
 
 pytestmark = pytest.mark.whole_run
 
