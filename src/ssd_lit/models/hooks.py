@@ -36,7 +36,8 @@ def ffn_inputs(model: LanguageModel, batch: Batch) -> list[Tensor]:
     """
     training = model.training
     try:
-        with capture_inputs(model.ffns) as captured:
+        # Layers that are compiled one by one do not see hooks that come later.
+        with capture_inputs(model.ffns) as captured, torch.compiler.set_stance("force_eager"):
             model.eval()(batch, head=False)
     finally:
         model.train(training)
