@@ -90,7 +90,7 @@ def measured(folder: Path, shape: str, devices: int, arguments: argparse.Namespa
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
                    "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # fmt: skip
     command = [sys.executable, __file__, "--child", str(run), *(["--profile"] if arguments.profile else [])]
-    subprocess.run(command, check=True, env=environment)
+    subprocess.run(command, check=True, env=environment, timeout=400)
     told = json.loads((run / "clock.json").read_text())
     config = load_run(run / "config.yaml")
     found = figures(told, config.model_dump(mode="json"))
@@ -181,14 +181,13 @@ def child(run: Path, *, profiled: bool) -> int:
 
 
 def show(title: str, runs: dict[int, dict[str, Any]], linear: dict[str, float]) -> None:
-    print(
-        f"\n{title}: {'':<8}{'dense ms':>10}{'sparse ms':>10}{'tokens/s':>12}{'':>12}{'GiB':>8}{'estimate':>9}{'loss':>8}"
-    )
+    columns = f"{'dense ms':>18}{'sparse ms':>10}{'tokens/s':>12}{'':>12}{'GiB':>8}{'estimate':>10}{'loss':>8}"
+    print(f"\n{title}\n          {columns}")
     for devices, found in runs.items():
         seconds, speed = found["step_median_seconds"], found["tokens_per_second"]
         print(
             f"  {devices} GPUs {1e3 * seconds['dense']:18.2f}{1e3 * seconds['sparse']:10.2f}{speed['dense']:12,.0f}"
-            f"{speed['sparse']:12,.0f}{found['peak_gibibytes']:8.1f}{found['estimated_gibibytes']:9.1f}"
+            f"{speed['sparse']:12,.0f}{found['peak_gibibytes']:8.1f}{found['estimated_gibibytes']:10.1f}"
             f"{list(found['losses'].values())[-1]:8.3f}"
         )
         print(f"    changes {found['switch_median_seconds']:.2f} s, first step {found['first_step_seconds']:.1f} s")

@@ -1,5 +1,6 @@
 """The training of a run: one Lightning `fit` for all its phases."""
 
+import gc
 import logging
 import multiprocessing
 import signal
@@ -111,6 +112,7 @@ def silence_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
         warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # overridden on purpose
         warnings.filterwarnings("ignore", message=".*`srun` command.*")
+        warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")  # Lightning's own use of it
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning uses an old name in torch
         yield
 
@@ -154,10 +156,12 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
                 # Data workers ignore the SIGTERM that schedulers send to all, and Python would wait for them.
                 worker.kill()
                 worker.join()
+    # CUDA graphs hold operations of the process group, which would wait for them for ever.
+    torch.compiler.reset()
+    gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # The measurements that follow run in this process only.
         torch.distributed.destroy_process_group()
-    torch.compiler.reset()
     return switch
 
 
