@@ -4,7 +4,7 @@
 
 FILE is the train.bin of any prepared data. `--shapes` are trained on one GPU and on all, each of which has the model
 and a batch as large as the one GPU's; `--shard` are trained on all, the model divided among them (FSDP2) and
-activations computed again. Every run is one of benchmarks/switching.py, in a process of its own with all callbacks: 150
+activations computed again. Every run is one of benchmarks/switching.py, in a process of its own with all callbacks: 200
 steps, dense and sparse (K 6 of 32) in turns. Reported are
 
 - milliseconds of a dense and of a sparse step (median over stretches of ten), tokens a second, and the speed of all
@@ -28,7 +28,7 @@ import torch
 from gpt2 import SHAPES, Shape
 from lightning.pytorch import Callback, Trainer
 from machine import RESULTS, machine
-from switching import SCHEDULES, Clock, compile_bytecode, figures, write_run
+from switching import Clock, Schedule, compile_bytecode, figures, write_run
 
 from ssd_lit.config import MoEConfig, load_run
 from ssd_lit.models.memory import training_memory
@@ -37,8 +37,9 @@ from ssd_lit.support.files import write_json
 RESULT = RESULTS / "scaling.json"
 LEAST = {"small": 0.95, "1.3b": 0.97}
 """Speed over as many times that of one GPU, in both modes."""
-PROFILED = {"dense": range(95, 99), "sparse": range(41, 45)}
-"""Steps (0-based) of the schedule `short` that are profiled: no monitor and no check falls among them."""
+SCHEDULE = Schedule((200, 40, 60, 20, 40), validate_every=100, check_every=100, checkpoint_every=1000)
+PROFILED = {"sparse": range(132, 136), "dense": range(182, 186)}
+"""Steps (0-based) that are profiled: no monitor and no check falls among them."""
 
 
 def main() -> int:
@@ -82,10 +83,7 @@ def parse() -> argparse.Namespace:
 def measured(folder: Path, shape: str, devices: int, arguments: argparse.Namespace, **training: Any) -> dict[str, Any]:
     """Train a run on so many GPUs; what it told."""
     place = folder / f"{shape}-{devices}-{len(training)}"
-    run = write_run(
-        place, SHAPES[shape], SCHEDULES["short"], arguments.tokens, devices=devices, top_k=6,
-        checkpoint_every=1000, **training,
-    )  # fmt: skip
+    run = write_run(place, SHAPES[shape], SCHEDULE, arguments.tokens, devices=devices, top_k=6, **training)
     cache = arguments.cache or folder / "cache"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
                    "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # fmt: skip

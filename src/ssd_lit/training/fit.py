@@ -51,7 +51,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     config, training = run.config, run.config.training
     meter = ThroughputLogger(switch, costs)
     snapshots = [Snapshots(run.folder, training.snapshot_every)] if training.snapshot_every else []
-    return Trainer(
+    trainer = Trainer(
         max_epochs=-1,  # only the phase switch ends the training
         devices=training.devices,
         num_nodes=training.nodes,
@@ -82,6 +82,10 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
         enable_model_summary=False,
         default_root_dir=run.folder / "work",
     )
+    # Lightning asks the first process at every step whether it got a SIGTERM, and waits for the GPU to read the answer:
+    # 5 ms of a step of 50. `RollingCheckpoint` stops all processes together.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def _strategy(training: TrainingConfig) -> Any:
