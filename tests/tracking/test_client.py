@@ -22,7 +22,7 @@ from ssd_lit.support.files import write_text
 from ssd_lit.tracking.client import RunTracker
 from ssd_lit.tracking.delivery import send_report, send_runs, try_for
 from ssd_lit.tracking.spool import Spool
-from ssd_lit.tracking.store import ensure_store, masked, tracking_uri
+from ssd_lit.tracking.store import ensure_store, masked, store_name, tracking_uri
 from tests.faulty_server import FaultyServer
 from tests.forked import SERVER
 
@@ -296,7 +296,7 @@ def test_answers_that_are_lost_double_neither_runs_nor_points(
     server.fault = "lost"
     train(tmp_path, tmp_path.parent)
     end_of_process(others)
-    while Spool(tmp_path).waiting():
+    while Spool(tmp_path).waiting(store_name()):
         with suppress(ValueError):
             send_runs(tmp_path.parent, [tmp_path])
     server.fault = None
