@@ -157,7 +157,7 @@ class ObjectStore:
         assert self._server._server is not None
         self._server._server.server_close()
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """The names of all objects."""
         return [item["Key"] for item in self.client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
 

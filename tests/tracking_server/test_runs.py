@@ -32,8 +32,7 @@ def test_a_whole_run_is_recorded_once_with_its_report_in_the_bucket(
 ) -> None:
     person.uses(server)
     run, experiment = bench.dir("ssd"), bench.dir("ssd").parent.parent
-    _, told = person.train(run).communicate()
-    assert "not sent to MLflow" not in told or "ssd-lit send" in told
+    assert person.train(run).wait() == 0
     for stage in ("summarise", "figures", "report", "send"):
         bench.stage(stage, experiment)
     report, ssd = sorted(active_runs(bench), key=lambda found: found.info.run_name)
@@ -52,7 +51,7 @@ def assert_stored(report_id: str, experiment: Path, servers: Servers, name: str,
     assert len(files) > 2
     folder.mkdir()
     MlflowClient().download_artifacts(report_id, "", str(folder))
-    stored = {key.partition("/artifacts/")[2]: key for key in servers.objects.keys() if f"/{report_id}/" in key}
+    stored = {key.partition("/artifacts/")[2]: key for key in servers.objects.names() if f"/{report_id}/" in key}
     assert stored.keys() == files.keys()
     for path, file in files.items():
         assert (folder / path).read_bytes() == file.read_bytes()
