@@ -45,10 +45,7 @@ class Delivery:
         with FileLock(self._results / ".mlflow.lock"):
             self._experiment = _experiment(client, self._results, self._config.experiment)
         run = _find_or_create(client, self._experiment, record.key, record.tags, record.run_id)
-        if record.run_id != run.info.run_id:
-            # MLflow no longer has the run, or this is another store.
-            spool.send_again(run.info.run_id)
-        spool.update(store=store_name())
+        spool.attach(run.info.run_id, store_name())
         self._set_aside_superseded()
         _log_new(client, run, self._config, record.tags)
         inputs = run.inputs.dataset_inputs if run.inputs else []

@@ -69,10 +69,20 @@ class Spool:
                 delivered={name: ending for name, ending in old.delivered.items() if name in kept},
             )  # fmt: skip
 
-    def send_again(self, run_id: str) -> None:
-        """Count everything as not sent yet, to an MLflow run that has nothing."""
+    def attach(self, run_id: str, store: str) -> None:
+        """Set the MLflow run that takes what is sent; all points go to one that is new, and the results of all stages.
+
+        Not the results that were sent before, if it replaces another run: it takes over that one's children.
+        """
         with self._lock:
-            self.update(run_id=run_id, sent=0, ended={**self.record.delivered, **self.record.ended}, delivered={})
+            old = self.record
+            if run_id == old.run_id:
+                self.update(store=store)
+            elif old.superseded and old.store == store:
+                self.update(run_id=run_id, sent=0)
+            else:
+                ended = {**old.delivered, **old.ended}
+                self.update(run_id=run_id, store=store, sent=0, ended=ended, delivered={})
 
     def end(
         self, stage: str, status: str, metrics: Mapping[str, float], tags: Mapping[str, str], run_step: int | None
