@@ -1,12 +1,13 @@
 # make reproduce   install, then take the default experiment from text to report
 # make test        install, then linters, types, tests and a tiny experiment for real
 # make check       the same without the tests of whole runs and workflows: for the hand
+# make test-server   tests with an MLflow server on PostgreSQL and S3, which it installs (PostgreSQL: as root, by apt)
 # make ui          the MLflow UI on 127.0.0.1
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test check lint ui install
+.PHONY: reproduce test test-server check lint ui install
 
 reproduce: install
 	snakemake
@@ -19,6 +20,13 @@ test: lint
 
 check: lint
 	$(PYTEST) -m "not whole_run"
+
+test-server: install
+	@ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || command -v initdb > /dev/null || { \
+		test "$$(id -u)" = 0 || { echo "PostgreSQL is not installed; as root: apt-get install postgresql"; exit 1; }; \
+		apt-get update && apt-get install --yes --no-install-recommends postgresql; }
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock -e '.[server-tests]'
+	pytest -m tracking_server tests/tracking_server
 
 lint: install
 	ruff check .

@@ -22,7 +22,8 @@ from ssd_lit.support.files import write_text
 from ssd_lit.tracking.client import RunTracker
 from ssd_lit.tracking.delivery import send_report, send_runs, try_for
 from ssd_lit.tracking.spool import Spool
-from ssd_lit.tracking.store import ensure_store, masked, tracking_uri
+from ssd_lit.tracking.store import ensure_store, masked, store_name, tracking_uri
+from tests.conftest import empty_store
 from tests.faulty_server import FaultyServer
 from tests.forked import SERVER
 
@@ -296,11 +297,24 @@ def test_answers_that_are_lost_double_neither_runs_nor_points(
     server.fault = "lost"
     train(tmp_path, tmp_path.parent)
     end_of_process(others)
-    while Spool(tmp_path).waiting():
+    while Spool(tmp_path).waiting(store_name()):
         with suppress(ValueError):
             send_runs(tmp_path.parent, [tmp_path])
     server.fault = None
     assert_all_arrived_once(tmp_path, tmp_path.parent, stages=1)
+
+
+def test_another_store_gets_all_of_a_run_once(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: set[threading.Thread]
+) -> None:
+    train(tmp_path, store)
+    end_of_process(others)
+    send_runs(store, [tmp_path])
+    (tmp_path / "other.db").write_bytes(empty_store())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    assert send_runs(store, [tmp_path]) == 1
+    assert_all_arrived_once(tmp_path, store, stages=1)
+    assert send_runs(store, [tmp_path]) == 0
 
 
 def test_sending_to_a_server_that_is_away_fails_in_one_line(

@@ -93,8 +93,10 @@ def store(results: Path) -> str:
 def ui(results: Path, port: int) -> str:
     import socket
 
-    from ssd_lit.tracking.store import serve
+    from ssd_lit.tracking.store import masked, serve, tracking_uri
 
+    if tracking_uri(results).startswith(("http:", "https:")):
+        raise ConfigError(f"MLFLOW_TRACKING_URI is a server with a UI of its own: open {masked(tracking_uri(results))}")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ConfigError(f"port {port} is taken; give another with --port")

@@ -20,7 +20,7 @@ from ssd_lit.support.signals import Preempted
 from ssd_lit.tracking.delivery import Delivery
 from ssd_lit.tracking.metrics_log import MetricsLog, drop_points_after
 from ssd_lit.tracking.spool import Spool
-from ssd_lit.tracking.store import connect, first_line, masked, tracking_uri
+from ssd_lit.tracking.store import connect, masked, reason, store_name, tracking_uri
 
 if TYPE_CHECKING:
     from ssd_lit.run import Run
@@ -109,7 +109,7 @@ class RunTracker:
         finally:
             self._stop.set()  # after an error too, such as a full disk
         self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
-        waiting = self._spool.waiting()
+        waiting = self._spool.waiting(store_name())
         if waiting:
             log.warning(
                 "%s: %s not sent to MLflow yet; the next stage sends them, or `ssd-lit send %s`",
@@ -140,7 +140,7 @@ class RunTracker:
             except Exception as error:
                 if not warned and not last:
                     uri = masked(tracking_uri(self._results))
-                    log.warning("MLflow at %s: %s; points wait in files until it answers", uri, first_line(error))
+                    log.warning("MLflow at %s: %s; points wait in files until it takes them", uri, reason(error))
                 warned, wait = True, min(2 * wait, LONGEST_WAIT)
             if last:
                 return

@@ -1,5 +1,6 @@
 """Sends runs and reports to MLflow, from their files."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ from filelock import FileLock, Timeout
 from ssd_lit.config import RunConfig, load_run
 from ssd_lit.tracking.metrics_log import points_from
 from ssd_lit.tracking.spool import Spool
-from ssd_lit.tracking.store import artifact_place, connect, first_line, masked, tracking_uri
+from ssd_lit.tracking.store import artifact_place, connect, masked, reason, store_name, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
+
+log = logging.getLogger(__name__)
 
 BATCH = 1000  # the largest number of metrics that MLflow accepts in one request
 REPORT_SECONDS = 60.0
@@ -42,9 +45,7 @@ class Delivery:
         with FileLock(self._results / ".mlflow.lock"):
             self._experiment = _experiment(client, self._results, self._config.experiment)
         run = _find_or_create(client, self._experiment, record.key, record.tags, record.run_id)
-        if record.run_id != run.info.run_id:
-            # MLflow no longer has the run, or this is another store: send everything.
-            spool.update(run_id=run.info.run_id, sent=0)
+        spool.attach(run.info.run_id, store_name())
         self._set_aside_superseded()
         _log_new(client, run, self._config, record.tags)
         inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -86,7 +87,7 @@ class Delivery:
                 _log_outcome(self._client, run, {**ending, "tags": {}}, ending["run_step"])
             for run_id in (child.info.run_id, self.run_id):
                 self._client.set_terminated(run_id, ending["status"], ending["time"])
-            self._spool.forget_ending(stage)
+            self._spool.set_delivered(stage)
 
     def _child(self, stage: str) -> "MlflowRun":
         record = self._spool.record
@@ -106,8 +107,8 @@ class Delivery:
                 client.set_tag(child, PARENT, self.run_id)
             client.set_tag(old, "superseded_by", self.run_id)
             for stage in client.search_runs([self._experiment], f"tags.`{PARENT}` = '{old}'"):
-                client.delete_run(stage.info.run_id)
-            client.delete_run(old)
+                _delete(client, stage.info.run_id)
+            _delete(client, old)
         if record.superseded:
             self._spool.update(superseded=[])
 
@@ -129,7 +130,7 @@ def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
     """
     sent = 0
     for run_dir in run_dirs:
-        if not Spool.exists(run_dir) or not Spool(run_dir).waiting():
+        if not Spool.exists(run_dir) or not Spool(run_dir).waiting(store_name()):
             continue
         try:
             with FileLock(run_dir / ".lock", timeout=0):
@@ -140,7 +141,7 @@ def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
         except Timeout:
             continue
         except Exception as error:
-            raise ValueError(f"MLflow at {masked(tracking_uri(results))}: {first_line(error)}") from None
+            raise ValueError(f"MLflow at {masked(tracking_uri(results))}: {reason(error)}") from None
         sent += 1
     return sent
 
@@ -157,10 +158,10 @@ def send_report(results: Path, experiment: str, files: Mapping[str | None, Seque
             run = _find_or_create(client, experiment_id, "report", {"mlflow.runName": "report"}, None)
         for folder, paths in files.items():
             for path in paths:
-                client.log_artifact(run.info.run_id, str(path), folder)
+                _upload(client, run.info.run_id, path, folder)
         client.set_terminated(run.info.run_id)
     except Exception as error:
-        raise ValueError(f"MLflow at {masked(tracking_uri(results))}: {first_line(error)}") from None
+        raise ValueError(f"MLflow at {masked(tracking_uri(results))}: {reason(error)}") from None
 
 
 def try_for(seconds: float, send: Callable[[], object]) -> str | None:
@@ -185,11 +186,27 @@ def try_for(seconds: float, send: Callable[[], object]) -> str | None:
 
 
 def _experiment(client: "MlflowClient", results: Path, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    local = tracking_uri(results).startswith("sqlite:")
-    return str(client.create_experiment(name, artifact_location=artifact_place(results, name) if local else None))
+    if experiment is None:
+        local = tracking_uri(results).startswith("sqlite:")
+        try:
+            return str(client.create_experiment(name, artifact_place(results, name) if local else None))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # Made meanwhile by a process with another results folder, whose lock is another file.
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+    return str(experiment.experiment_id)
+
+
+def _upload(client: "MlflowClient", run_id: str, path: Path, folder: str | None) -> None:
+    try:
+        client.log_artifact(run_id, str(path), folder)
+    except Exception as error:
+        raise OSError(f"{path.name} cannot be stored: {reason(error)}") from None
 
 
 def _find_or_create(
@@ -205,8 +222,20 @@ def _find_or_create(
     chosen = next((run for run in runs if run.info.run_id == known), runs[0])
     for run in runs:
         if run is not chosen:
-            client.delete_run(run.info.run_id)
+            _delete(client, run.info.run_id)
     return chosen
+
+
+def _delete(client: "MlflowClient", run_id: str) -> None:
+    """Delete a run. Leaves it if the user may only add: a server with accounts wants MANAGE for this, not EDIT."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        log.warning("MLflow run %s is replaced, but stays: this user may not delete it", run_id)
 
 
 def _is_active(client: "MlflowClient", run_id: str) -> bool:
@@ -216,7 +245,8 @@ def _is_active(client: "MlflowClient", run_id: str) -> bool:
     try:
         return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        # A server with accounts says that a run it does not have is forbidden.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
             raise
         return False
 

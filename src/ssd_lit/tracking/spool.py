@@ -30,6 +30,10 @@ class Record:
     data_digest: str = ""
     ended: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of stages that are not sent yet: status, time (ms since 1970), metrics, tags, run_step."""
+    delivered: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Results of stages that have been sent, kept for another store."""
+    store: str = ""
+    """The store's name, to which they and the points have been sent."""
 
 
 class Spool:
@@ -62,7 +66,23 @@ class Spool:
                 superseded=[*old.superseded, *([] if old.run_id is None else [old.run_id])],
                 stages={name: child for name, child in old.stages.items() if name in kept},
                 ended={name: ending for name, ending in old.ended.items() if name in kept},
+                delivered={name: ending for name, ending in old.delivered.items() if name in kept},
             )  # fmt: skip
+
+    def attach(self, run_id: str, store: str) -> None:
+        """Set the MLflow run that takes what is sent; all points go to one that is new, and the results of all stages.
+
+        Not the results that were sent before, if it replaces another run: it takes over that one's children.
+        """
+        with self._lock:
+            old = self.record
+            if run_id == old.run_id:
+                self.update(store=store)
+            elif old.superseded and old.store == store:
+                self.update(run_id=run_id, sent=0)
+            else:
+                ended = {**old.delivered, **old.ended}
+                self.update(run_id=run_id, store=store, sent=0, ended=ended, delivered={})
 
     def end(
         self, stage: str, status: str, metrics: Mapping[str, float], tags: Mapping[str, str], run_step: int | None
@@ -73,13 +93,17 @@ class Spool:
         with self._lock:
             self.update(ended={**self.record.ended, stage: ending})
 
-    def forget_ending(self, stage: str) -> None:
-        """Remove the results of a stage after they were sent."""
+    def set_delivered(self, stage: str) -> None:
+        """Count the results of a stage as sent."""
         with self._lock:
-            self.update(ended={name: ending for name, ending in self.record.ended.items() if name != stage})
+            ended, delivered = dict(self.record.ended), dict(self.record.delivered)
+            delivered.pop(stage, None)  # to its end: the last stage decides the run's status
+            self.update(delivered={**delivered, stage: ended.pop(stage)}, ended=ended)
 
-    def waiting(self) -> str | None:
-        """A description of what is not sent yet; None if all is."""
+    def waiting(self, store: str) -> str | None:
+        """A description of what is not sent yet to the store of that name; None if all is."""
+        if self.record.store not in ("", store):
+            return "points and results"
         points, _ = points_from(self.points, self.record.sent)
         count = sum(len(point["values"]) for point in points)
         if count:

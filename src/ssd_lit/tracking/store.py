@@ -6,6 +6,7 @@ import re
 import sqlite3
 import sys
 from contextlib import closing
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,12 @@ for _name, _value in {
 def tracking_uri(results: Path) -> str:
     """MLFLOW_TRACKING_URI, or the sqlite store under results/."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results.resolve() / 'mlflow.db'}"
+
+
+def store_name() -> str:
+    """What tells one store from another, without a password; the same for a results folder that moved."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return re.sub(r"://\S*@", "://", uri).partition("?")[0].rstrip("/") if uri else "local"
 
 
 def masked(uri: str) -> str:
@@ -94,6 +101,21 @@ def _store_uri(results: Path) -> str:
 def first_line(error: Exception) -> str:
     # Masked before it is cut: half a URI would not be recognised.
     return masked((str(error) or type(error).__name__).splitlines()[0])[:200]
+
+
+def reason(error: Exception) -> str:
+    """Why MLflow did not do what was asked, in one line without a password."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+    else:  # an upload's error, from the requests library
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == HTTPStatus.UNAUTHORIZED:
+        return "user or password missing or wrong; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if status == HTTPStatus.FORBIDDEN:
+        return "this user has no permission there; the experiment's owner or an administrator can grant EDIT"
+    return first_line(error)
 
 
 def artifact_place(results: Path, experiment: str) -> str:
