@@ -5,6 +5,7 @@ from pathlib import Path
 from ssd_lit.config import ConfigError
 from ssd_lit.paths import write_configs
 from ssd_lit.pipeline.plan import Plan, experiment_of
+from ssd_lit.pipeline.resources import DATA_CORES, NAMES, launcher, limit
 from ssd_lit.report.figures import figures_of
 
 # Who stops a job signals every process of it: the shell and the log wait for the stage to end by itself.
@@ -31,6 +32,16 @@ SUMMARY, ARMS_TABLE, REPORT = HERE / "summary.csv", HERE / "arms.csv", HERE / "r
 DOWNSTREAM_TABLE = [] if EXPERIMENT.downstream is None else [HERE / "downstream.csv"]
 CAPTIONS = {name: f"{kind.title}. {kind.caption}" for name, kind in figures_of(EXPERIMENT).items()}
 
+# Whether jobs go to a cluster, for the process that submits one and for those inside it.
+CLUSTER = workflow.non_local_exec or workflow.remote_exec
+GPU_SHARE = config.get("gpu_share", 1)
+
+# As many runs work side by side as have room on the GPUs, if there are any. `--resources gpu=N` is stronger.
+if not CLUSTER:
+    for name, total in limit(GPU_SHARE).items():
+        if name not in workflow.global_resources:
+            workflow.register_resource(name, total)
+
 # As many runs work side by side as have room; how many threads one takes decides its bits, so its config says.
 THREADS = {name: run.training.threads for name, run in PLAN.configs.items()}
 
@@ -42,6 +53,15 @@ PRIORITY = {
 
 wildcard_constraints:
     run="|".join(PLAN.configs),
+
+
+def asked(stage):
+    """What the job of a stage asks for, by name; of a whole run for the stage `run`."""
+
+    def resource(name):
+        return lambda wildcards: PLAN.resources(wildcards.run, stage, uses_gpu=GPU_SHARE > 0, cluster=CLUSTER).get(name)
+
+    return {name: resource(name) for name in NAMES}
 
 
 def anew(stage):

@@ -11,7 +11,7 @@ from ssd_lit.config.sections import MoEConfig, OptimConfig, SwitchingConfig, Tra
 from ssd_lit.config.yaml_file import ConfigError
 from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 
-OF_EVERY_STAGE = ("devices", "threads", "deterministic")
+OF_EVERY_STAGE = ("devices", "nodes", "threads", "deterministic")
 OF_BATCHES = ("batch_size", "log_every")
 """Keys of the section training that routers are trained by too."""
 
@@ -115,7 +115,15 @@ RULES = (
     Rule(("optim.decay_fraction",), lambda run, _: run.optim.schedule == "wsd", "only optim.schedule wsd has a decay"),
     Rule(
         _all_of(
-            TrainingConfig, "training", "batch_size", "log_every", "devices", "workers", "threads", "deterministic"
+            TrainingConfig,
+            "training",
+            "batch_size",
+            "log_every",
+            "devices",
+            "nodes",
+            "workers",
+            "threads",
+            "deterministic",
         ),
         _trains,
         "method posthoc takes no training step",

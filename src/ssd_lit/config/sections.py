@@ -152,6 +152,8 @@ class TrainingConfig(Section):
     for several CPU threads, add up in the order in which their parts happen to be done."""
     devices: Annotated[int, Field(gt=0, le=1024)] = 1
     """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
+    nodes: Annotated[int, Field(gt=0, le=1024)] = 1
+    """Machines that train a run together, with `devices` processes on each."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
     """CPU threads of each stage of a run, over all devices. Sums round differently on another number, so it is a
     setting: a machine with more cores trains the same bits. Runs work side by side where there are cores."""
