@@ -10,7 +10,7 @@ Resources = dict[str, int | str]
 """Resources by Snakemake's name; those of a cluster by that of snakemake-executor-plugin-slurm."""
 
 NAMES = ("gpu", "gres", "nodes", "tasks", "tasks_per_node", "tasks_per_gpu", "cpus_per_task", "mpi")
-DATA_CORES = 8
+DATA_CORES = 4
 """Cores of a job that reads, tokenizes or encodes text on a cluster."""
 _ON_ALL_DEVICES = ("warmup", "sparse_phases", "dense")
 """Stages whose steps all devices of a run make together. One process does any other."""
