@@ -25,6 +25,7 @@ from ssd_lit.pipeline import data, exchange, publish
 from ssd_lit.pipeline import train as training
 from ssd_lit.records import ALL_STAGES
 from ssd_lit.support import signals
+from ssd_lit.support.processes import this_process
 
 Experiment = Annotated[Path, Argument(metavar="EXPERIMENT", help="a YAML file under configs/")]
 DataDir = Annotated[Path, Argument(metavar="DATA_DIR", help="a folder under results/data, which holds config.yaml")]
@@ -103,8 +104,11 @@ def stage(function: Callable[..., str]) -> Callable[..., None]:
 
 def _run(title: str, function: Callable[[], str]) -> int:
     """Run a stage, tell how it went, and return the exit status."""
-    began = time.monotonic()
-    _say(f"{title}: begins")
+    began, place = time.monotonic(), this_process()
+    if place.is_first:
+        _say(f"{title}: begins")
+    else:
+        title = f"{title}, process {place.rank}"
     try:
         outcome = function()
     except (ConfigError, ValueError, OSError) as error:
@@ -116,7 +120,8 @@ def _run(title: str, function: Callable[[], str]) -> int:
     except KeyboardInterrupt:
         _say(f"{title}: interrupted")
         return 130
-    _say(f"{title}: done in {time.monotonic() - began:.1f} s; {outcome}")
+    if place.is_first:
+        _say(f"{title}: done in {time.monotonic() - began:.1f} s; {outcome}")
     return 0
 
 

@@ -71,7 +71,7 @@ class Run:
             start = self.other(config.shares_warmup).stage("warmup").weights
         elif config.parent_run is not None:
             start = self.other(config.parent_run).final().weights
-        inputs: Inputs = {"config": sha256(self.folder / "config.yaml"), "tokens": self.tokens_digest, "start": start}
+        inputs: Inputs = {"config": config.digest, "tokens": self.tokens_digest, "start": start}
         if config.matches is not None:
             inputs["matched"] = self.other(config.matches).final().weights
         return inputs

@@ -34,7 +34,7 @@ class Recorder(LightningModule):
 
 
 def data(corpus: Path, **settings: int) -> TokenData:
-    settings = {"batch_size": 4, "validation_blocks": 10, "seed": 3, "workers": 0, **settings}
+    settings = {"batch_size": 4, "micro_batch_size": 4, "validation_blocks": 10, "seed": 3, "workers": 0, **settings}
     return TokenData(corpus / "tokens", **settings)
 
 

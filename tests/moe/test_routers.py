@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.permutation import upcycle_into
-from ssd_lit.moe.routers import build_router, gate_losses
+from ssd_lit.moe.routers import build_router, expert_choices, gate_losses
 from ssd_lit.moe.routing import experts_above, scheduled_k, top_k_experts
 
 
@@ -39,12 +39,12 @@ def test_a_learned_router_weighs_experts_by_a_softmax_over_the_chosen_that_adds_
 
 
 def test_the_load_balancing_loss_is_one_when_even_and_grows_with_collapse() -> None:
-    even, z = gate_losses(torch.zeros(8, 4), torch.arange(4).repeat(2)[:, None])
+    even, z = gate_losses(torch.zeros(8, 4), expert_choices(torch.arange(4).repeat(2)[:, None], 4))
     assert even.item() == pytest.approx(1.0)
     assert z.item() == pytest.approx(torch.tensor(4.0).log().square().item())
     scores = torch.zeros(8, 4)
     scores[:, 0] = 20.0
-    collapsed, _ = gate_losses(scores, torch.zeros(8, 1, dtype=torch.long))
+    collapsed, _ = gate_losses(scores, expert_choices(torch.zeros(8, 1, dtype=torch.long), 4))
     assert collapsed.item() == pytest.approx(4.0, rel=1e-3)
 
 
@@ -63,7 +63,7 @@ def test_a_gate_trained_on_its_balance_loss_alone_evens_the_load() -> None:
     for _ in range(200):
         optimizer.zero_grad()
         scores = router(x)
-        gate_losses(scores, top_k_experts(scores, 1))[0].backward()
+        gate_losses(scores, expert_choices(top_k_experts(scores, 1), 4))[0].backward()
         optimizer.step()
     assert before > 0.5
     assert largest_share() < 0.35

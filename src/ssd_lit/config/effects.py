@@ -114,17 +114,7 @@ RULES = (
     ),
     Rule(("optim.decay_fraction",), lambda run, _: run.optim.schedule == "wsd", "only optim.schedule wsd has a decay"),
     Rule(
-        _all_of(
-            TrainingConfig,
-            "training",
-            "batch_size",
-            "log_every",
-            "devices",
-            "nodes",
-            "workers",
-            "threads",
-            "deterministic",
-        ),
+        _all_of(TrainingConfig, "training", *OF_BATCHES, *OF_EVERY_STAGE, "workers"),
         _trains,
         "method posthoc takes no training step",
     ),

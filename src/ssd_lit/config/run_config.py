@@ -1,5 +1,6 @@
 """One run, arm x seed, with all its settings resolved; and an arm, from which runs come."""
 
+import hashlib
 import json
 from itertools import pairwise
 from typing import Any, Self
@@ -8,7 +9,7 @@ from pydantic import model_validator
 
 from ssd_lit.config.data import DataConfig
 from ssd_lit.config.section import Method, Name, Section, Seed
-from ssd_lit.config.sections import ModelConfig, MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
+from ssd_lit.config.sections import PLACEMENT, ModelConfig, MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
 
 RUN_SECTIONS = ("model", "moe", "optim", "training", "switching")
 """The sections that an experiment, an arm and a run have, and that a grid may change."""
@@ -67,16 +68,25 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps}: must be below training.steps {self.training.steps}"
             )
-        if self.training.batch_size % self.training.devices:
-            raise ValueError(
-                f"training.batch_size {self.training.batch_size} is not divisible by "
-                f"training.devices {self.training.devices}"
-            )
+        self._check_batches()
         self._check_experts()
         self._check_objective()
         if self.method == "ssd":
             self._check_switching()
         return self
+
+    def _check_batches(self) -> None:
+        training = self.training
+        if training.batch_size % training.processes:
+            of = "training.devices" if training.nodes == 1 else "training.nodes times training.devices,"
+            raise ValueError(f"training.batch_size {training.batch_size} is not divisible by {of} {training.processes}")
+        micro = training.micro_batch_size
+        if micro is not None and training.local_batch_size % micro:
+            raise ValueError(
+                f"training.micro_batch_size {micro} does not divide the {training.local_batch_size} blocks of a device"
+            )
+        if training.shard and training.processes == 1:
+            raise ValueError("training.shard true: there is one device only; give more of training.devices")
 
     def _check_experts(self) -> None:
         moe, method = self.moe, self.method
@@ -139,6 +149,13 @@ class RunConfig(Section):
     def from_scratch(self) -> bool:
         """Whether experts are made of weights that were never trained."""
         return self.method == "sparse" and self.parent_arm is None and self.model.pretrained is None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the weights, but for rounding: not how the work is spread over devices."""
+        left_out = {*PLACEMENT, *(["steps"] if self.match_flops_of_arm is not None else [])}
+        content = self.model_dump(mode="json", exclude={"training": left_out})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def name(self) -> str:

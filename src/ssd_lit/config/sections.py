@@ -139,10 +139,25 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """Budget and machinery of a run."""
 
+    @property
+    def processes(self) -> int:
+        """The number of processes that train together, over all machines."""
+        return self.nodes * self.devices
+
+    @property
+    def local_batch_size(self) -> int:
+        """Blocks of one step that a device computes."""
+        return self.batch_size // self.processes
+
     steps: Positive
     """N: optimiser steps of the run, over all phases."""
     batch_size: Positive
     """Blocks in one step, over all devices."""
+    micro_batch_size: Positive | None = None
+    """Blocks that a device computes at once; the gradients of all pieces of its part of the batch are added up. null
+    takes the whole part; on a GPU the largest piece that by estimate fits its memory."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each layer again in the backward pass instead of keeping them."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of products and activations in training; weights and moments are float32 always."""
     compile: bool = False
@@ -151,12 +166,14 @@ class TrainingConfig(Section):
     """Use only algorithms that give the same bits whenever they are run. Those that are fastest on a GPU, or compiled
     for several CPU threads, add up in the order in which their parts happen to be done."""
     devices: Annotated[int, Field(gt=0, le=1024)] = 1
-    """Processes that train a run together (DDP), one a GPU; without GPUs they share the CPU threads."""
+    """Processes of one machine that train a run together, one a GPU; without GPUs they share the CPU threads."""
     nodes: Annotated[int, Field(gt=0, le=1024)] = 1
-    """Machines that train a run together, with `devices` processes on each."""
+    """Machines that train a run together, with so many devices each; torchrun or srun starts the processes."""
+    shard: bool = False
+    """Divide weights, gradients and moments among the devices (FSDP2), for a model that one does not hold."""
     threads: Annotated[int, Field(gt=0, le=1024)] = 1
-    """CPU threads of each stage of a run, over all devices. Sums round differently on another number, so it is a
-    setting: a machine with more cores trains the same bits. Runs work side by side where there are cores."""
+    """CPU threads of each stage of a run, over all devices of a machine. Sums round differently on another number, so
+    it is a setting: a machine with more cores trains the same bits. Runs work side by side where there are cores."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that load data; 0 reads in the training process."""
     log_every: Positive = 10
@@ -178,6 +195,11 @@ class TrainingConfig(Section):
     """skip only: end the run after so many such updates in a row."""
     snapshot_every: Positive | None = None
     """Steps between snapshots of the weights, from which pairs of moments are compared; null keeps none."""
+
+
+PLACEMENT = ("devices", "nodes", "shard", "micro_batch_size", "activation_checkpointing")
+"""Keys of the section training that say how the work is spread: a run goes on with others, but for rounding and for the
+noise of masks and dropout, which every process draws for its own part."""
 
 
 class SwitchingConfig(Section):

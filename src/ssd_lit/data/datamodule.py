@@ -19,9 +19,9 @@ class TokenData(LightningDataModule):
     """Blocks for training, from the trainer's global step on, and for validation.
 
     A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which reads
-    its own part. Validation batches also have "noise" [B, S, noise_per_token] if the objective needs it. The first
-    `skipped_steps` batches are left out. The trainer needs use_distributed_sampler=False and no gradient accumulation,
-    as one training batch is one global step.
+    its own part. Validation batches have `micro_batch_size` blocks at most; they also have "noise"
+    [B, S, noise_per_token] if the objective needs it. The first `skipped_steps` batches are left out. The trainer needs
+    use_distributed_sampler=False and no gradient accumulation of its own, as one training batch is one global step.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class TokenData(LightningDataModule):
         tokens_dir: Path,
         *,
         batch_size: int,
+        micro_batch_size: int,
         validation_blocks: int,
         seed: int,
         workers: int,
@@ -38,6 +39,7 @@ class TokenData(LightningDataModule):
         super().__init__()
         self.tokens_dir = tokens_dir
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.validation_blocks = validation_blocks
         self.seed = seed
         self.workers = workers
@@ -46,12 +48,19 @@ class TokenData(LightningDataModule):
 
     @classmethod
     def of_run(
-        cls, config: RunConfig, tokens_dir: Path, noise_per_token: int, *, skipped_steps: int = 0
+        cls,
+        config: RunConfig,
+        tokens_dir: Path,
+        noise_per_token: int,
+        *,
+        micro_batch_size: int,
+        skipped_steps: int = 0,
     ) -> "TokenData":
         """From the config of a run."""
         return cls(
             tokens_dir,
             batch_size=config.training.batch_size,
+            micro_batch_size=micro_batch_size,
             validation_blocks=config.training.validation_blocks,
             seed=config.seed,
             workers=config.training.workers,
@@ -83,7 +92,7 @@ class TokenData(LightningDataModule):
         chosen = spread_blocks(len(blocks), self.validation_blocks)
         if len(chosen) < world_size:
             raise ValueError(f"{len(chosen)} validation blocks are too few for {world_size} devices")
-        return self._loader(blocks, in_batches(chosen[rank::world_size], max(1, self.batch_size // world_size)))
+        return self._loader(blocks, in_batches(chosen[rank::world_size], self.micro_batch_size))
 
     def _place(self) -> tuple[int, int]:
         """(rank, world size) of this process."""

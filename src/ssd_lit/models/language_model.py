@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
 from ssd_lit.config import ModelConfig, MoEConfig
@@ -83,6 +84,15 @@ class LanguageModel(nn.Module):
         """The FFNs, first layer first, an encoder's before a decoder's."""
         return self._ffns
 
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The Transformer layers, in the order in which the model runs them."""
+        return [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def checkpoint_activations(self) -> None:
+        """From now on compute the activations of each layer again in the backward pass instead of keeping them."""
+        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
     def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
         """Put every FFN into dense mode, or sparse mode with `top_k` experts a token."""
         for ffn in self._ffns:
@@ -106,8 +116,8 @@ class LanguageModel(nn.Module):
         return shifted
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy in nats over the targets that are not IGNORED."""
-        return F.cross_entropy(self(batch).flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED)
+        """`cross_entropy` of the model's logits."""
+        return cross_entropy(self(batch), batch)
 
     def gate_losses(self) -> Tensor:
         """Load-balancing loss and z-loss [2] of the last sparse training pass, averaged over layers.
@@ -116,6 +126,11 @@ class LanguageModel(nn.Module):
         """
         losses = [torch.stack(ffn.gate_losses) for ffn in self._ffns if ffn.gate_losses is not None]
         return torch.stack(losses).mean(dim=0)
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats of logits [B, S', V] over the targets that are not IGNORED."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED)
 
 
 def _check_vocabulary(backbone: Any, folder: str, vocab: VocabInfo, context: int) -> None:

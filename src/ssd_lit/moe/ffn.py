@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
-from ssd_lit.moe.routers import Router, gate_losses
+from ssd_lit.moe.routers import Router, expert_choices, gate_losses
 from ssd_lit.moe.routing import Routing, experts_above, top_k_experts, top_k_products
 
 Mode = Literal["dense", "sparse"]
@@ -76,6 +76,10 @@ class ExpertFFN(nn.Module):
         self.router = router
         self.gate_losses: tuple[Tensor, Tensor] | None = None
         """Load-balancing loss and z-loss of the last sparse forward pass in training, with a learned router."""
+        self.choices: Tensor | None = None
+        """The share [E] of each expert in the choices of that pass, over all processes that train together."""
+        self.load: Tensor | None = None
+        """That share over the whole batch, where a pass sees only a piece of it."""
         self.register_buffer("neuron_ids", torch.arange(d_ff))
 
     @property
@@ -136,7 +140,8 @@ class ExpertFFN(nn.Module):
             return Routing(chosen)
         scores = self.router(x)
         if self.training:
-            self.gate_losses = gate_losses(scores, chosen)
+            self.choices = expert_choices(chosen, self.experts)
+            self.gate_losses = gate_losses(scores, self.choices if self.load is None else self.load)
         total = 1 if self.upcycled else self.top_k
         return Routing(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
 

@@ -8,6 +8,8 @@ import math
 from typing import get_args
 
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -158,17 +160,24 @@ def expert_centers(rows: Tensor, experts: int) -> Tensor:
     return F.normalize(rows.view(experts, -1, rows.shape[-1]).mean(dim=1), dim=-1)
 
 
-def gate_losses(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The load-balancing loss and the z-loss of a learned gate: scores [T, E] and chosen [T, K] -> two scalars.
-
-    The first is E times the sum over experts of their share of the choices and their mean probability, 1 when both
-    are even (Switch, section 2.2); the second the mean squared log of the softmax's denominator, which keeps logits
-    small (ST-MoE, arXiv 2202.08906, section 3.3).
-    """
-    n_experts = scores.shape[-1]
+def expert_choices(chosen: Tensor, experts: int) -> Tensor:
+    """The share [E] of each of E experts in the choices [T, K], over all processes that train together."""
     # Not bincount, for which the host waits for the GPU.
-    share = torch.zeros_like(scores).scatter(1, chosen, 1.0).sum(dim=0) / chosen.numel()
-    balance = n_experts * (share * scores.softmax(dim=-1).mean(dim=0)).sum()
+    ones = torch.zeros(len(chosen), experts, device=chosen.device).scatter(1, chosen, 1.0)
+    share = ones.sum(dim=0) / chosen.numel()
+    if dist.is_available() and dist.is_initialized():
+        share = collectives.all_reduce(share, "sum", dist.group.WORLD) / dist.get_world_size()  # type: ignore[arg-type]
+    return share
+
+
+def gate_losses(scores: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    """The load-balancing loss and the z-loss of a learned gate: scores [T, E], choices [E] -> two scalars.
+
+    The first is E times the sum over experts of their share of the batch's choices and their mean probability, 1 when
+    both are even (Switch, section 2.2); the second the mean squared log of the softmax's denominator, which keeps
+    logits small (ST-MoE, arXiv 2202.08906, section 3.3).
+    """
+    balance = scores.shape[-1] * (choices * scores.softmax(dim=-1).mean(dim=0)).sum()
     return balance, scores.logsumexp(dim=-1).square().mean()
 
 

@@ -16,6 +16,7 @@ from ssd_lit.support import signals
 from ssd_lit.support.devices import reserve_gpus
 from ssd_lit.support.files import read_json_checked, whole_file, write_if_changed, write_json_checked
 from ssd_lit.support.locks import exclusive
+from ssd_lit.support.processes import Others, Place, check_number, leading, this_process, wait_for_first
 from ssd_lit.tracking.client import RunTracker
 from ssd_lit.tracking.metrics_log import read_metrics
 
@@ -35,17 +36,32 @@ def train(
     it. Raises ConfigError for a name that the run does not have, ValueError if another run that it needs is not done,
     `Preempted` on a signal, after saving the state.
     """
-    if settings and _is_first_process():
+    place = this_process()
+    if not place.is_first:
+        return _train_beside_first(folder, place, until, threads)
+    with leading(place) as others:
+        return _train_as_first(folder, place, others, settings, until, start, threads)
+
+
+def _train_as_first(
+    folder: Path,
+    place: Place,
+    others: Others,
+    settings: Sequence[str],
+    until: str | None,
+    start: str | None,
+    threads: int | None,
+) -> str:
+    """Complete a run in the process that keeps its records."""
+    if settings:
         _change_config(folder, settings)
     run = Run.open(folder)
+    check_number(place, run.config.training.nodes, run.config.training.devices)
     last = until or run.stages[-1]
     if last not in run.stages:
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
     stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
-    if not _is_first_process():
-        take_machine(run, threads, run.config.training.devices)
-        return _train_further_device(run, stages)
     with exclusive(run.folder, f"train to {last}"):
         resume_step = _remove_stale(run) if start is None else _remove_from(run, start)
         _restore_stage_records(run)
@@ -53,7 +69,7 @@ def train(
         training = [stage for stage in missing if stage in run.training_stages]
         if training:
             take_machine(run, threads, run.config.training.devices)
-            _train(run, training, resume_step)
+            _train(run, training, resume_step, others)
         if run.is_done(run.training_stages[-1]):
             shutil.rmtree(run.folder / "work", ignore_errors=True)
         summaries = [_summary(run)] if training else []
@@ -83,7 +99,8 @@ def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
     import torch
 
     training = run.config.training
-    reserve_gpus(processes)
+    if this_process().started_by is None:
+        reserve_gpus(processes)
     if training.deterministic:
         # Read when the GPU is first used; torch requires it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -114,13 +131,8 @@ def _change_config(folder: Path, settings: Sequence[str]) -> None:
         write_if_changed(folder / "config.yaml", dump(changed))
 
 
-def _is_first_process() -> bool:
-    """Whether this process keeps the records; false in those that Lightning starts for further devices."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
-    """Do the `missing` training stages in order."""
+def _train(run: Run, missing: list[str], resume_step: int | None, others: Others) -> None:
+    """Do the `missing` training stages in order; the `others` take part in training steps."""
     from ssd_lit.support.provenance import stage_provenance
 
     provenance = stage_provenance(run.config.seed, run.tokens_digest)
@@ -144,6 +156,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
             else:
                 from ssd_lit.training.fit import train as fit
 
+                others.train()
                 fit(run, [name for name in missing if name != "route"][-1], tracker, provenance)
             remaining = [name for name in missing if not run.is_done(name)]
             if remaining == missing:
@@ -153,13 +166,20 @@ def _train(run: Run, missing: list[str], resume_step: int | None) -> None:
             _finish(run, stage, tracker)
 
 
-def _train_further_device(run: Run, stages: tuple[str, ...]) -> str:
-    """The training in a process of a further device."""
+def _train_beside_first(folder: Path, place: Place, until: str | None, threads: int | None) -> str:
+    """Take part in the training, if there is any."""
     from ssd_lit.training.fit import train as fit
 
-    training = [stage for stage in stages if stage in run.training_stages and stage != "route"]
+    if not wait_for_first(place):
+        return "there was nothing to train"
+    run = Run.open(folder)
+    check_number(place, run.config.training.nodes, run.config.training.devices)
+    run = _with_matched_steps(run)
+    take_machine(run, threads, run.config.training.devices)
+    last = until or run.stages[-1]
+    training = [name for name in run.training_stages if name != "route"]
     try:
-        fit(run, training[-1], recorder=None, provenance={})
+        fit(run, last if last in training else training[-1], recorder=None, provenance={})
     except signals.Preempted:
         # The exit status is the first process's; Lightning would kill that if another's were not 0.
         return "stopped with the first process"

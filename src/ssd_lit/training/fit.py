@@ -9,21 +9,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.memory import training_memory
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
 from ssd_lit.run import Run
+from ssd_lit.support.processes import this_process
 from ssd_lit.support.signals import Preempted
 from ssd_lit.training.activation_monitor import ActivationMonitor
 from ssd_lit.training.checkpoint import build_model, load_weights, read_checkpoint, spent_elsewhere, starting_point
 from ssd_lit.training.checkpointing import Checkpoints, RollingCheckpoint, Snapshots
+from ssd_lit.training.data_parallel import WholeModels
 from ssd_lit.training.logger import Recorder, RecorderLogger, StageReporter
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.non_finite import NonFinite
@@ -31,6 +36,8 @@ from ssd_lit.training.phase_switch import PhaseSwitch
 from ssd_lit.training.switch_loss import SwitchLossLogger
 from ssd_lit.training.throughput import Progress, ThroughputLogger
 
+MEMORY_FRACTION = 0.95
+"""Fraction of a GPU's memory that training may take by the estimate, which is rather too high."""
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -40,17 +47,14 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     Fitting starts a process for each further device. Raises ValueError if the machine has too few GPUs.
     """
     config, training = run.config, run.config.training
-    if torch.cuda.is_available() and training.devices > torch.cuda.device_count():
-        raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
     meter = ThroughputLogger(switch, costs)
     snapshots = [Snapshots(run.folder, training.snapshot_every)] if training.snapshot_every else []
     return Trainer(
         max_epochs=-1,  # only the phase switch ends the training
         devices=training.devices,
-        # No buffer changes in a step, and a validation may be longer in one process than in another.
-        strategy=DDPStrategy(broadcast_buffers=False) if training.devices > 1 else "auto",
-        # A cluster gives a stage one task, which Lightning would take for the number of processes.
-        plugins=[LightningEnvironment(), switch.checkpoints.writer],
+        num_nodes=training.nodes,
+        strategy=WholeModels() if training.processes > 1 else "auto",
+        plugins=[_environment(), switch.checkpoints.writer],
         precision=PRECISION[training.precision],
         gradient_clip_val=config.optim.grad_clip,
         val_check_interval=training.validate_every,
@@ -78,6 +82,17 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     )
 
 
+def _environment() -> ClusterEnvironment:
+    """Who starts the processes. Lightning itself would take a cluster's single task for the number of processes."""
+    match this_process().started_by:
+        case "torchrun":
+            return TorchElasticEnvironment()
+        case "srun":
+            return SLURMEnvironment(auto_requeue=False)
+        case None:
+            return LightningEnvironment()
+
+
 @contextmanager
 def silence_lightning() -> Iterator[None]:
     """Silence Lightning's start-up messages, its advice on settings, and warnings that only Lightning can act on."""
@@ -88,7 +103,7 @@ def silence_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
         warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # overridden on purpose
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # older torch has no other name for it
+        warnings.filterwarnings("ignore", message=".*`srun` command.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning uses an old name in torch
         yield
 
@@ -105,18 +120,23 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
         load_weights(model, read_checkpoint(start.checkpoint))
     objective = build_objective(model.objective_name, run.vocab)
     elsewhere = spent_elsewhere(run)
-    # Reads on from the data position of the run that this one starts from, in the same order.
-    data = TokenData.of_run(config, run.tokens, objective.noise_per_token, skipped_steps=elsewhere.steps)
+    micro_batch_size = _micro_batch_size(run)
+    data = TokenData.of_run(
+        config, run.tokens, objective.noise_per_token, micro_batch_size=micro_batch_size,
+        # Reads on from the data position of the run that this one starts from, in the same order.
+        skipped_steps=elsewhere.steps,
+    )  # fmt: skip
     costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
-    backend = _backend(config, model)
-    if config.method != "dense":
+    backend = _backend(config, model, micro_batch_size)
+    if config.method != "dense" and this_process().is_first:
         print(f"{config.name}: sparse FFNs are computed by {backend}", flush=True)
     switch = PhaseSwitch(run, start.history, elsewhere, until, costs, Checkpoints(run), provenance)
     with silence_lightning():
         trainer = build_trainer(run, switch, costs, recorder)
         resume = start.checkpoint if start.step else None
         try:
-            trainer.fit(Pretraining(config, model, objective), data, ckpt_path=resume, weights_only=True)
+            module = Pretraining(config, model, objective, micro_batch_size)
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
         except Preempted:
             if trainer.strategy.launcher is not None:
                 # The signal came while the processes of further devices waited for this one to begin.
@@ -134,14 +154,39 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
     return switch
 
 
-def _backend(config: RunConfig, model: LanguageModel) -> str:
+def _micro_batch_size(run: Run) -> int:
+    """The blocks that a device computes at once: the config's, else the most whose estimated memory it has.
+
+    A function of the config and the kind of GPU, so that a run that is resumed computes the same pieces. Raises
+    ValueError if the machine has too few GPUs.
+    """
+    config, training = run.config, run.config.training
+    if not torch.cuda.is_available():
+        return training.micro_batch_size or training.local_batch_size
+    if training.devices > torch.cuda.device_count():
+        raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if training.micro_batch_size is not None:
+        return training.micro_batch_size
+    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    needed = training_memory(config.model, config.moe, run.vocab, config.data.sequence_length, dtype)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    left = MEMORY_FRACTION * memory - needed.of_state(training.processes if training.shard else 1)
+    a_block = needed.of_block(checkpointing=training.activation_checkpointing)
+    whole = training.local_batch_size
+    size = max(n for n in range(1, whole + 1) if whole % n == 0 and (n == 1 or n * a_block <= left))
+    if size < whole and this_process().is_first:
+        print(f"{config.name}: {size} of {whole} blocks at once, for {memory / 2**30:.0f} GiB", flush=True)
+    return size
+
+
+def _backend(config: RunConfig, model: LanguageModel, micro_batch_size: int) -> str:
     """The name of the backend that training uses, for `auto` the fastest for its batches.
 
     Raises ValueError for one that this machine cannot run, before any phase is trained.
     """
     ffn, name = model.ffns[0], config.moe.backend
     activation = Activation(ffn.activation, ffn.hidden_dropout.p)
-    tokens = config.training.batch_size // config.training.devices * config.data.sequence_length
+    tokens = micro_batch_size * config.data.sequence_length
     x = torch.empty(
         tokens, 0,
         device="cuda" if torch.cuda.is_available() else "cpu",

@@ -1,5 +1,6 @@
 """The LightningModule of all phases."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch.optim import Optimizer
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
-from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.language_model import LanguageModel, cross_entropy
+from ssd_lit.training.data_parallel import AddedUp, WholeModels, add_up_gradients
 from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.schedule import top_k_at
 from ssd_lit.training.weighted_mean import WeightedMean
@@ -27,12 +29,20 @@ class Pretraining(LightningModule):
 
     Random numbers (hidden tokens, dropout) are seeded with (seed, step, rank) at every step, as the data is: a resumed
     run draws the same ones, on any number of processes, and a checkpoint holds no generator state.
+
+    A process computes its part of the batch in pieces of `micro_batch_size` blocks, whose gradients are added up: each
+    piece has as many targets as any other.
     """
 
-    def __init__(self, config: RunConfig, model: LanguageModel, objective: Objective):
+    def __init__(self, config: RunConfig, model: LanguageModel, objective: Objective, micro_batch_size: int):
         super().__init__()
         self.config = config
         self.model = model
+        self.micro_batch_size = micro_batch_size
+        self._pieces = config.training.local_batch_size // micro_batch_size
+        self._added_up: AddedUp | None = None
+        if config.training.activation_checkpointing:
+            model.checkpoint_activations()
         self.guard = NonFiniteGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
         self._objective = objective
         self._train_loss = WeightedMean()
@@ -67,20 +77,82 @@ class Pretraining(LightningModule):
         if self.model.ffns[0].mode == "sparse":
             self.model.set_mode("sparse", top_k_at(self.config, step))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, gate = self._loss(batch)
-        # One step that is not finite must not hide the loss of all others.
-        finite = loss.detach().isfinite()
-        self._train_loss.update(torch.where(finite, loss, 0.0), _targets(batch) * finite)
-        total = self._total(loss, gate)
-        # A loss that is not finite gives NaN gradients in all processes.
-        return total * (1.0 + 0.0 * total.detach())
+    def on_fit_start(self) -> None:
+        if self._adds_up and self._pieces == 1:
+            self._added_up = AddedUp(self.model)
 
-    def run_again(self, step: int) -> Tensor:
-        """The loss of a step's batch, with the same random numbers and the current weights; never compiled."""
+    @property
+    def _adds_up(self) -> bool:
+        """Whether this module adds gradients up over the processes: not where the strategy does."""
+        return isinstance(self.trainer.strategy, WholeModels)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        pieces = self._in_pieces(batch)
+        parts = len(pieces) * (self.trainer.world_size if self._adds_up else 1)
+        self._count_choices(pieces)
+        language = losses = torch.zeros((), device=self.device)
+        for place, piece in enumerate(pieces):
+            loss, gate = self._loss(piece)
+            total = self._total(loss, gate)
+            language = language + loss.detach() / len(pieces)
+            losses = losses + total.detach() / len(pieces)
+            # A loss that is not finite gives NaN gradients in all processes.
+            part = total * (1.0 + 0.0 * total.detach()) / parts
+            if place < len(pieces) - 1:
+                self._back(part, first=place == 0)
+        # One step that is not finite must not hide the loss of all others.
+        finite = language.isfinite()
+        self._train_loss.update(torch.where(finite, language, 0.0), _targets(batch) * finite)
+        return {"loss": part, "batch_loss": losses}
+
+    def _in_pieces(self, batch: Batch) -> list[Batch]:
+        parts = {name: value.split(self.micro_batch_size) for name, value in batch.items()}
+        return [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
+
+    def _back(self, loss: Tensor, *, first: bool) -> None:
+        """The backward pass of a piece before the last one."""
+        with torch.autocast(self.device.type, enabled=False):
+            loss.backward()
+        if first and self.config.training.compile and self.device.type == "cuda":
+            # These gradients lie in the memory of a CUDA graph, which the next piece writes again.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+
+    def on_after_backward(self) -> None:
+        if self._adds_up and self._added_up is None:
+            add_up_gradients(self.model.parameters())
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Nothing: Lightning calls it after the backward passes of all pieces but the last."""
+
+    @torch.no_grad()
+    def _count_choices(self, pieces: list[Batch]) -> None:
+        """Count the choices of a learned router over all pieces, for the load-balancing loss of each of them.
+
+        A forward pass with the random numbers of the one that follows.
+        """
+        if len(pieces) == 1 or self.config.moe.router != "gate":
+            return
+        for ffn in self.model.ffns:
+            ffn.load = None
+        choices = []
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for piece in pieces:
+                self._loss(piece)
+                choices.append(torch.stack([ffn.choices for ffn in self.model.ffns if ffn.choices is not None]))
+        for ffn, load in zip(self.model.ffns, torch.stack(choices).mean(dim=0), strict=True):
+            ffn.load = load
+
+    def losses_again(self, step: int) -> Iterator[Tensor]:
+        """The loss of each piece of a step's batch, with the same random numbers and the current weights.
+
+        Never compiled.
+        """
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
         self._set_top_k(step)
-        return self._total(*self._losses(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)))
+        for piece in self._in_pieces(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)):
+            yield self._total(*self._losses(piece))
 
     def _total(self, loss: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
@@ -90,7 +162,10 @@ class Pretraining(LightningModule):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss, and the two auxiliary losses of a learned router."""
-        loss = self.model.loss(batch)
+        if self._added_up is None:
+            loss = self.model.loss(batch)
+        else:
+            loss = cross_entropy(torch.func.functional_call(self.model, self._added_up.weights(), (batch,)), batch)
         return loss, self.model.gate_losses() if self.config.moe.router == "gate" else None
 
     def configure_gradient_clipping(
@@ -135,7 +210,11 @@ class Pretraining(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if LOSS_SUMS in checkpoint:
-            self._train_loss.go_on_from(checkpoint[LOSS_SUMS][self.global_rank])
+            sums = checkpoint[LOSS_SUMS]
+            if len(sums) != self.trainer.world_size:
+                # Written by another number of processes: the first counts for all.
+                sums = torch.cat([sums.sum(dim=0, keepdim=True), sums.new_zeros(self.trainer.world_size - 1, 2)])
+            self._train_loss.go_on_from(sums[self.global_rank])
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

@@ -96,20 +96,19 @@ def _first_non_finite(module: Pretraining, step: int) -> str:
         return check
 
     hooks = [submodule.register_forward_hook(watch(name)) for name, submodule in model.named_modules() if name]
+    parameters = [(name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad]
     try:
         with module.trainer.precision_plugin.forward_context():
-            loss = module.run_again(step)
+            for loss in module.losses_again(step):
+                names.append("in the loss")
+                bad.append(_any_bad([loss], module.device))
+                gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
+                for (name, _), gradient in zip(parameters, gradients, strict=True):
+                    names.append(f"in the gradient of {name}")
+                    bad.append(_any_bad([] if gradient is None else [gradient], module.device))
     finally:
         for hook in hooks:
             hook.remove()
-    names.append("in the loss")
-    bad.append(_any_bad([loss], module.device))
-    # Not .backward(): its gradient sync waits for all processes, of which only one may come this far.
-    parameters = [(name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad]
-    gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
-    for (name, _), gradient in zip(parameters, gradients, strict=True):
-        names.append(f"in the gradient of {name}")
-        bad.append(_any_bad([] if gradient is None else [gradient], module.device))
     names.append("nowhere when run again without compilation: the place is unknown")
     first = torch.stack([*bad, torch.ones_like(bad[0])]).int().argmax()
     return names[int(module.trainer.strategy.reduce(first, reduce_op="min"))]

@@ -46,7 +46,7 @@ class SwitchLossLogger(PhaseCallback):
         self._phase, self._mode = phase.index, phase.mode
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any) -> None:  # type: ignore[override]
-        loss: Tensor = outputs["loss"]
+        loss: Tensor = outputs["batch_loss"]
         self._losses = self._losses.to(loss.device)
         self._losses[trainer.global_step % STEPS] = loss
         phase, ends = self._switch.phase, self._switch.ended_by is not None

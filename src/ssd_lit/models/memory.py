@@ -1,0 +1,95 @@
+"""Memory of training, estimated from fake tensors: no device is needed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssd_lit.config import ModelConfig, MoEConfig
+from ssd_lit.data.index import VocabInfo
+from ssd_lit.data.objectives import build_objective
+from ssd_lit.models.family import family
+from ssd_lit.models.language_model import LanguageModel
+
+STATE_BYTES = 16
+"""Bytes of a parameter with its gradient and Adam's two moments, in float32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training takes on a device: those of the state, and those of each block that is computed at once."""
+
+    parameters: int
+    casts: float
+    """Weights in the precision of the products."""
+    layers: float
+    """Activations of all layers that the backward pass needs, for a block."""
+    layer: float
+    """Those of one layer."""
+    between: float
+    """The inputs of all layers, for a block: what is kept if activations are computed again."""
+    logits: float
+    """Logits and their gradient, for a block."""
+
+    def of_state(self, shards: int = 1) -> float:
+        """Weights, gradients and moments, divided among `shards` devices."""
+        return (STATE_BYTES * self.parameters + self.casts) / shards
+
+    def of_block(self, *, checkpointing: bool = False) -> float:
+        """Activations and logits of a block, with or without activation checkpointing."""
+        return (self.between + self.layer if checkpointing else self.layers) + self.logits
+
+
+@cache
+def training_memory(
+    model: ModelConfig, moe: MoEConfig, vocab: VocabInfo, sequence_length: int, dtype: torch.dtype
+) -> Memory:
+    """The memory of training in dense mode, which takes more than sparse mode.
+
+    Counts the tensors that autograd saves in an uncompiled forward pass; compiled code computes some of them again
+    instead.
+    """
+    with FakeTensorMode():
+        fake = LanguageModel(model, moe, vocab, context=sequence_length, read_weights=False)
+        lengths = build_objective(family(model.family).objective, vocab).lengths(sequence_length)
+        sizes = []
+        for blocks in (1, 2):
+            inputs, targets = (torch.zeros(blocks, length, dtype=torch.long) for length in lengths)
+            with _saved(fake) as saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                fake.run_layers({"inputs": inputs, "targets": targets})
+            sizes.append(float(sum(saved.values())))
+    layers = sizes[1] - sizes[0]
+    between = float(len(fake.layers) * max(lengths) * model.d_model * dtype.itemsize)
+    # The loss and its gradient are one pass over the logits.
+    logits = 2.0 * lengths[1] * vocab.vocab_size * dtype.itemsize
+    return Memory(
+        parameters=sum(p.numel() for p in fake.parameters()),
+        casts=sizes[0] - layers,
+        layers=layers,
+        layer=layers / len(fake.layers),
+        between=between,
+        logits=logits,
+    )
+
+
+@contextmanager
+def _saved(model: LanguageModel) -> Iterator[dict[int, int]]:
+    """Yields the sizes in bytes of what autograd saves, weights apart, each piece of memory once."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[Any] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+            kept.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
