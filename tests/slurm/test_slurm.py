@@ -87,7 +87,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder, arms={"ssd": {"method": "ssd"}},
         training={"steps": STEPS, "batch_size": 4, "log_every": 20, "validate_every": 500, "validation_blocks": 6,
                   "checkpoint_every": 50},
-        switching={"switch_points": [12, STEPS - 8], "check_every": 4},
+        switching={"switch_points": [12, STEPS - 12], "check_every": 4},
     )  # fmt: skip
     snakemake(config, folder / "results", str(folder / "results/tiny/summary.csv"), jobs="runs")
     return folder / "results"
@@ -151,9 +151,7 @@ def test_a_run_that_slurm_queues_again_goes_on(experiment: Path, results: Path, 
         assert only_job().number == job.number
 
 
-def test_a_run_that_reaches_its_time_limit_is_queued_again(
-    experiment: Path, results: Path, undisturbed: Path
-) -> None:
+def test_a_run_that_reaches_its_time_limit_is_queued_again(experiment: Path, results: Path, undisturbed: Path) -> None:
     limit = ("--set-resources", "run:runtime=2", "run:slurm_extra='--signal=TERM@70 --open-mode=append'")
     with submitted(experiment, results, *limit) as process:
         job = only_job()
@@ -187,7 +185,7 @@ def test_a_run_goes_on_after_its_node_died(experiment: Path, results: Path, undi
         try:
             wait_for("the job to be missed", lambda: job.JobState != "RUNNING")
             job.start_now()
-            wait_for("the other node", lambda: job.NodeList not in (node, "(null)"))
+            wait_for("the other node", lambda: job.JobState == "RUNNING" and job.NodeList != node)
         finally:
             start_node(node)
         check_end(process, results, undisturbed)

@@ -1,13 +1,20 @@
 """What a job of the workflow asks for: GPUs, and on a cluster nodes, tasks and cores as well."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from ssd_lit.config import RunConfig
 from ssd_lit.support.devices import count_gpus
 
 Resources = dict[str, int | str]
 """Resources by Snakemake's name; those of a cluster by that of snakemake-executor-plugin-slurm."""
+
+
+class Asked(Protocol):
+    """Resources of a job as Snakemake hands them to a rule: no mapping, `in` looks at the values."""
+
+    def get(self, name: str, default: Any = None, /) -> Any: ...
+
 
 NAMES = ("gpu", "gres", "nodes", "tasks", "tasks_per_node", "tasks_per_gpu", "cpus_per_task", "mpi")
 DATA_CORES = 4
@@ -50,11 +57,11 @@ def of_job(config: RunConfig, stages: Iterable[str], *, uses_gpu: bool, cluster:
     return {**gpu, **tasks, "nodes": nodes, "cpus_per_task": cores, "mpi": "srun"}
 
 
-def launcher(resources: Mapping[str, Any]) -> str:
+def launcher(resources: Asked) -> str:
     """What stands before `ssd-lit train` in a job with these resources: in one of several nodes srun, which starts a
     process for each device; else nothing."""
-    if "mpi" not in resources:
+    if not resources.get("mpi"):
         return ""
     # In full: the plugin takes away the variables from which srun would know.
-    tasks = f"--nodes={resources['nodes']} --ntasks-per-node={resources.get('tasks_per_node', 1)}"
-    return f"{resources['mpi']} {tasks} --cpus-per-task={resources['cpus_per_task']} "
+    tasks = f"--nodes={resources.get('nodes')} --ntasks-per-node={resources.get('tasks_per_node', 1)}"
+    return f"{resources.get('mpi')} {tasks} --cpus-per-task={resources.get('cpus_per_task')} "
