@@ -52,6 +52,8 @@ SHAPES = {
     "small": Shape(layers=12, d_model=768, heads=12, batch=24),
     "medium": Shape(layers=24, d_model=1024, heads=16, batch=24),
     "1.3b": Shape(layers=24, d_model=2048, heads=16, batch=16),
+    "2.7b": Shape(layers=32, d_model=2560, heads=20, batch=8),
+    "6.7b": Shape(layers=32, d_model=4096, heads=32, batch=8),
     # That of configs/sizes/h100.yaml.
     "30m": Shape(layers=8, d_model=512, heads=8, batch=64, sequence=512, vocabulary=32000),
     # For trying the scripts on a CPU.

@@ -79,7 +79,8 @@ def main() -> int:
         for run in arguments.runs:
             if run == "cold":
                 shutil.rmtree(cache, ignore_errors=True)
-            folder = write_run(Path(name) / run, shape, arguments)
+            schedule = SCHEDULES[arguments.schedule]
+            folder = write_run(Path(name) / run, shape, schedule, arguments.tokens, devices=arguments.devices)
             found[run] = whole_run(folder, cache)
             show(f"{arguments.shape}, {arguments.devices} devices, {run}", found[run])
     key = f"{arguments.shape}-{arguments.devices}-{arguments.schedule}"
@@ -103,9 +104,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace) -> Path:
-    """The folder of a run with its data, as `ssd-lit configs` and `encode` leave them."""
-    devices, schedule = arguments.devices, SCHEDULES[arguments.schedule]
+def write_run(
+    folder: Path, shape: Shape, schedule: Schedule, tokens: Path, *, devices: int, top_k: int = 8, **training: Any
+) -> Path:
+    """The folder of a run with its data, as `ssd-lit configs` and `encode` leave them; `training` changes settings."""
     steps, warmup, sparse, dense, last = schedule.phases
     config = RunConfig.model_validate(
         {
@@ -115,13 +117,13 @@ def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace) -> Path
                 "sequence_length": shape.sequence,
             },
             "model": shape.model().model_dump(),
-            "moe": {"experts": 32, "top_k": 8},
+            "moe": {"experts": 32, "top_k": top_k},
             "optim": {"lr": 6e-4, "warmup_steps": 5, "schedule": "wsd"},
             "training": {
                 "steps": steps, "batch_size": shape.batch * devices, "devices": devices, "log_every": 10,
                 "compile": DEVICE.type == "cuda", "precision": "bf16" if DEVICE.type == "cuda" else "fp32",
                 "validate_every": schedule.validate_every, "validation_blocks": 2 * shape.batch * devices,
-                "checkpoint_every": schedule.checkpoint_every,
+                "checkpoint_every": schedule.checkpoint_every, **training,
             },
             "switching": {
                 "tau": 1.0, "check_every": schedule.check_every, "sparse_fraction": 0.5, "warmup_min_steps": warmup,
@@ -132,7 +134,7 @@ def write_run(folder: Path, shape: Shape, arguments: argparse.Namespace) -> Path
     )  # fmt: skip
     run = folder / "results/switching/runs" / config.name
     write_text(run / "config.yaml", dump(config))
-    write_tokens(data_dir(folder / "results", config.data), config.data, shape, arguments.tokens)
+    write_tokens(data_dir(folder / "results", config.data), config.data, shape, tokens)
     return run
 
 

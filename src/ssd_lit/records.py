@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from ssd_lit.config import RunConfig
 from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
-from ssd_lit.support.files import archive_digest, read_json_checked, write_json_checked
+from ssd_lit.support.files import archive_digest, read_json_checked, size_of, write_json_checked
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -147,5 +147,5 @@ class StageRecord:
 def close_stage(run_dir: Path, stage: str, record: PhaseRecord) -> None:
     """Write the record of a training stage; `record` is its last phase's, and its checkpoint must exist."""
     path = checkpoint_path(run_dir, stage)
-    digest, size = archive_digest(path), path.stat().st_size
+    digest, size = archive_digest(path), size_of(path)
     StageRecord(stage, record.index, record.last_step, digest, size, record.inputs).write(stage_path(run_dir, stage))

@@ -10,7 +10,7 @@ from ssd_lit.config import RunConfig, load_run
 from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.paths import checkpoint_path, data_dir, results_of, stage_path
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, read_chain, read_phases, training_stages
-from ssd_lit.support.files import read_json_checked, sha256
+from ssd_lit.support.files import read_json_checked, sha256, size_of
 
 Inputs = dict[str, str | None]
 
@@ -151,7 +151,7 @@ class Run:
     def has_checkpoint(self, stage: str) -> bool:
         """Whether the checkpoint of a recorded stage exists. Raises ValueError if its size is not the recorded one."""
         path = self.checkpoint(stage)
-        if path.exists() and path.stat().st_size != self.stage(stage).size:
+        if path.exists() and size_of(path) != self.stage(stage).size:
             raise ValueError(f"{path}: damaged (its size differs from the recorded size); delete it and run again")
         return path.exists()
 

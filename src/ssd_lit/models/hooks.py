@@ -36,8 +36,9 @@ def ffn_inputs(model: LanguageModel, batch: Batch) -> list[Tensor]:
     """
     training = model.training
     try:
-        with capture_inputs(model.ffns) as captured:
-            model.eval().run_layers(batch)
+        # Layers that are compiled one by one do not see hooks that come later.
+        with capture_inputs(model.ffns) as captured, torch.compiler.set_stance("force_eager"):
+            model.eval()(batch, head=False)
     finally:
         model.train(training)
     return [captured[ffn] for ffn in model.ffns]

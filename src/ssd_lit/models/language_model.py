@@ -47,10 +47,10 @@ def attend_beside_padding(backbone: Any) -> None:
 class LanguageModel(nn.Module):
     """A language model of any family that switches between dense and sparse mode as a whole.
 
-    `forward(batch) -> logits [B, S, V]`, where a batch {"inputs": [B, S], "targets": [B, S']} comes from the family's
-    objective; S' is S except for an encoder-decoder. `router` is the name of the router, by default the config's; with
-    `upcycled` every expert is a copy of the whole FFN. Without `read_weights` a pretrained checkpoint gives the shape
-    only.
+    `forward(batch) -> logits [B, S, V]`, or None without the `head`, often the most expensive layer. A batch
+    {"inputs": [B, S], "targets": [B, S']} comes from the family's objective; S' is S except for an encoder-decoder.
+    `router` is the name of the router, by default the config's; with `upcycled` every expert is a copy of the whole
+    FFN. Without `read_weights` a pretrained checkpoint gives the shape only.
     """
 
     def __init__(
@@ -98,13 +98,9 @@ class LanguageModel(nn.Module):
         for ffn in self._ffns:
             ffn.set_mode(mode, top_k)
 
-    def forward(self, batch: Batch) -> Tensor:
-        logits: Tensor = self._run(self.backbone, batch).logits
-        return logits
-
-    def run_layers(self, batch: Batch) -> None:
-        """A forward pass for hooks; leaves out the head, often the most expensive layer."""
-        self._run(self.backbone.base_model, batch)
+    def forward(self, batch: Batch, *, head: bool = True) -> Any:
+        output = self._run(self.backbone if head else self.backbone.base_model, batch)
+        return output.logits if head else None
 
     def _run(self, module: Any, batch: Batch) -> Any:
         extra = {"decoder_input_ids": self.decoder_inputs(batch)} if self.objective_name == "spans" else {}

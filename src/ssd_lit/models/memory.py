@@ -61,7 +61,7 @@ def training_memory(
         for blocks in (1, 2):
             inputs, targets = (torch.zeros(blocks, length, dtype=torch.long) for length in lengths)
             with _saved(fake) as saved, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                fake.run_layers({"inputs": inputs, "targets": targets})
+                fake({"inputs": inputs, "targets": targets}, head=False)
             sizes.append(float(sum(saved.values())))
     layers = sizes[1] - sizes[0]
     between = float(len(fake.layers) * max(lengths) * model.d_model * dtype.itemsize)

@@ -6,8 +6,9 @@ does at every switch (arXiv 2410.03440, section 4). Shape letters: L layers, S s
 Most rounds of k-means are drafts whose assignments are only nearly balanced; a few exact rounds follow them.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -64,11 +65,33 @@ def balanced_kmeans(x: Tensor, n_clusters: int, *, init: Tensor | None = None, s
 
 
 def balanced_kmeans_layers(
-    layers: Sequence[Tensor], n_clusters: int, *, init: Sequence[Tensor] | None = None, seed: int = 0
+    layers: Iterable[Tensor], n_clusters: int, *, init: Sequence[Tensor] | None = None, seed: int = 0
 ) -> list[Clustering]:
-    """`balanced_kmeans` of the rows [n, D] of every layer; layers of the same shape are computed together."""
+    """`balanced_kmeans` of the rows [n, D] of every layer; neighbours of the same shape are computed together.
+
+    Holds only those layers that it computes together.
+    """
+    starts = iter(init or [])
+    clusterings: list[Clustering] = []
     with _one_thread():
-        return _cluster_layers(layers, n_clusters, init, seed)
+        for group in _groups(layers):
+            for x in group:
+                _check(x, n_clusters)
+            warm = None
+            if init is not None:
+                labels = list(itertools.islice(starts, len(group)))
+                _check_labels(labels, group, n_clusters)
+                warm = torch.stack(labels).to(group[0].device)
+            clusterings += _cluster(torch.stack([x.detach() for x in group]), n_clusters, warm, seed)
+    if next(starts, None) is not None:
+        raise ValueError(f"init has labels of {len(init or [])} layers, and there are {len(clusterings)}")
+    return clusterings
+
+
+def _check_labels(labels: Sequence[Tensor], group: Sequence[Tensor], n_clusters: int) -> None:
+    for x, own in zip(group, labels, strict=True):
+        if own.shape != (len(x),) or not 0 <= int(own.min()) <= int(own.max()) < n_clusters:
+            raise ValueError(f"init must give one of {n_clusters} clusters for each of {len(x)} rows")
 
 
 @contextmanager
@@ -82,22 +105,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _cluster_layers(
-    layers: Sequence[Tensor], n_clusters: int, init: Sequence[Tensor] | None, seed: int
-) -> list[Clustering]:
-    for x in layers:
-        _check(x, n_clusters)
-    for x, labels in zip(layers, init or [], strict=init is not None):
-        if labels.shape != (len(x),) or not 0 <= int(labels.min()) <= int(labels.max()) < n_clusters:
-            raise ValueError(f"init must give one of {n_clusters} clusters for each of {len(x)} rows")
-    clusterings: dict[int, Clustering] = {}
-    for group in _groups(layers):
-        x = torch.stack([layers[i].detach() for i in group])
-        warm = None if init is None else torch.stack([init[i] for i in group]).to(x.device)
-        clusterings.update(zip(group, _cluster(x, n_clusters, warm, seed), strict=True))
-    return [clusterings[i] for i in range(len(layers))]
-
-
 def random_balanced(n: int, n_clusters: int, *, seed: int = 0) -> Tensor:
     """Labels [n] of random clusters of equal size; the same for the same seed."""
     if n_clusters < 1 or n % n_clusters:
@@ -105,16 +112,20 @@ def random_balanced(n: int, n_clusters: int, *, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(np.arange(n) % n_clusters))
 
 
-def _groups(layers: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of layers to compute together: of the same shape, and as many as is fast and fits."""
-    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
-    for i, x in enumerate(layers):
-        alike.setdefault((x.shape, x.dtype, x.device), []).append(i)
-    for (shape, _, device), places in alike.items():
+def _groups(layers: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Layers to compute together: neighbours of the same shape, and as many as is fast and fits."""
+    group: list[Tensor] = []
+    for x in layers:
         # On a CPU groups are faster only where calls cost more than the work; a GPU needs them, up to 1 GiB of float32.
-        most = 2**28 if device.type == "cuda" else 2**20
-        count = max(1, most // shape.numel())
-        yield from (places[i : i + count] for i in range(0, len(places), count))
+        count = max(1, (2**28 if x.is_cuda else 2**20) // max(1, x.numel()))
+        if group and (
+            len(group) >= count or (x.shape, x.dtype, x.device) != (group[0].shape, group[0].dtype, group[0].device)
+        ):
+            yield group
+            group = []
+        group.append(x)
+    if group:
+        yield group
 
 
 def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iterator[Clustering]:

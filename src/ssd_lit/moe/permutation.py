@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ssd_lit.moe.ffn import ExpertFFN
@@ -18,14 +19,27 @@ def permute_neurons(ffn: ExpertFFN, order: Tensor, optimizer: Optimizer | None =
         raise ValueError(f"order is not a permutation of {ffn.d_ff} neurons")
     ffn.neuron_ids.copy_(ffn.neuron_ids[order])
     for parameter in ffn.neuron_parameters():
-        parameter.copy_(parameter[order])
+        _reorder(parameter, order)
         state = optimizer.state.get(parameter, {}) if optimizer else {}
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.ndim == 0:
                 continue
             if value.shape != parameter.shape:
                 raise ValueError(f"optimiser state {name!r} of shape {tuple(value.shape)} has no neuron order")
-            value.copy_(value[order.to(value.device)])
+            _reorder(value, order.to(value.device))
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be divided among processes, all of which must ask for it: gathered."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _reorder(value: Tensor, order: Tensor) -> None:
+    """Put row `order[i]` at place i; of a divided tensor in every process's part."""
+    rows = whole(value)[order]
+    if isinstance(value, DTensor):
+        rows = distribute_tensor(rows, value.device_mesh, value.placements, src_data_rank=None)
+    value.copy_(rows)
 
 
 @torch.no_grad()
@@ -43,7 +57,7 @@ def moefy(ffn: ExpertFFN, labels: Tensor, optimizer: Optimizer | None = None) ->
         raise ValueError(f"labels must put {size} of {ffn.d_ff} neurons into each of {ffn.experts} experts")
     order = labels.to(ffn.w_in.device).argsort(stable=True)
     permute_neurons(ffn, order, optimizer)
-    ffn.router.on_permuted(ffn.gating_weight)
+    ffn.router.on_permuted(whole(ffn.gating_weight))
     return order
 
 

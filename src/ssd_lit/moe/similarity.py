@@ -1,6 +1,6 @@
 """Activation pattern similarity: how similar two clusterings of the same neurons are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,15 @@ class PatternTracker:
         self._n_clusters = n_clusters
         self._seed = seed
 
-    def update(self, weights: Sequence[Tensor]) -> float | None:
+    def update(self, weights: Iterable[Tensor]) -> float | None:
         """Cluster the input projections [F, D] of all layers, starting from the last clustering.
 
-        Returns the similarity to the last clustering, or None for the first.
+        Takes one projection after another, so that not all need be there at once. Returns the similarity to the last
+        clustering, or None for the first.
         """
         before = self.labels
         # In float32 on the device of the weights: a check costs little beside the steps between two checks.
-        rows = [F.normalize(w.detach().float(), dim=-1) for w in weights]
+        rows = (F.normalize(w.detach().float(), dim=-1) for w in weights)
         clusterings = balanced_kmeans_layers(rows, self._n_clusters, init=before or None, seed=self._seed)
         self.labels = [clustering.labels for clustering in clusterings]
         return pattern_similarity(before, self.labels) if before else None

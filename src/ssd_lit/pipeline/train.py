@@ -14,7 +14,7 @@ from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage,
 from ssd_lit.run import Run
 from ssd_lit.support import signals
 from ssd_lit.support.devices import reserve_gpus
-from ssd_lit.support.files import read_json_checked, whole_file, write_if_changed, write_json_checked
+from ssd_lit.support.files import read_json_checked, remove, whole_file, write_if_changed, write_json_checked
 from ssd_lit.support.locks import exclusive
 from ssd_lit.support.processes import Others, Place, check_number, leading, this_process, wait_for_first
 from ssd_lit.tracking.client import RunTracker
@@ -144,7 +144,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None, others: Others
             tracker.begin(stage)
             if stage == "warmup" and run.config.shares_warmup is not None:
                 _adopt_warmup(run, tracker)
-            elif stage == "moefy":
+            elif stage == "moefy" and not (run.config.training.shard and run.config.method == "ssd"):
                 from ssd_lit.training.checkpoint import starting_point
                 from ssd_lit.training.moefication import moefy_checkpoint
 
@@ -249,7 +249,7 @@ def _remove(run: Run, index: int, first_step: int) -> None:
     earlier = {path.stem for path in run.folder.glob("stages/*.json") if StageRecord.read(path).phase < index}
     for path in [*run.folder.glob("stages/*.json"), *run.folder.glob("checkpoints/*.ckpt")]:
         if path.stem not in earlier:
-            path.unlink()
+            remove(path)
     shutil.rmtree(run.folder / "work", ignore_errors=True)
     for step, snapshot in snapshots(run.folder):
         if step > first_step:

@@ -18,6 +18,8 @@ from typing import Any
 
 SEAL = "sha256"
 """Key of a file's digest inside the file."""
+SHARDS = "shards.json"
+"""Name of the file that seals a folder of shards: their sizes and checksums."""
 
 
 @contextmanager
@@ -149,15 +151,30 @@ def sha256(path: Path) -> str:
 def archive_digest(path: Path) -> str:
     """A hexadecimal SHA-256 over the names, sizes and CRC-32s of the records of a zip archive, as torch.save writes it.
 
-    Represents the whole content without reading it, which would take half a minute for ten gigabytes. Raises ValueError
-    if the archive's directory is damaged.
+    Of a sealed folder of shards, the SHA-256 of its seal. Represents the whole content without reading it, which would
+    take half a minute for ten gigabytes. Raises ValueError if the archive's directory is damaged.
     """
+    if path.is_dir():
+        return sha256(path / SHARDS)
     try:
         with zipfile.ZipFile(path) as archive:
             directory = [(record.filename, record.file_size, record.CRC) for record in archive.infolist()]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: damaged ({error})") from None
     return hashlib.sha256(json.dumps(directory).encode()).hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_digests(folder: Path, digests: Mapping[str, str]) -> None:

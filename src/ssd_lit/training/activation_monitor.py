@@ -1,7 +1,7 @@
 """Active neurons and expert load, monitored during training."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.hooks import ffn_inputs
+from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, entropy, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback
 from ssd_lit.training.schedule import Phase
+from ssd_lit.training.sharding import gathered
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ class ActivationMonitor(PhaseCallback):
         with trainer.precision_plugin.forward_context():
             count = min(SEQUENCES, max(1, TOKENS // batch["inputs"].shape[1]))
             inputs = ffn_inputs(module.model, {name: rows[:count] for name, rows in batch.items()})
-            own = torch.stack([_fractions(ffn, x) for ffn, x in zip(ffns, inputs, strict=True)])  # [L, 1 + E]
+            own = torch.stack([_fractions(ffn, x) for ffn, x in _gathered(module.model, inputs)])  # [L, 1 + E]
         # One transfer: any other read of a value would make the host wait for the device once more.
         fractions = trainer.strategy.reduce(own, reduce_op="mean").cpu()
         values: dict[str, float] = {}
@@ -111,6 +113,13 @@ class ActivationMonitor(PhaseCallback):
 
     def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
         self._watch.close(module.model.ffns[0].top_k)
+
+
+def _gathered(model: LanguageModel, inputs: list[Tensor]) -> Iterator[tuple[ExpertFFN, Tensor]]:
+    """Every FFN with its inputs, for a moment with all its weights where they are divided among devices."""
+    for layer, ffn, x in zip(model.layers, model.ffns, inputs, strict=True):
+        with gathered(layer):
+            yield ffn, x
 
 
 def _fractions(ffn: ExpertFFN, x: Tensor) -> Tensor:

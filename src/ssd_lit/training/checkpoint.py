@@ -1,6 +1,7 @@
 """Reading and writing checkpoints, building models from them, and finding where a run resumes."""
 
 import zipfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.paths import phase_dir, previous_checkpoint, rolling_checkpoint
 from ssd_lit.records import PhaseRecord, Totals
 from ssd_lit.run import Run
-from ssd_lit.support.files import whole_file
+from ssd_lit.support.files import remove, whole_file
+from ssd_lit.training.shards import check_shards, read_shards
 
 PREFIX = "model."  # Of the weights' names in a checkpoint: the model is `Pretraining.model`.
 ROUTER = ".router."  # In the names of a router's weights, and of no others.
@@ -87,7 +89,8 @@ def save(content: dict[str, Any], path: Path) -> None:
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, tensors and plain values only. Raises ValueError if it is missing or damaged.
 
-    Tensors that are `mapped` are read on first use, and need the file as long as they live.
+    Tensors that are `mapped` are read on first use, and need the file as long as they live. Of a folder of shards the
+    moments are left out, and if `mapped` the weights.
     """
     if not path.exists():
         raise ValueError(f"{path}: not found; `ssd-lit train` writes it again")
@@ -95,6 +98,8 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         check_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"{error}; delete it and run again") from None
+    if path.is_dir():
+        return read_shards(path, mapped=mapped)
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
@@ -104,10 +109,13 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raise ValueError if a checkpoint is damaged.
+    """Raise ValueError if a checkpoint is damaged, a file or a folder of shards.
 
     torch.save writes a zip archive with a checksum for each record, which torch.load does not verify.
     """
+    if path.is_dir():
+        check_shards(path)
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             # No record is a folder: torch.load would skip one marked as such, and leave its tensor uninitialised.
@@ -134,6 +142,15 @@ def load_beside_routers(model: nn.Module, checkpoint: dict[str, Any]) -> None:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's weights under the names that a checkpoint gives them."""
     return {PREFIX + name: value for name, value in model.state_dict().items()}
+
+
+class Delivery(NamedTuple):
+    """Options of writing a checkpoint."""
+
+    previous: Path | None = None
+    """Where the replaced file is moved to; None deletes it."""
+    done: Callable[[], None] | None = None
+    """Called once the file is written."""
 
 
 class Start(NamedTuple):
@@ -165,7 +182,7 @@ def starting_point(run: Run) -> Start:
         try:
             content = read_checkpoint(path, mapped=True)
         except ValueError as error:
-            path.unlink()
+            remove(path)
             print(f"{str(error).partition(';')[0]}; resuming from the checkpoint before it", flush=True)
             continue
         state = content["callbacks"][SWITCH_STATE]

@@ -3,10 +3,10 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -21,20 +21,12 @@ from ssd_lit.records import PhaseRecord, close_stage
 from ssd_lit.run import Run
 from ssd_lit.support import signals
 from ssd_lit.support.files import whole_file
-from ssd_lit.training.checkpoint import read_checkpoint, save, weights_of, write_checkpoint
+from ssd_lit.training.checkpoint import PREFIX, Delivery, read_checkpoint, save, write_checkpoint
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.sharding import Shards, whole_state
 
 COPIES = 2
 """Checkpoints being written at once: a stage that is one MoEfication saves right after another stage."""
-
-
-class Delivery(NamedTuple):
-    """Options of writing a checkpoint."""
-
-    previous: Path | None = None
-    """Where the replaced file is moved to; None deletes it."""
-    done: Callable[[], None] | None = None
-    """Called once the file is written."""
 
 
 class CheckpointWriter(TorchCheckpointIO):
@@ -189,7 +181,7 @@ class RollingCheckpoint(Callback):
         # may be running, and takes SIGUSR1 for a request to requeue a Slurm job.
         signals.defer()
         self._saved_at = time.monotonic()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not isinstance(trainer.strategy, Shards):
             self._writer.prepare(module.state_dict().values(), [p for p in module.parameters() if p.requires_grad])
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
@@ -230,6 +222,7 @@ class Snapshots(Callback):
         self._every = every
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
-        if trainer.is_global_zero and trainer.global_step % self._every == 0:
-            path = snapshot_path(self._run_dir, trainer.global_step)
-            write_checkpoint(path, {"state_dict": weights_of(module.model)})
+        if trainer.global_step % self._every == 0:
+            weights = {PREFIX + name: value for name, value in whole_state(module.model).items()}
+            if trainer.is_global_zero:
+                write_checkpoint(snapshot_path(self._run_dir, trainer.global_step), {"state_dict": weights})

@@ -36,6 +36,10 @@ class AddedUp:
 
     def __init__(self, model: LanguageModel):
         self._model = model
+        # Compiled code begins a sum where its last gradient is there, and waits for all of them at the end.
+        inductor = torch._inductor.config
+        inductor.reorder_for_compute_comm_overlap = True
+        inductor.reorder_for_compute_comm_overlap_passes = ["raise_comms", "sink_waits"]
         assert dist.group.WORLD is not None
         self._processes = dist.group.WORLD.group_name
         names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,5 +1,6 @@
 """The training of a run: one Lightning `fit` for all its phases."""
 
+import gc
 import logging
 import multiprocessing
 import signal
@@ -15,7 +16,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 
-from ssd_lit.config import RunConfig
+from ssd_lit.config import RunConfig, TrainingConfig
 from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import Costs, forward_costs
@@ -33,6 +34,7 @@ from ssd_lit.training.logger import Recorder, RecorderLogger, StageReporter
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.non_finite import NonFinite
 from ssd_lit.training.phase_switch import PhaseSwitch
+from ssd_lit.training.sharding import Shards
 from ssd_lit.training.switch_loss import SwitchLossLogger
 from ssd_lit.training.throughput import Progress, ThroughputLogger
 
@@ -53,7 +55,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
         max_epochs=-1,  # only the phase switch ends the training
         devices=training.devices,
         num_nodes=training.nodes,
-        strategy=WholeModels() if training.processes > 1 else "auto",
+        strategy=_strategy(training),
         plugins=[_environment(), switch.checkpoints.writer],
         precision=PRECISION[training.precision],
         gradient_clip_val=config.optim.grad_clip,
@@ -82,6 +84,12 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     )
 
 
+def _strategy(training: TrainingConfig) -> Any:
+    if training.processes == 1:
+        return "auto"
+    return Shards(training.processes) if training.shard else WholeModels()
+
+
 def _environment() -> ClusterEnvironment:
     """Who starts the processes. Lightning itself would take a cluster's single task for the number of processes."""
     match this_process().started_by:
@@ -104,6 +112,7 @@ def silence_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*has no `__len__`.*")
         warnings.filterwarnings("ignore", message=".*overridden `on_after_batch_transfer`.*")  # overridden on purpose
         warnings.filterwarnings("ignore", message=".*`srun` command.*")
+        warnings.filterwarnings("ignore", message=".*all_gather is deprecated.*")  # Lightning's own use of it
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning uses an old name in torch
         yield
 
@@ -147,10 +156,12 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
                 # Data workers ignore the SIGTERM that schedulers send to all, and Python would wait for them.
                 worker.kill()
                 worker.join()
+    # CUDA graphs hold operations of the process group, which would wait for them for ever.
+    torch.compiler.reset()
+    gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # The measurements that follow run in this process only.
         torch.distributed.destroy_process_group()
-    torch.compiler.reset()
     return switch
 
 

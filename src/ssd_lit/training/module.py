@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel, cross_entropy
+from ssd_lit.moe.permutation import whole
 from ssd_lit.training.data_parallel import AddedUp, WholeModels, add_up_gradients
 from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.schedule import top_k_at
+from ssd_lit.training.sharding import Shards, shard
 from ssd_lit.training.weighted_mean import WeightedMean
 
 COMPILE_MODE = "reduce-overhead"
@@ -48,12 +50,21 @@ class Pretraining(LightningModule):
         self._train_loss = WeightedMean()
         self._validation_loss = WeightedMean()
         self._loss = self._losses
-        if config.training.compile:
+        self._cross_entropy = cross_entropy
+        if config.training.compile and config.training.shard:
+            self._cross_entropy = torch.compile(cross_entropy)
+        elif config.training.compile:
             # The loss is compiled too, so that the logits of a large vocabulary need not be held as a whole.
             self._loss = torch.compile(self._losses, mode=COMPILE_MODE)
+        if config.training.compile:
             # One graph for every k of a schedule: beyond the limit torch would run uncompiled.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, config.moe.experts + 1)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Shards):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"], compiled=self.config.training.compile)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Inputs and targets of the objective; noise is fresh in training and the blocks' own in validation."""
@@ -163,10 +174,12 @@ class Pretraining(LightningModule):
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss, and the two auxiliary losses of a learned router."""
         if self._added_up is None:
-            loss = self.model.loss(batch)
+            logits = self.model(batch)
         else:
-            loss = cross_entropy(torch.func.functional_call(self.model, self._added_up.weights(), (batch,)), batch)
-        return loss, self.model.gate_losses() if self.config.moe.router == "gate" else None
+            logits = torch.func.functional_call(self.model, self._added_up.weights(), (batch,))
+        return self._cross_entropy(
+            logits, batch
+        ), self.model.gate_losses() if self.config.moe.router == "gate" else None
 
     def configure_gradient_clipping(
         self,
@@ -176,7 +189,8 @@ class Pretraining(LightningModule):
     ) -> None:
         # Lightning refuses to clip for a fused optimizer, which may unscale gradients itself; bf16 has no scaling.
         assert gradient_clip_val is not None
-        norm = torch.nn.utils.clip_grad_norm_(self.trainer.precision_plugin.main_params(optimizer), gradient_clip_val)
+        parameters = self.trainer.precision_plugin.main_params(optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
         leave_out_if(self.guard.update(norm, self.global_step), self.trainer.optimizers[0])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -18,7 +18,7 @@ from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import construct
 from ssd_lit.moe.names import NEEDS_ACTIVATIONS
-from ssd_lit.moe.permutation import moefy, upcycle_into
+from ssd_lit.moe.permutation import moefy, upcycle_into, whole
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.paths import checkpoint_path
 from ssd_lit.records import PhaseRecord, Totals, close_stage
@@ -37,6 +37,7 @@ from ssd_lit.training.checkpoint import (
 )
 from ssd_lit.training.optim import build_optimizer
 from ssd_lit.training.schedule import next_phase
+from ssd_lit.training.sharding import gathered
 
 Checks = list[list[float]]
 """[global step, similarity] of each check."""
@@ -54,7 +55,8 @@ def find_experts(
 
     Changes the tracker's clustering, and the model's mode only.
     """
-    moe, rows = config.moe, [ffn.gating_weight for ffn in model.ffns]
+    moe = config.moe
+    rows = (whole(ffn.gating_weight).detach() for ffn in model.ffns)
     if moe.construction == "kmeans":
         step = history[-1].last_step if history else 0
         checks = history[-1].similarity if history else []
@@ -63,9 +65,9 @@ def find_experts(
             return tracker.labels, []
         # A GPU clusters all layers in less than a second, one core in several seconds.
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        value = tracker.update([w.to(device) for w in rows])
+        value = tracker.update(w.to(device) for w in rows)
         return tracker.labels, [[step, value]] if history and value is not None else []
-    activations: Iterable[Tensor | None] = [None] * len(rows)
+    activations: Iterable[Tensor | None] = [None] * len(model.ffns)
     if moe.construction in NEEDS_ACTIVATIONS:
         activations = layer_activations(model, tokens_dir, moe.calibration_blocks, vocab)
     return [
@@ -114,8 +116,10 @@ def layer_activations(model: LanguageModel, tokens_dir: Path, blocks: int, vocab
         for layer_inputs, x in zip(inputs, ffn_inputs(model, batch), strict=True):
             layer_inputs.append(x.cpu())
     # Inputs are several times narrower than activations, of which one layer's are held at a time.
-    for ffn, layer_inputs in zip(model.ffns, inputs, strict=True):
-        yield torch.cat([ffn.activations(x.to(device)).cpu() for x in layer_inputs])
+    for layer, ffn, layer_inputs in zip(model.layers, model.ffns, inputs, strict=True):
+        with gathered(layer):
+            hidden = torch.cat([ffn.activations(x.to(device)).cpu() for x in layer_inputs])
+        yield hidden
         layer_inputs.clear()
 
 

@@ -8,10 +8,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
+from ssd_lit.moe.permutation import whole
 from ssd_lit.training.checkpoint import read_checkpoint
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.optim import LeftOut, NonFiniteGuard
 from ssd_lit.training.phase_switch import PhaseSwitch
+from ssd_lit.training.sharding import Shards
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ class NonFinite(Callback):
         if self._counts.row >= module.guard.limit:
             raise ValueError(self._message(_first_non_finite(module, self._counts.step)))
         # A finite gradient may still make the weights overflow in the update.
-        if not torch.nn.utils.get_total_norm(module.model.parameters(), norm_type=torch.inf).isfinite():
-            name = next(name for name, value in module.model.named_parameters() if not value.isfinite().all())
+        if not whole(torch.nn.utils.get_total_norm(module.model.parameters(), norm_type=torch.inf)).isfinite():
+            name = next(name for name, value in module.model.named_parameters() if not whole(value).isfinite().all())
             raise ValueError(f"{self._title()}: weights are not finite by step {step}, first {name}; {self._remedy()}")
         if self._switch.run.config.training.non_finite == "skip":
             module.record({"train/updates_left_out": float(self._counts.total)})
@@ -75,7 +77,7 @@ class NonFinite(Callback):
         self._switch.checkpoints.writer.wait()
         last, rolling = "no checkpoint yet", self._switch.checkpoints.rolling
         if rolling.exists():
-            last = f"last good checkpoint: {rolling} (step {read_checkpoint(rolling)['global_step']})"
+            last = f"last good checkpoint: {rolling} (step {read_checkpoint(rolling, mapped=True)['global_step']})"
         skip = " or set training.non_finite: skip" if self._switch.run.config.training.non_finite == "stop" else ""
         return f"{last}; a restart with the same settings would fail again: lower optim.lr{skip}"
 
@@ -102,6 +104,8 @@ def _first_non_finite(module: Pretraining, step: int) -> str:
             for loss in module.losses_again(step):
                 names.append("in the loss")
                 bad.append(_any_bad([loss], module.device))
+                if isinstance(module.trainer.strategy, Shards):
+                    continue  # the gradients are of gathered weights, which are gone
                 gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
                 for (name, _), gradient in zip(parameters, gradients, strict=True):
                     names.append(f"in the gradient of {name}")
@@ -109,7 +113,7 @@ def _first_non_finite(module: Pretraining, step: int) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    names.append("nowhere when run again without compilation: the place is unknown")
+    names.append("nowhere in the forward pass when run again without compilation: in a gradient, or not known")
     first = torch.stack([*bad, torch.ones_like(bad[0])]).int().argmax()
     return names[int(module.trainer.strategy.reduce(first, reduce_op="min"))]
 

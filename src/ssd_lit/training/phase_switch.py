@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from ssd_lit.models.flops import Costs
+from ssd_lit.moe.permutation import whole
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.records import PhaseRecord, Totals, stage_of
 from ssd_lit.run import Run
@@ -18,6 +19,7 @@ from ssd_lit.training.checkpointing import Checkpoints
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.moefication import Checks, find_experts, group_neurons
 from ssd_lit.training.schedule import Phase, next_phase, phase_flops
+from ssd_lit.training.sharding import Shards
 
 
 class PhaseCallback(Callback):
@@ -92,8 +94,8 @@ class PhaseSwitch(Callback):
         step = trainer.global_step
         similarity = None
         if self.phase.mode == "dense" and step % self.run.config.switching.check_every == 0:
-            if trainer.is_global_zero:
-                similarity = self.tracker.update([ffn.gating_weight for ffn in module.model.ffns])
+            if _computes(trainer):
+                similarity = self.tracker.update(whole(ffn.gating_weight) for ffn in module.model.ffns)
             # One process decides for all, and its clusterings are in the checkpoint.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:
@@ -160,9 +162,9 @@ class PhaseSwitch(Callback):
         self._close(trainer, Totals(seconds=time.perf_counter() - began), "moefied", similarity)
 
     def _find_experts(self, trainer: Trainer, module: Pretraining) -> tuple[list[Tensor], Checks]:
-        """`find_experts` in the first process, its result in all."""
+        """`find_experts` of the first process in all."""
         experts: tuple[list[Tensor], Checks] | None = None
-        if trainer.is_global_zero:
+        if _computes(trainer):
             run = self.run
             experts = find_experts(run.config, module.model, self.tracker, self.history, run.tokens, run.vocab)
         experts = trainer.strategy.broadcast(experts)
@@ -190,6 +192,11 @@ class PhaseSwitch(Callback):
         self.tracker.load_state_dict(state["tracker"])
         self._similarity = state["similarity"]
         self._seconds = state["seconds"]
+
+
+def _computes(trainer: Trainer) -> bool:
+    """Whether this process computes clusterings: where weights are divided, all must take part in gathering them."""
+    return trainer.is_global_zero or isinstance(trainer.strategy, Shards)
 
 
 def _phase_callbacks(trainer: Trainer) -> list[PhaseCallback]:
