@@ -1,13 +1,14 @@
 # make reproduce   install, then take the default experiment from text to report
 # make test        install, then linters, types, tests and a tiny experiment for real
 # make check       the same without the tests of whole runs and workflows: for the hand
-# make test-server   tests with an MLflow server on PostgreSQL and S3, which it installs (PostgreSQL: as root, by apt)
+# make test-server tests with an MLflow server on PostgreSQL and S3, which it installs (PostgreSQL: as root, by apt)
+# make test-slurm  install Slurm on this machine (Debian's packages, as root) and test the workflow on it
 # make ui          the MLflow UI on 127.0.0.1
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test test-server check lint ui install
+.PHONY: reproduce test test-server test-slurm check lint ui install
 
 reproduce: install
 	snakemake
@@ -17,6 +18,11 @@ PYTEST := pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-lo
 
 test: lint
 	$(PYTEST)
+
+test-slurm: install
+	tests/slurm/setup.sh install
+	pip install --quiet --disable-pip-version-check -e '.[slurm]'
+	pytest tests/slurm
 
 check: lint
 	$(PYTEST) -m "not whole_run"

@@ -219,8 +219,10 @@ def test_what_snakemake_makes_of_changes_is_read_as_yaml_is() -> None:
     ("config", "message"),
     [
         ({"expriment": "quick"}, "--config expriment: unknown key; did you mean 'experiment'?"),
-        ({"cores": 2}, "--config cores: unknown key; allowed: experiment, results, jobs, set"),
+        ({"cores": 2}, "--config cores: unknown key; allowed: experiment, results, jobs, gpu_share, set"),
         ({"jobs": "run"}, "jobs: given 'run'; allowed: stages"),
+        ({"gpu_share": 0.5}, "gpu_share: given 0.5; allowed: 0 (no run asks for a GPU) to 1024 runs on each GPU"),
+        ({"gpu_share": -1}, "gpu_share: given -1; allowed"),
         ({"set": 5}, "set: given 5; expected a mapping such as"),
     ],
 )

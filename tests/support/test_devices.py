@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ssd_lit.support.devices import count_gpus
+
 TAKE = """
 import os, sys, torch
 torch.cuda.device_count = lambda: {there}
@@ -68,3 +70,18 @@ def test_a_run_sees_as_many_as_it_trains_on_of_those_that_it_may(
     taker = Taker(tmp_path, count, there, visible)
     taker.end()
     assert {taker.sees} == sees
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [("0", 1), ("2,3, 5", 3), ("GPU-ab,MIG-cd/1", 2), ("", 0), ("-1", 0), ("NoDevFiles", 0), ("0,-1,1", 1), (None, 2)],
+)
+def test_gpus_are_counted_without_asking_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, count: int
+) -> None:
+    for name in ("nvidia0", "nvidia12", "nvidiactl", "nvidia-uvm", "nvidia-caps", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert count_gpus(tmp_path) == count

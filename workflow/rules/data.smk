@@ -10,7 +10,7 @@ rule prepare:
         DATA / "logs/prepare.log",
     benchmark:
         DATA / "benchmarks/prepare.tsv"
-    threads: workflow.cores or 1
+    threads: lambda _: DATA_CORES if on_cluster() else workflow.cores
     params:
         data=DATA,
     shell:
@@ -26,7 +26,7 @@ rule tokenizer:
         DATA / "logs/tokenizer.log",
     benchmark:
         DATA / "benchmarks/tokenizer.tsv"
-    threads: workflow.cores or 1
+    threads: lambda _: DATA_CORES if on_cluster() else workflow.cores
     params:
         data=DATA,
     shell:
@@ -44,7 +44,7 @@ rule encode:
         DATA / "logs/encode.log",
     benchmark:
         DATA / "benchmarks/encode.tsv"
-    threads: workflow.cores or 1
+    threads: lambda _: DATA_CORES if on_cluster() else workflow.cores
     params:
         data=DATA,
     shell:

@@ -13,6 +13,8 @@ rule evaluate:
         HERE / "runs/{run}/benchmarks/evaluate.tsv"
     priority: lambda wildcards: PRIORITY[wildcards.run]
     threads: lambda wildcards: THREADS[wildcards.run]
+    resources:
+        **asked("evaluate"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
         measurement="evaluate",

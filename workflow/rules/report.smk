@@ -14,6 +14,7 @@ rule summarise:
         HERE / "logs/summarise.log",
     benchmark:
         HERE / "benchmarks/summarise.tsv"
+    localrule: True
     params:
         experiment=HERE,
     shell:
@@ -39,6 +40,7 @@ rule figures:
         HERE / "logs/figures.log",
     benchmark:
         HERE / "benchmarks/figures.tsv"
+    localrule: True
     params:
         captions=CAPTIONS,
         experiment=HERE,
@@ -56,6 +58,7 @@ rule write_report:
         HERE / "logs/report.log",
     benchmark:
         HERE / "benchmarks/report.tsv"
+    localrule: True
     params:
         experiment=HERE,
     shell:

@@ -26,10 +26,13 @@ rule run:
         run=whole(tried=False),
     priority: lambda wildcards: PRIORITY[wildcards.run]
     threads: lambda wildcards: THREADS[wildcards.run]
+    resources:
+        **asked("run"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        launcher=lambda _, resources: launcher(resources),
     shell:
-        "ssd-lit train {params.run:q} 2>&1 | keep {log:q}"
+        "{params.launcher}ssd-lit train {params.run:q} 2>&1 | keep {log:q}"
 
 
 use rule run as run_and_try with:

@@ -9,6 +9,7 @@ rule store:
         RESULTS / "logs/store.log",
     benchmark:
         RESULTS / "logs/store.tsv"
+    localrule: True
     params:
         results=RESULTS,
     shell:
@@ -29,12 +30,15 @@ rule warmup:
         HERE / "runs/{run}/benchmarks/warmup.tsv"
     priority: lambda wildcards: PRIORITY[wildcards.run]
     threads: lambda wildcards: THREADS[wildcards.run]
+    resources:
+        **asked("warmup"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        launcher=lambda _, resources: launcher(resources),
         stage="warmup",
         anew=anew("warmup"),
     shell:
-        "ssd-lit train {params.run:q} --until {params.stage} {params.anew} 2>&1 | keep {log:q}"
+        "{params.launcher}ssd-lit train {params.run:q} --until {params.stage} {params.anew} 2>&1 | keep {log:q}"
 
 
 # The first MoEfication: of a warm-up, of fresh weights, of another run's final model.
@@ -50,8 +54,11 @@ use rule warmup as moefy with:
         HERE / "runs/{run}/logs/moefy.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/moefy.tsv"
+    resources:
+        **asked("moefy"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        launcher=lambda _, resources: launcher(resources),
         stage="moefy",
         anew=anew("moefy"),
 
@@ -69,8 +76,11 @@ use rule warmup as sparse_phases with:
         HERE / "runs/{run}/logs/sparse_phases.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/sparse_phases.tsv"
+    resources:
+        **asked("sparse_phases"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        launcher=lambda _, resources: launcher(resources),
         stage="sparse_phases",
         anew=anew("sparse_phases"),
 
@@ -88,8 +98,11 @@ use rule warmup as dense with:
         HERE / "runs/{run}/logs/dense.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/dense.tsv"
+    resources:
+        **asked("dense"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        launcher=lambda _, resources: launcher(resources),
         stage="dense",
         anew=anew("dense"),
 
@@ -107,7 +120,10 @@ use rule warmup as route with:
         HERE / "runs/{run}/logs/route.log",
     benchmark:
         HERE / "runs/{run}/benchmarks/route.tsv"
+    resources:
+        **asked("route"),
     params:
         run=lambda wildcards: HERE / "runs" / wildcards.run,
+        launcher=lambda _, resources: launcher(resources),
         stage="route",
         anew=anew("route"),

@@ -17,13 +17,14 @@ from ssd_lit.config.section import unknown_key
 from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
+from ssd_lit.pipeline.resources import Resources, of_job
 from ssd_lit.records import MEASUREMENTS, training_stages
 from ssd_lit.run import Run
 from ssd_lit.support.files import read_json_checked
 
-CONFIG_KEYS = ("experiment", "results", "jobs", "set")
-"""What `snakemake --config` may be given: the experiment, its results folder, how a run is divided into jobs, and
-settings that are laid over the experiment."""
+CONFIG_KEYS = ("experiment", "results", "jobs", "gpu_share", "set")
+"""What `snakemake --config` may be given: the experiment, its results folder, how a run is divided into jobs, how many
+runs share a GPU (0: none asks for one), and settings that are laid over the experiment."""
 
 
 def experiment_of(config: Mapping[str, Any]) -> Experiment:
@@ -37,6 +38,9 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     jobs = config.get("jobs", "stages")
     if jobs not in ("stages", "runs"):
         raise ConfigError(f"jobs: given {jobs!r}; allowed: stages (a job for each stage of a run), runs (one for all)")
+    share = config.get("gpu_share", 1)
+    if not isinstance(share, int) or isinstance(share, bool) or not 0 <= share <= 1024:
+        raise ConfigError(f"gpu_share: given {share!r}; allowed: 0 (no run asks for a GPU) to 1024 runs on each GPU")
     name = str(config.get("experiment", "default"))
     path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
     try:
@@ -110,6 +114,14 @@ class Plan:
     def shared_warmups(self) -> set[str]:
         """The runs whose warm-up is that of others too."""
         return {config.shares_warmup for config in self.configs.values() if config.shares_warmup}
+
+    # What a job asks for.
+
+    def resources(self, run: str, stage: str, *, uses_gpu: bool, cluster: bool) -> Resources:
+        """What the job of a stage of a run asks for, or of the whole run for the stage `run`."""
+        config = self.configs[run]
+        stages = training_stages(config) if stage == "run" else (stage,)
+        return of_job(config, stages, uses_gpu=uses_gpu, cluster=cluster)
 
     # What still stands.
 

@@ -1,15 +1,31 @@
-"""Reserves GPUs for a process: those with the fewest other processes."""
+"""The GPUs of this machine: their number, and those with the fewest processes, reserved for one more."""
 
 import os
+import re
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_GPU = re.compile(r"\d+|(GPU|MIG)-.+")
+_DEVICE_FILE = re.compile(r"nvidia\d+")
 _held: list[FileLock] = []
 """The locks that this process holds until it ends, however it ends."""
+
+
+def count_gpus(device_files: Path = Path("/dev")) -> int:
+    """The number of GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, or else those with a device file.
+
+    Asks neither torch, whose import takes seconds, nor the driver.
+    """
+    chosen = os.environ.get(_VISIBLE)
+    if chosen is None:
+        return sum(_DEVICE_FILE.fullmatch(path.name) is not None for path in device_files.iterdir())
+    # As CUDA reads it: up to the first entry that is none, such as -1 or nothing.
+    return len([*takewhile(_GPU.fullmatch, (entry.strip() for entry in chosen.split(",")))])
 
 
 def reserve_gpus(count: int = 1) -> None:
