@@ -21,7 +21,7 @@ test: lint
 
 test-slurm: install
 	tests/slurm/setup.sh install
-	pip install --quiet --disable-pip-version-check -e '.[slurm]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock -e '.[slurm]'
 	pytest tests/slurm
 
 check: lint

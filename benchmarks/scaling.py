@@ -109,7 +109,9 @@ def measured(folder: Path, shape: str, devices: int, arguments: argparse.Namespa
 def estimated(shape: Shape, sharded: bool, devices: int) -> float:
     """Bytes, by the estimate, of the shape's batch on a device."""
     needed = training_memory(shape.model(), MoEConfig(experts=32, top_k=6), shape.vocab, shape.sequence, torch.bfloat16)
-    return needed.of_state(devices if sharded else 1) + shape.batch * needed.of_block(checkpointing=sharded)
+    return needed.of_step(
+        shape.batch, shards=devices if sharded else 1, checkpointing=sharded, graphs=1 if sharded else 2
+    )
 
 
 class Profile(Callback):

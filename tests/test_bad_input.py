@@ -193,6 +193,13 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("a value of 100 kB", Settings({"model.family": "x" * 100_000}),
      "... (100,002 characters); input should be 'gpt2'"),
     # Settings: what does not go together.
+    (
+        "pieces of a batch",
+        Settings({"training.micro_batch_size": 5}),
+        "training.micro_batch_size 5 does not divide the",
+    ),
+    ("one device divided", Settings({"training.shard": True}), "training.shard true: there is one device only"),
+    ("nodes", Settings({"training.nodes": 7}), "is not divisible by training.nodes times training.devices, 7"),
     ("d_ff not divisible", Settings({"model.d_ff": 100}), "model.d_ff 100 is not divisible by moe.experts 8"),
     ("heads not divisible", Settings({"model.heads": 3}), "heads 3 does not divide d_model 64"),
     ("k above E", Settings({"moe.top_k": 9}), "top_k 9 is more than experts 8; allowed: 1 to 8"),

@@ -36,13 +36,15 @@ class Memory:
     logits: float
     """Logits and their gradient, for a block."""
 
-    def of_state(self, shards: int = 1) -> float:
-        """Weights, gradients and moments, divided among `shards` devices."""
-        return (STATE_BYTES * self.parameters + self.casts) / shards
+    def of_step(self, blocks: int, *, shards: int = 1, checkpointing: bool = False, graphs: int = 1) -> float:
+        """All bytes of a device that computes so many blocks at once.
 
-    def of_block(self, *, checkpointing: bool = False) -> float:
-        """Activations and logits of a block, with or without activation checkpointing."""
-        return (self.between + self.layer if checkpointing else self.layers) + self.logits
+        Its state is divided among `shards` devices. CUDA graphs of different modes, `graphs` of them, each keep memory
+        of their own for activations and logits.
+        """
+        state = (STATE_BYTES * self.parameters + self.casts) / shards
+        kept = self.between + self.layer if checkpointing else self.layers
+        return state + graphs * blocks * (kept + self.logits)
 
 
 @cache

@@ -56,7 +56,6 @@ def _train_as_first(
     if settings:
         _change_config(folder, settings)
     run = Run.open(folder)
-    check_number(place, run.config.training.nodes, run.config.training.devices)
     last = until or run.stages[-1]
     if last not in run.stages:
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
@@ -67,6 +66,8 @@ def _train_as_first(
         _restore_stage_records(run)
         missing = [stage for stage in stages if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]
+        if any(not _is_done_alone(run, stage) for stage in training):
+            check_number(place, run.config.training.nodes, run.config.training.devices)
         if training:
             take_machine(run, threads, run.config.training.devices)
             _train(run, training, resume_step, others)
@@ -144,15 +145,15 @@ def _train(run: Run, missing: list[str], resume_step: int | None, others: Others
             tracker.begin(stage)
             if stage == "warmup" and run.config.shares_warmup is not None:
                 _adopt_warmup(run, tracker)
-            elif stage == "moefy" and not (run.config.training.shard and run.config.method == "ssd"):
-                from ssd_lit.training.checkpoint import starting_point
-                from ssd_lit.training.moefication import moefy_checkpoint
-
-                moefy_checkpoint(run, starting_point(run), provenance)
             elif stage == "route":
                 from ssd_lit.training.routers import train_routers
 
                 train_routers(run, tracker, provenance)
+            elif _is_done_alone(run, stage):
+                from ssd_lit.training.checkpoint import starting_point
+                from ssd_lit.training.moefication import moefy_checkpoint
+
+                moefy_checkpoint(run, starting_point(run), provenance)
             else:
                 from ssd_lit.training.fit import train as fit
 
@@ -164,6 +165,12 @@ def _train(run: Run, missing: list[str], resume_step: int | None, others: Others
             missing = remaining
         for stage in filter(run.is_done, run.training_stages):
             _finish(run, stage, tracker)
+
+
+def _is_done_alone(run: Run, stage: str) -> bool:
+    """Whether the first process does a training stage by itself: routers, and a MoEfication of undivided states."""
+    divided = run.config.training.shard and run.config.method == "ssd"
+    return stage == "route" or (stage == "moefy" and not divided)
 
 
 def _train_beside_first(folder: Path, place: Place, until: str | None, threads: int | None) -> str:

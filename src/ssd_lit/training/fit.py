@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from ssd_lit.training.switch_loss import SwitchLossLogger
 from ssd_lit.training.throughput import Progress, ThroughputLogger
 
 MEMORY_FRACTION = 0.95
-"""Fraction of a GPU's memory that training may take by the estimate, which is rather too high."""
+"""Fraction of a GPU's memory that training may take by the estimate (docs/performance.md, "Several GPUs")."""
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -185,10 +186,15 @@ def _micro_batch_size(run: Run) -> int:
     dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
     needed = training_memory(config.model, config.moe, run.vocab, config.data.sequence_length, dtype)
     memory = torch.cuda.get_device_properties(0).total_memory
-    left = MEMORY_FRACTION * memory - needed.of_state(training.processes if training.shard else 1)
-    a_block = needed.of_block(checkpointing=training.activation_checkpointing)
+    takes = partial(
+        needed.of_step,
+        shards=training.processes if training.shard else 1,
+        checkpointing=training.activation_checkpointing,
+        graphs=2 if config.method == "ssd" and training.compile and not training.shard else 1,
+    )
     whole = training.local_batch_size
-    size = max(n for n in range(1, whole + 1) if whole % n == 0 and (n == 1 or n * a_block <= left))
+    sizes = [n for n in range(1, whole + 1) if whole % n == 0]
+    size = max([n for n in sizes if takes(n) <= MEMORY_FRACTION * memory], default=1)
     if size < whole and this_process().is_first:
         print(f"{config.name}: {size} of {whole} blocks at once, for {memory / 2**30:.0f} GiB", flush=True)
     return size
