@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ssd_lit.pipeline.verify import verify
 from ssd_lit.training.checkpoint import check_checkpoint, read_checkpoint
 from tests.conftest import Bench
 from tests.training.test_phases import PROGRAM, curves, kill_when
@@ -106,3 +107,12 @@ def test_two_machines_train_a_divided_model_and_two_devices_go_on_with_it(plain:
     assert done.stderr.count("begins") == 1
     assert (run / "evaluation.json").exists()
     assert_alike(plain, divided, "ssd")
+    lines: list[str] = []
+    verify(run, lines.append)
+    assert [line for line in lines if line.startswith("MISMATCH") and "summary.csv" not in line] == []
+    shard = next((run / "phases/00-dense/weights.ckpt").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"damaged \(the checksum of {shard.name} does not fit"):
+        check_checkpoint(shard.parent)

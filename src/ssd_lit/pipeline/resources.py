@@ -19,8 +19,6 @@ class Asked(Protocol):
 NAMES = ("gpu", "gres", "nodes", "tasks", "tasks_per_node", "tasks_per_gpu", "cpus_per_task", "mpi")
 DATA_CORES = 4
 """Cores of a job that reads, tokenizes or encodes text on a cluster."""
-_ON_ALL_DEVICES = ("warmup", "sparse_phases", "dense")
-"""Stages whose steps all devices of a run make together. One process does any other."""
 
 
 def limit(gpu_share: int) -> Resources:
@@ -32,6 +30,15 @@ def limit(gpu_share: int) -> Resources:
     return {"gpu": places} if places else {}
 
 
+def on_all_devices(config: RunConfig, stage: str) -> bool:
+    """Whether all devices of a run do a stage together: its steps, and the MoEfication of a divided state.
+
+    One process does any other.
+    """
+    divided = config.training.shard and config.method == "ssd"
+    return stage in ("warmup", "sparse_phases", "dense") or (stage == "moefy" and divided)
+
+
 def of_job(config: RunConfig, stages: Iterable[str], *, uses_gpu: bool, cluster: bool) -> Resources:
     """What a job that does these stages of a run asks for.
 
@@ -39,7 +46,7 @@ def of_job(config: RunConfig, stages: Iterable[str], *, uses_gpu: bool, cluster:
     """
     training = config.training
     devices, nodes = training.devices, training.nodes
-    if not set(stages) & set(_ON_ALL_DEVICES):
+    if not any(on_all_devices(config, stage) for stage in stages):
         devices = nodes = 1
     gpu: Resources = {"gpu": devices} if uses_gpu else {}
     if not cluster:

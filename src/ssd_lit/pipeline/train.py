@@ -10,6 +10,7 @@ from pathlib import Path
 from ssd_lit.config import ConfigError, change_run, dump, load_analysis, load_run, parse_changes
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
+from ssd_lit.pipeline.resources import on_all_devices
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, stage_of
 from ssd_lit.run import Run
 from ssd_lit.support import signals
@@ -66,7 +67,7 @@ def _train_as_first(
         _restore_stage_records(run)
         missing = [stage for stage in stages if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]
-        if any(not _is_done_alone(run, stage) for stage in training):
+        if any(on_all_devices(run.config, stage) for stage in training):
             check_number(place, run.config.training.nodes, run.config.training.devices)
         if training:
             take_machine(run, threads, run.config.training.devices)
@@ -149,7 +150,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None, others: Others
                 from ssd_lit.training.routers import train_routers
 
                 train_routers(run, tracker, provenance)
-            elif _is_done_alone(run, stage):
+            elif not on_all_devices(run.config, stage):
                 from ssd_lit.training.checkpoint import starting_point
                 from ssd_lit.training.moefication import moefy_checkpoint
 
@@ -165,12 +166,6 @@ def _train(run: Run, missing: list[str], resume_step: int | None, others: Others
             missing = remaining
         for stage in filter(run.is_done, run.training_stages):
             _finish(run, stage, tracker)
-
-
-def _is_done_alone(run: Run, stage: str) -> bool:
-    """Whether the first process does a training stage by itself: routers, and a MoEfication of undivided states."""
-    divided = run.config.training.shard and run.config.method == "ssd"
-    return stage == "route" or (stage == "moefy" and not divided)
 
 
 def _train_beside_first(folder: Path, place: Place, until: str | None, threads: int | None) -> str:

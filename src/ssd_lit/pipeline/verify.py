@@ -140,7 +140,7 @@ def _phase(run: Run, record: PhaseRecord) -> str:
 def _stage(run: Run, stage: str) -> str:
     record, weights = run.stage(stage), run.checkpoint(stage)
     _compare(run.folder / "stages" / f"{stage}.json", record.inputs, run.made_from())
-    if not weights.is_file():
+    if not weights.exists():
         raise ValueError(f"{weights}: not found")
     check_checkpoint(weights)
     if archive_digest(weights) != record.weights:
