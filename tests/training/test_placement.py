@@ -109,7 +109,9 @@ def test_two_machines_train_a_divided_model_and_two_devices_go_on_with_it(plain:
     assert_alike(plain, divided, "ssd")
     lines: list[str] = []
     verify(run, lines.append)
-    assert [line for line in lines if line.startswith("MISMATCH") and "summary.csv" not in line] == []
+    # But for the number of nodes, which was changed by hand, and tables that nobody has made yet.
+    expected = ("ssd-seed0 config.yaml", "ssd-seed0 summary.csv")
+    assert [line for line in lines if line.startswith("MISMATCH") and not line[10:].startswith(expected)] == []
     shard = next((run / "phases/00-dense/weights.ckpt").glob("*.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
