@@ -78,7 +78,7 @@ def test_every_rule_that_can_use_a_gpu_asks_for_it(tmp_path: Path, share: int) -
         ({"devices": 4}, ["moefy"], {"gpu": 1, "nodes": 1, "cpus_per_task": 1}),
         ({"devices": 4, "nodes": 2}, ["evaluate"], {"gpu": 1, "nodes": 1, "cpus_per_task": 1}),
         ({"devices": 2, "nodes": 2, "threads": 8, "workers": 1}, ["dense"],
-         {"gpu": 4, "gres": "gpu:2", "nodes": 2, "tasks_per_node": 2, "cpus_per_task": 3, "mpi": "srun"}),
+         {"gpu": 4, "gres": "gpu:2", "nodes": 2, "tasks_per_node": 2, "cpus_per_task": 5, "mpi": "srun"}),
         ({"nodes": 2}, ["dense"], {"gpu": 2, "gres": "gpu:1", "nodes": 2, "tasks": 2, "tasks_per_gpu": 0,
                                    "cpus_per_task": 1, "mpi": "srun"}),
     ],

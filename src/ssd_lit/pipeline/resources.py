@@ -55,7 +55,7 @@ def of_job(config: RunConfig, stages: Iterable[str], *, uses_gpu: bool, cluster:
         # One task, in which Lightning starts a process for each further device.
         cores = max(training.threads, devices) + devices * training.workers
         return {**gpu, "nodes": 1, "cpus_per_task": cores}
-    cores = max(training.threads // (nodes * devices), 1) + training.workers
+    cores = max(training.threads // devices, 1) + training.workers
     # The plugin takes one or the other, and no number of tasks a node that is 1.
     tasks: Resources = {"tasks_per_node": devices} if devices > 1 else {"tasks": nodes, "tasks_per_gpu": 0}
     if uses_gpu:

@@ -90,6 +90,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
 
 
 def _strategy(training: TrainingConfig) -> Any:
+    """How the processes share the model, as Lightning takes it."""
     if training.processes == 1:
         return "auto"
     return Shards(training.processes) if training.shard else WholeModels()

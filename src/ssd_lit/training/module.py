@@ -117,8 +117,8 @@ class Pretraining(LightningModule):
         return {"loss": part, "batch_loss": losses}
 
     def _in_pieces(self, batch: Batch) -> list[Batch]:
-        parts = {name: value.split(self.micro_batch_size) for name, value in batch.items()}
-        return [dict(zip(parts, piece, strict=True)) for piece in zip(*parts.values(), strict=True)]
+        pieces = zip(*(value.split(self.micro_batch_size) for value in batch.values()), strict=True)
+        return [dict(zip(batch, piece, strict=True)) for piece in pieces]
 
     def _back(self, loss: Tensor, *, first: bool) -> None:
         """The backward pass of a piece before the last one."""
@@ -158,12 +158,12 @@ class Pretraining(LightningModule):
     def losses_again(self, step: int) -> Iterator[Tensor]:
         """The loss of each piece of a step's batch, with the same random numbers and the current weights.
 
-        Never compiled.
+        Never compiled; gradients are those of this process alone.
         """
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
         self._set_top_k(step)
         for piece in self._in_pieces(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)):
-            yield self._total(*self._losses(piece))
+            yield self._total(*self._losses_of(self.model(piece), piece))
 
     def _total(self, loss: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
@@ -177,9 +177,11 @@ class Pretraining(LightningModule):
             logits = self.model(batch)
         else:
             logits = torch.func.functional_call(self.model, self._added_up.weights(), (batch,))
-        return self._cross_entropy(
-            logits, batch
-        ), self.model.gate_losses() if self.config.moe.router == "gate" else None
+        return self._losses_of(logits, batch)
+
+    def _losses_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        gate = self.model.gate_losses() if self.config.moe.router == "gate" else None
+        return self._cross_entropy(logits, batch), gate
 
     def configure_gradient_clipping(
         self,
