@@ -5,10 +5,12 @@
 FILE is the train.bin of any prepared data. `--shapes` are trained on one GPU and on all, each of which has the model
 and a batch as large as the one GPU's; `--shard` are trained on all, the model divided among them (FSDP2) and
 activations computed again. Every run is one of benchmarks/switching.py, in a process of its own with all callbacks: 200
-steps, dense and sparse (K 6 of 32) in turns. Reported are
+steps (130 of a divided model), dense and sparse (K 6 of 32) in turns. Runs on one GPU go side by side, each on its own.
+Reported are
 
 - milliseconds of a dense and of a sparse step (median over stretches of ten), tokens a second, and the speed of all
   GPUs over as many times that of one;
+- seconds of a change of phase (median of those between modes that ran before), and of each checkpoint;
 - the last loss of training of each, on other batches: all GPUs read as many times more tokens;
 - the estimate of the memory that `training.micro_batch_size: null` goes by, beside the peak;
 - with `--profile`, over ten more steps of each mode on the first GPU: how long it does nothing, how long NCCL runs, and
@@ -21,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ RESULT = RESULTS / "scaling.json"
 LEAST = {"small": 0.95, "1.3b": 0.97}
 """Speed over as many times that of one GPU, in both modes."""
 SCHEDULE = Schedule((200, 40, 60, 20, 40), validate_every=100, check_every=100, checkpoint_every=1000)
+SHARDED = Schedule((130, 20, 30, 20, 30), validate_every=65, check_every=65, checkpoint_every=1000)
 PROFILED = {"sparse": range(132, 136), "dense": range(182, 186)}
 """Steps (0-based) that are profiled: no monitor and no check falls among them."""
 
@@ -51,8 +55,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         compile_bytecode(folder / "bytecode")
-        for shape in arguments.shapes:
-            runs = {n: measured(folder, shape, n, arguments) for n in (1, arguments.devices)}
+        with ThreadPoolExecutor(arguments.devices) as pool:
+            alone = list(pool.map(lambda shape: measured(folder, shape, 1, arguments), arguments.shapes))
+        for shape, single in zip(arguments.shapes, alone, strict=True):
+            runs = {1: single, arguments.devices: measured(folder, shape, arguments.devices, arguments)}
             one, several = (runs[n]["tokens_per_second"] for n in runs)
             linear = {mode: several[mode] / (arguments.devices * one[mode]) for mode in one}
             met &= min(linear.values()) >= LEAST.get(shape, 0)
@@ -83,12 +89,13 @@ def parse() -> argparse.Namespace:
 def measured(folder: Path, shape: str, devices: int, arguments: argparse.Namespace, **training: Any) -> dict[str, Any]:
     """Train a run on so many GPUs; what it told."""
     place = folder / f"{shape}-{devices}-{len(training)}"
-    run = write_run(place, SHAPES[shape], SCHEDULE, arguments.tokens, devices=devices, top_k=6, **training)
+    schedule = SHARDED if training.get("shard") else SCHEDULE
+    run = write_run(place, SHAPES[shape], schedule, arguments.tokens, devices=devices, top_k=6, **training)
     cache = arguments.cache or folder / "cache"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
                    "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # fmt: skip
     command = [sys.executable, __file__, "--child", str(run), *(["--profile"] if arguments.profile else [])]
-    subprocess.run(command, check=True, env=environment, timeout=400)
+    subprocess.run(command, check=True, env=environment)
     told = json.loads((run / "clock.json").read_text())
     config = load_run(run / "config.yaml")
     found = figures(told, config.model_dump(mode="json"))
@@ -99,6 +106,8 @@ def measured(folder: Path, shape: str, devices: int, arguments: argparse.Namespa
         "tokens_per_second": {m: found["tokens_a_step"] / s for m, s in found["step_median_seconds"].items()},
         "switch_median_seconds": found["switch_median_seconds"],
         "first_step_seconds": found["first_step_seconds"],
+        "switches": found["switches"],
+        "checkpoints": found["checkpoints"],
         "losses": losses,
         "peak_gibibytes": told["peak"] / 2**30,
         "estimated_gibibytes": estimated(SHAPES[shape], config.training.shard, devices) / 2**30,
@@ -190,7 +199,9 @@ def show(title: str, runs: dict[int, dict[str, Any]], linear: dict[str, float]) 
             f"{speed['sparse']:12,.0f}{found['peak_gibibytes']:8.1f}{found['estimated_gibibytes']:10.1f}"
             f"{list(found['losses'].values())[-1]:8.3f}"
         )
+        saves = [round(one["late"], 2) for one in found["checkpoints"]]
         print(f"    changes {found['switch_median_seconds']:.2f} s, first step {found['first_step_seconds']:.1f} s")
+        print(f"    checkpoints {saves} s, all changes {[round(one['seconds'], 2) for one in found['switches']]} s")
         print(f"    losses {[round(loss, 3) for loss in found['losses'].values()]}")
         for mode, parts in found["profile"].items():
             print(f"    {mode}: " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in parts.items()))

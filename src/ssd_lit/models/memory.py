@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
@@ -35,14 +35,16 @@ class Memory:
     """The inputs of all layers, for a block: what is kept if activations are computed again."""
     logits: float
     """Logits and their gradient, for a block."""
+    gathered: float
+    """Weights and gradients that a device holds whole at once where the model is divided."""
 
     def of_step(self, blocks: int, *, shards: int = 1, checkpointing: bool = False, graphs: int = 1) -> float:
         """All bytes of a device that computes so many blocks at once.
 
-        Its state is divided among `shards` devices. CUDA graphs of different modes, `graphs` of them, each keep memory
-        of their own for activations and logits.
+        Its state is divided among `shards` devices, which then gather it layer by layer. CUDA graphs of different
+        modes, `graphs` of them, each keep memory of their own for activations and logits.
         """
-        state = (STATE_BYTES * self.parameters + self.casts) / shards
+        state = (STATE_BYTES * self.parameters + self.casts) / shards + (self.gathered if shards > 1 else 0)
         kept = self.between + self.layer if checkpointing else self.layers
         return state + graphs * blocks * (kept + self.logits)
 
@@ -69,14 +71,22 @@ def training_memory(
     between = float(len(fake.layers) * max(lengths) * model.d_model * dtype.itemsize)
     # The loss and its gradient are one pass over the logits.
     logits = 2.0 * lengths[1] * vocab.vocab_size * dtype.itemsize
+    parameters, layer = _parameters(fake), max(map(_parameters, fake.layers))
+    outside = parameters - sum(map(_parameters, fake.layers))
     return Memory(
-        parameters=sum(p.numel() for p in fake.parameters()),
+        parameters=parameters,
         casts=sizes[0] - layers,
         layers=layers,
         layer=layers / len(fake.layers),
         between=between,
         logits=logits,
+        # In float32: two layers and the gradients of two, and all outside the layers with its gradients.
+        gathered=4.0 * (4 * layer + 2 * outside),
     )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,16 @@ def unsealed_folder(path: Path) -> Path:
 
 def seal(folder: Path) -> None:
     """Write the sizes and CRC-32s of all files of a folder into one file, which carries a digest of its own."""
-    write_json_checked(folder / SHARDS, {file.name: [file.stat().st_size, _crc(file)] for file in _files(folder)})
+    files = sorted(file for file in folder.iterdir() if file.name != SHARDS)
+    write_json_checked(folder / SHARDS, {file.name: [size, crc] for file, (size, crc) in _sums(files).items()})
 
 
 def check_shards(folder: Path) -> None:
     """Raise ValueError if a file of a sealed folder is missing or damaged."""
     sealed = read_json_checked(folder / SHARDS)
+    found = _sums([folder / name for name in sealed if (folder / name).is_file()])
     for name, (size, crc) in sealed.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != size or _crc(file) != crc:
+        if found.get(folder / name) != (size, crc):
             raise ValueError(f"{folder}: damaged (the checksum of {name} does not fit)")
 
 
@@ -52,13 +54,15 @@ def read_shards(folder: Path, *, mapped: bool) -> dict[str, Any]:
     return content
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.name != SHARDS)
+def _sums(files: list[Path]) -> dict[Path, tuple[int, int]]:
+    """Size and CRC-32 of each file. Files are read side by side: one core sums up 1 to 2 GB a second."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(files, pool.map(_sum, files), strict=True))
 
 
-def _crc(file: Path) -> int:
+def _sum(file: Path) -> tuple[int, int]:
     crc = 0
     with file.open("rb") as content:
         while chunk := content.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
-    return crc
+        return content.tell(), crc
