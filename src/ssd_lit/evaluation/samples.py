@@ -25,10 +25,12 @@ def samples(run: Run, model: LanguageModel, split: str, modes: Sequence[Mode]) -
     if model.objective_name != "causal":
         return []
     blocks = TokenBlocks(run.tokens, split)
-    length, new = min(PROMPT, blocks.sequence_length // 4), min(CONTINUATION, blocks.sequence_length // 2)
+    length, new = min(PROMPT, -(-blocks.sequence_length // 4)), min(CONTINUATION, blocks.sequence_length // 2)
     starts = [len(blocks) * place // PROMPTS for place in range(min(PROMPTS, len(blocks)))]
     prompts = torch.stack([blocks[start]["inputs"][:length] for start in starts]).to(model.ffns[0].w_in.device)
     attend_beside_padding(model.backbone)  # the generator masks the places of its cache that are not filled yet
+    for ffn in model.ffns:
+        ffn.backend = "auto"  # backends agree, but not all can stand in the generator's CUDA graphs
     generator, tokenizer = Generator(model.backbone), load_tokenizer(run.tokenizer)
 
     def texts(tokens: torch.Tensor) -> list[str]:
