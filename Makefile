@@ -3,12 +3,13 @@
 # make check       the same without the tests of whole runs and workflows: for the hand
 # make test-server tests with an MLflow server on PostgreSQL and S3, which it installs (PostgreSQL: as root, by apt)
 # make test-slurm  install Slurm on this machine (Debian's packages, as root) and test the workflow on it
+# make test-browser  the report in headless Chromium, which must be installed; installs Playwright, which drives it
 # make ui          the MLflow UI on 127.0.0.1
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test test-server test-slurm check lint ui install
+.PHONY: reproduce test test-server test-slurm test-browser check lint ui install
 
 reproduce: install
 	snakemake
@@ -33,6 +34,10 @@ test-server: install
 		apt-get update && apt-get install --yes --no-install-recommends postgresql; }
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock -e '.[server-tests]'
 	pytest -m tracking_server tests/tracking_server
+
+test-browser: install
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock -e '.[browser-tests]'
+	pytest -rs tests/report/test_report_in_browser.py
 
 lint: install
 	ruff check .

@@ -7,6 +7,7 @@ import torch
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import load_tokenizer
+from ssd_lit.evaluation.samples import samples
 from ssd_lit.support.files import read_json
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
@@ -111,3 +112,34 @@ def test_a_text_that_is_held_out_is_one_document_and_is_scored_like_validation(d
             losses = [model.loss({name: x[None] for name, x in blocks[i].items()}).item() for i in range(count)]
         assert told == pytest.approx(sum(losses) / count, rel=1e-5)
     assert [point["top_k"] for point in found["curve"]] == [1, 2, 4]
+
+
+def test_samples_are_what_greedy_decoding_writes_after_the_same_prompts(done: Bench) -> None:
+    tokenizer = load_tokenizer(done.data / "tokenizer")
+    blocks = TokenBlocks(done.data / "tokens", "validation")
+    model = final_model(done.open("ssd")).eval()
+    found = read_json(done.dir("ssd") / "evaluation.json")["samples"]
+    assert len(found) == 3
+    for number, sample in enumerate(found):
+        prompt = blocks[len(blocks) * number // 3]["inputs"][:4]  # a quarter of 16 tokens
+        assert sample["prompt"] == tokenizer.decode(prompt.tolist(), skip_special_tokens=False)
+        for mode in ("dense", "sparse"):
+            model.set_mode(mode, 2)  # type: ignore[arg-type]
+            tokens = prompt[None]
+            with torch.no_grad():
+                for _ in range(8):
+                    tokens = torch.cat([tokens, model({"inputs": tokens})[:, -1:].argmax(dim=-1)], dim=1)
+            assert sample[mode] == tokenizer.decode(tokens[0, 4:].tolist(), skip_special_tokens=False)
+
+
+def test_samples_are_of_the_modes_that_a_model_has(done: Bench) -> None:
+    for arm, modes in (("dense", {"dense"}), ("posthoc", {"dense", "sparse"}), ("upcycle", {"sparse"})):
+        found = read_json(done.dir(arm) / "evaluation.json")["samples"]
+        assert [set(sample) for sample in found] == [{"prompt", *modes}] * 3
+
+
+def test_a_model_that_does_not_predict_the_next_token_writes_nothing(done: Bench) -> None:
+    run = done.open("ssd")
+    model = final_model(run)
+    model.objective_name = "masked"
+    assert samples(run, model, "validation", ["dense", "sparse"]) == []

@@ -252,6 +252,13 @@ def _write_evaluation(
         "active_ratio": None if dense is None else ratios,
         "active_neurons": None if dense is None else sum(ratios) / LAYERS * D_FF,
         "routing_recall": None if sparse is None else [0.8, 0.7, 0.9], "blocks": 24, "split": "validation",
+        "samples": [
+            {"prompt": f"Prompt <{number}>\nof", **{
+                mode: f"{run.arm} writes & {mode} {number}"
+                for mode, loss in (("dense", dense), ("sparse", sparse)) if loss is not None
+            }}
+            for number in (1, 2)
+        ],
     })  # fmt: skip
 
 

@@ -34,9 +34,9 @@ def test_modes_differences_and_costs_of_an_arm(two_seeds):
     assert cells["ssd"][3].text == f"{100 * (math.exp(3.40 - 3.30) - 1):+.1f}%"
     # 160 of 400 steps at 2.2 instead of 3.0 MFLOP a token.
     assert cells["ssd"][5].text == f"{(240 * 3.0 + 160 * 2.2) / 1200:.2f}"
-    assert cells["ssd"][6:] == [("40.0%", False), ("6/16", False)]
+    assert cells["ssd"][6:] == [("40.0%", False, 0.4), ("6/16", False, 0.375)]
     assert cells["dense"][1].text == "0.0%"
-    assert [text for text, _ in cells["dense"][2:4]] == ["-", "-"]
+    assert [text for text, *_ in cells["dense"][2:4]] == ["-", "-"]
     assert [row.arm.name for row in table.rows if row.is_reference] == ["dense"]
     assert table.measured_on == "24 validation blocks of 32 tokens"
     assert [len(row.cells) for row in table.rows] == [len(table.headings)] * 4

@@ -16,7 +16,7 @@ from ssd_lit.report.grid import page as grid_page
 from ssd_lit.report.page import write_report
 from ssd_lit.report.results import load_results
 from ssd_lit.report.tables import router_rows, write_arms, write_summary
-from ssd_lit.support.files import write_json_checked
+from ssd_lit.support.files import read_json_checked, write_json_checked
 
 PROVENANCE = {
     "git commit": "0123abc",
@@ -24,7 +24,7 @@ PROVENANCE = {
     "machine": "1 x <GPU>",
     "date": "2025-01-02 03:04 UTC",
 }
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -61,6 +61,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        if "script" in self.open:
+            return
         self.text += data
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] = f"{self.rows[-1][-1]} {data}".strip()
@@ -71,6 +73,10 @@ def html(two_seeds):
     write_figures(two_seeds.exp_dir, two_seeds.experiment)
     path = write_report(two_seeds.exp_dir, two_seeds.experiment, two_seeds.data_dir, PROVENANCE)
     return path.read_text()
+
+
+def without_scripts(html: str) -> str:
+    return re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +152,27 @@ def test_a_grid_has_a_figure_and_a_table(page_of_many, many):
             assert [arm.label if arm is grid.reference else arm.name, *values, *told] in page_of_many.rows
 
 
+def test_what_each_arm_writes_stands_by_prompt_and_mode(html, page):
+    for number in (1, 2):
+        assert f"Prompt <{number}>\u21b5 of" in page.text
+        for arm, modes in {"dense": ["dense"], "ssd": ["dense", "sparse"], "sparse": ["dense", "sparse"]}.items():
+            told = [text for row in page.rows for text in row if text.startswith(f"{arm} writes")]
+            assert [f"{arm} writes & {mode} {number}" for mode in modes] == [
+                text for text in told if text.endswith(f" {number}")
+            ]
+
+
+def test_results_without_samples_have_no_such_section(make_tree):
+    tree = make_tree((0,), ("dense",))
+    path = run_dir(tree.results, tree.runs[0]) / "evaluation.json"
+    content = read_json_checked(path)
+    write_json_checked(path, {key: value for key, value in content.items() if key != "samples"})
+    write_figures(tree.exp_dir, tree.experiment)
+    page = Page(write_report(tree.exp_dir, tree.experiment, tree.data_dir, {}).read_text())
+    assert "samples" not in page.ids
+    assert "curves" in page.ids
+
+
 def test_settings_that_differ_are_columns(page_of_many):
     head = next(row for row in page_of_many.rows if "model.\u200blayers" in row)
     small = next(row for row in page_of_many.rows if row[0] == "Smaller dense" and len(row) == len(head))
@@ -167,15 +194,14 @@ def test_links_lead_somewhere(page_of_many, many):
 
 def test_nothing_is_loaded_from_outside(html, page):
     assert all(target.startswith("#") for target in page.loads)
-    assert not re.search(r"url\((?!#)", html)
+    assert not re.search(r"url\((?!#)", without_scripts(html))
     assert "@import" not in html
-    assert "<script" not in html
     assert all(not link.startswith(("http", "//")) for link in page.links)
 
 
 def test_ids_are_unique_and_svg_references_resolve(html, page):
     assert len(page.ids) == len(set(page.ids))
-    targets = re.findall(r"url\(#([^)]*)\)", html) + [target[1:] for target in page.loads]
+    targets = re.findall(r"url\(#([^)]*)\)", without_scripts(html)) + [target[1:] for target in page.loads]
     assert targets
     assert set(targets) <= set(page.ids)
 

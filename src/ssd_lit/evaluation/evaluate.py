@@ -11,6 +11,7 @@ from ssd_lit.config import EvaluationConfig
 from ssd_lit.data.blocks import TokenBlocks, scoring_batches
 from ssd_lit.data.objectives import IGNORED, Batch, build_objective
 from ssd_lit.evaluation.metrics import perplexity
+from ssd_lit.evaluation.samples import samples
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.ffn import ExpertFFN, Mode
@@ -29,9 +30,9 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
 
     Losses are nats a target. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
     mode. `curve` is the loss over k with the run's own router, `oracle_curve` with routing by the true activation
-    mass, `threshold_curve` with dynamic k (`experts_above`). `held_out` has the losses on each held-out text. A model
-    that was never MoEfied has no sparse mode, and one whose experts are copies no dense mode: those values are null
-    and those curves empty.
+    mass, `threshold_curve` with dynamic k (`experts_above`). `held_out` has the losses on each held-out text, `samples`
+    what the model writes. A model that was never MoEfied has no sparse mode, and one whose experts are copies no dense
+    mode: those values are null and those curves empty.
     """
     config, tokens_dir = run.config, run.tokens
     model = final_model(run)
@@ -56,7 +57,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
         name: _held_out(model, batches_of(name), has_dense, ks)
         for name in tqdm(config.data.held_out, desc="held-out texts", disable=None)
     }
-    return {
+    content = {
         "split": SPLIT,
         "blocks": count,
         "tokens": count * config.data.sequence_length,
@@ -73,6 +74,9 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
         "held_out": held_out,
         "routing_recall": _by_layer(model, batches, routing_recall, "sparse", top_k) if has_sparse else None,
     }
+    modes: dict[Mode, bool] = {"dense": has_dense, "sparse": has_sparse}
+    # Last, because generation changes how the model attends.
+    return {**content, "samples": samples(run, model, SPLIT, [mode for mode, has in modes.items() if has])}
 
 
 def outcome(content: Mapping[str, Any]) -> dict[str, float]:

@@ -20,10 +20,11 @@ MOST_ROWS = 24
 
 
 class Cell(NamedTuple):
-    """What is written, and whether it is the best of its column."""
+    """What is written, whether it is the best of its column, and the number by which the column sorts."""
 
     text: str
     best: bool
+    value: float | None
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def comparison(arms: Sequence[Arm]) -> Comparison:
         Row(
             arm,
             arm.name in is_reference,
-            [Cell(cell(measures[place][arm.name], COLUMNS[place].write), arm.name in best[place]) for place in places]
-            + [Cell(_experts(arm), False)],
+            [_cell(measures[place][arm.name], COLUMNS[place], arm.name in best[place]) for place in places]
+            + [_experts(arm)],
         )
         for arm in shown
     ]
@@ -117,6 +118,10 @@ def comparison(arms: Sequence[Arm]) -> Comparison:
         any(COLUMNS[place].heading == TIME for place in places),
         len(arms) - len(shown),
     )
+
+
+def _cell(measure: Measure | None, column: Column, best: bool) -> Cell:
+    return Cell(cell(measure, column.write), best, None if measure is None else measure.mean)
 
 
 def _best(arms: Sequence[Arm], measures: dict[str, Measure | None], column: Column) -> set[str]:
@@ -142,8 +147,9 @@ def _targets(arm: Arm) -> str:
     return {"bert": "masked tokens", "t5": "cut-out spans"}.get(family, "the next token")
 
 
-def _experts(arm: Arm) -> str:
-    return "-" if arm.method == "dense" else f"{arm.config.moe.top_k}/{arm.config.moe.experts}"
+def _experts(arm: Arm) -> Cell:
+    k, experts = arm.config.moe.top_k, arm.config.moe.experts
+    return Cell("-", False, None) if arm.method == "dense" else Cell(f"{k}/{experts}", False, k / experts)
 
 
 def alone_on_device(results: Sequence[RunResult]) -> set[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from markupsafe import Markup
 from ssd_lit.config import Experiment
 from ssd_lit.report import formatting
 from ssd_lit.report.arms import Arm, arms_of
+from ssd_lit.report.charts import chart_data, chart_library
 from ssd_lit.report.comparison import comparison
 from ssd_lit.report.downstream import blimp_table, glue_table
-from ssd_lit.report.figures import GRID, figures_of
+from ssd_lit.report.figures import GRID, FigureKind, figures_of
 from ssd_lit.report.grid import QUANTITIES, Grid, grids, page
 from ssd_lit.report.results import load_results, run_frame
 from ssd_lit.report.settings import flat, settings
-from ssd_lit.report.tables import ROUTER_COLUMNS, HeldOutTable, held_out_tables, router_rows, token_tables
+from ssd_lit.report.tables import ROUTER_COLUMNS, HeldOutTable, held_out_tables, router_rows, sample_texts, token_tables
 from ssd_lit.support.files import read_json_checked, write_text
 
 PAPERS = {
@@ -40,14 +42,17 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
     """
     results = load_results(exp_dir, experiment.runs())
     arms, frame = arms_of(results), run_frame(results)
-    figures = [
-        (name, kind, inline_svg(exp_dir / "figures" / f"{name}.svg")) for name, kind in figures_of(experiment).items()
-    ]
+    compared = comparison(arms)
+    live, figures = _figures(exp_dir, experiment)
     of_grids = [figure for figure in figures if figure[0].startswith(GRID)]
     html = _template().render(
         name=experiment.experiment,
         description=experiment.description,
-        comparison=comparison(arms),
+        comparison=compared,
+        live=live,
+        charts=chart_data(results),
+        scripts=[Markup(chart_library()), *(Markup(_packaged(name)) for name in ("charts.js", "page.js"))],
+        samples=sample_texts([row.arm for row in compared.rows]),
         figures=[figure for figure in figures if figure not in of_grids],
         routers=[_router(arm, cells) for arm, cells in router_rows(arms)],
         router_headings=[heading for heading, *_ in ROUTER_COLUMNS],
@@ -71,6 +76,28 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
     path = exp_dir / "report.html"
     write_text(path, html)
     return path
+
+
+Figure = tuple[str, FigureKind]
+
+
+def _figures(
+    exp_dir: Path, experiment: Experiment
+) -> tuple[dict[str, list[Figure]], list[tuple[str, FigureKind, Markup]]]:
+    """The figures that live charts stand for, by chart; and the others with their SVG."""
+    live: dict[str, list[Figure]] = {}
+    others = []
+    for name, kind in figures_of(experiment).items():
+        svg = inline_svg(exp_dir / "figures" / f"{name}.svg")
+        if kind.chart is None:
+            others.append((name, kind, svg))
+        else:
+            live.setdefault(kind.chart, []).append((name, kind))
+    return live, others
+
+
+def _packaged(name: str) -> str:
+    return (resources.files("ssd_lit.report") / name).read_text(encoding="utf-8")
 
 
 def _router(arm: Arm, cells: list[str]) -> tuple[str, Any]:

@@ -58,6 +58,8 @@ class Evaluation:
     split: str
     held_out: dict[str, HeldOut]
     """Losses on other texts, by name."""
+    samples: tuple[dict[str, str], ...]
+    """A prompt, and its continuation in each mode; none of models that do not predict the next token."""
 
     def loss_on(self, text: str, k: int | None = None) -> float | None:
         """The loss on the split or another text, in dense mode or in sparse mode with k experts; None if not scored."""
@@ -93,6 +95,7 @@ class Evaluation:
                     name: HeldOut(scored["loss_dense"], _over_k(scored["curve"]))
                     for name, scored in content["held_out"].items()
                 },
+                samples=tuple(content.get("samples", ())),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: not an evaluation ({error!r}); delete it and run again") from None
@@ -167,6 +170,10 @@ class RunResult:
         if self.config.method == "upcycle":
             return None
         return perplexity_of(dict(self.evaluation.oracle_curve).get(self.config.moe.top_k))
+
+    def tokens_at(self, steps: Sequence[float]) -> Array:
+        """Tokens read at those steps of the run, those of a run it started from included."""
+        return self._spent_at(steps, "train/tokens", lambda total: total.tokens)
 
     def flops_at(self, steps: Sequence[float]) -> Array:
         """FLOPs spent at those steps of the run, those of a run it started from included."""

@@ -32,6 +32,7 @@ ROUTER_COLUMNS = (
     ("perplexity, oracle", "val_ppl_oracle", None),
     ("perplexity, dense mode", "val_ppl_dense", None),
 )
+LINE_BREAK = "\u21b5 "
 BUSIEST = 8
 """Experts shown of a layer, at most; those that no token chooses are left out."""
 
@@ -156,6 +157,23 @@ def _held_out(text: str, arms: Sequence[Arm]) -> HeldOutTable:
         return cell(arm.over(lambda run: perplexity_of(run.evaluation.loss_on(text, k))))
 
     return HeldOutTable(text, ks, [(arm, [scored(arm, k) for k in (None, *ks)]) for arm in arms])
+
+
+class Sample(NamedTuple):
+    """A prompt, and for each arm by its label the text with which it goes on in each mode."""
+
+    prompt: str
+    arms: list[tuple[str, list[tuple[str, str]]]]
+
+
+def sample_texts(arms: Sequence[Arm]) -> list[Sample]:
+    """What one run of each arm writes, prompt by prompt, line breaks made visible; empty if none wrote any."""
+    samples: dict[str, Sample] = {}
+    for arm in arms:
+        for texts in arm.runs[0].evaluation.samples:
+            prompt, *others = [(key, text.replace("\n", LINE_BREAK)) for key, text in texts.items()]
+            samples.setdefault(prompt[1], Sample(prompt[1], [])).arms.append((arm.label, others))
+    return list(samples.values())
 
 
 @dataclass(frozen=True)

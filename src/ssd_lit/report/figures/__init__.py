@@ -31,6 +31,8 @@ class FigureKind:
     caption: str
     """May name {validation_blocks}."""
     exists: Callable[[Experiment], bool] = lambda experiment: True
+    chart: str | None = None
+    """The live chart of the report that shows the same, of charts.js; the figure is then linked there."""
 
 
 def _has_analysis(experiment: Experiment) -> bool:
@@ -44,18 +46,21 @@ FIGURES = {
         "Validation loss (lines), on {validation_blocks}, and training loss (faint) over the global step, each in the "
         "mode that the model is training in; right: the last part, enlarged. The lanes below show each run's phases, "
         "filled where sparse; the same stretches are shaded in the plot for runs that alternate.",
+        chart="loss",
     ),
     "loss_over_flops": FigureKind(
         "Validation loss over training FLOPs",
         "training.loss_over_flops",
         "The same losses, on {validation_blocks}, over the training FLOPs spent so far, router and attention included: "
         "further left at the same height is cheaper. A run that starts from another begins with what that one spent.",
+        chart="loss",
     ),
     "loss_over_seconds": FigureKind(
         "Validation loss over training time",
         "training.loss_over_seconds",
         "The same losses, on {validation_blocks}, over the wall-clock seconds spent in training so far, MoEfication "
         "included. Runs that trained beside others on one device had a share of it only.",
+        chart="loss",
     ),
     "active_neurons": FigureKind(
         "Active neurons",
@@ -67,6 +72,7 @@ FIGURES = {
         "training.similarity",
         "Adjusted Rand index between the neuron clusterings of two successive checks, averaged over layers. A dense "
         "phase may end once it reaches tau (dashed). Vertical lines mark the switches; sparse phases are shaded.",
+        chart="similarity",
     ),
     "perplexity_over_k": FigureKind(
         "Perplexity over the number of experts",
@@ -75,6 +81,7 @@ FIGURES = {
         "right: the lowest part, enlarged. Rings mark the k an arm is set to. Dashed: the same models in dense mode, "
         "left out where many arms are drawn, for with all experts sparse mode equals dense mode. Arms without experts "
         "are level lines. Copied experts and trained gates have no dense mode.",
+        chart="perplexity",
     ),
     "router_over_k": FigureKind(
         "Routers against the oracle",

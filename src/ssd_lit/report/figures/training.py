@@ -200,17 +200,17 @@ def active_neurons(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
 
 def similarity(results: Sequence[RunResult]) -> tuple[Figure, pd.DataFrame]:
     """Similarity of the activation pattern at every check."""
-    measured = [result for result in results if _checks(result)]
+    measured = [result for result in results if checks(result)]
     rows = [
         (result.name, result.arm, result.config.seed, step, value)
         for result in measured
-        for stretch in _checks(result)
+        for stretch in checks(result)
         for step, value in stretch
     ]
 
     def draw(panel: Axes, runs: list[RunResult], style: ArmStyle) -> None:
         for result in runs:
-            for stretch in _checks(result):
+            for stretch in checks(result):
                 steps, values = zip(*stretch, strict=True)
                 panel.plot(steps, values, color=style.colour, marker="o", markersize=3, linewidth=1.2)
             for record in result.chain[1:]:
@@ -232,7 +232,7 @@ def _ratios(result: RunResult) -> list[str]:
     return sorted(name for name in result.points if name.startswith(RATIO))
 
 
-def _checks(result: RunResult) -> list[Points]:
+def checks(result: RunResult) -> list[Points]:
     """The run's similarity checks, a list for each stretch without a switch.
 
     The records hold those that decided a switch; a run that never switches has them in its metrics only.
