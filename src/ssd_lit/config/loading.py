@@ -16,6 +16,15 @@ from ssd_lit.config.section import Section, T, checked
 from ssd_lit.config.vocabulary import check_checkpoint
 from ssd_lit.config.yaml_file import ConfigError, laid_over, parse_yaml, read_layers, read_yaml, shown, typed_scalars
 from ssd_lit.support.files import check_checksum, with_checksum
+from ssd_lit.support.shipped import CONFIGS
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment: a path that ends in .yaml, or NAME of configs/NAME.yaml, here or else as shipped."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    own, shipped = (folder / f"{name}.yaml" for folder in (Path("configs"), CONFIGS))
+    return shipped if shipped.is_file() and not own.exists() else own
 
 
 def load_experiment(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
