@@ -222,7 +222,7 @@ def _step_seconds(points: Sequence[dict[str, Any]]) -> float | None:
         return None
     usual = statistics.median(seconds / steps for seconds, steps in stretches)
     kept = [(seconds, steps) for seconds, steps in stretches if seconds / steps <= _PAUSE * usual]
-    return sum(seconds for seconds, _ in kept) / sum(steps for _, steps in kept)
+    return float(sum(seconds for seconds, _ in kept) / sum(steps for _, steps in kept))
 
 
 def _latest(points: Sequence[dict[str, Any]], name: str) -> float | None:
