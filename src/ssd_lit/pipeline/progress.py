@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,8 @@ from ssd_lit.tracking.metrics_log import last_points
 
 State = Literal["done", "running", "waiting", "stopped", "failed"]
 DATA_STAGES = {"prepare": "documents/card.json", "tokenizer": "tokenizer/digests.json", "encode": "tokens/index.json"}
-TAIL = 400_000
-"""Bytes of metrics.jsonl that are read, from its end: hundreds of points."""
+TAIL = 100_000
+"""Bytes of metrics.jsonl that are read, from its end: fifty points and more."""
 _PAUSE = 10
 """Between two points more than so many times the usual lie, the run was stopped."""
 
@@ -29,22 +30,22 @@ class Standing:
 
     run: str
     state: State
-    stage: str | None
-    """The stage that runs or comes next."""
     note: str
     """What it waits for, where it runs, or why it ended."""
-    log: Path | None
-    phase: str | None
-    step: int
-    steps: int | None
-    sparse_fraction: float | None
-    loss: float | None
-    perplexity: float | None
+    log: Path | None = None
+    """Of a run that failed."""
+    phase: str | None = None
+    """The phase that it is in; after the training the measurement."""
+    step: int = 0
+    steps: int | None = None
+    sparse_fraction: float | None = None
+    loss: float | None = None
+    perplexity: float | None = None
     """On the validation text; of a final model in dense mode."""
-    sparse_perplexity: float | None
+    sparse_perplexity: float | None = None
     """Of a final model in sparse mode."""
-    tokens_per_second: float | None
-    step_seconds: float | None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
     """Seconds of a step lately, with what is done between steps."""
 
     @property
@@ -86,9 +87,15 @@ def progress_of(exp_dir: Path) -> Progress:
     """Raises ValueError if the folder is no experiment's, or its settings are damaged."""
     if not (exp_dir / "experiment.yaml").exists():
         raise ValueError(f"{exp_dir}: no experiment (no experiment.yaml); `ssd-lit list` shows those that can be run")
-    experiment = load_resolved(exp_dir / "experiment.yaml")
+    experiment = _experiment(exp_dir / "experiment.yaml", (exp_dir / "experiment.yaml").stat().st_mtime_ns)
     text = _text(data_dir(results_of(exp_dir, experiment.data), experiment.data))
     return Progress(experiment.experiment, text, [*_standings(exp_dir, experiment, has_text=text is None)])
+
+
+@lru_cache(maxsize=64)
+def _experiment(path: Path, _written: int) -> Experiment:
+    """The experiment in a file, read once as long as that is not written anew."""
+    return load_resolved(path)
 
 
 def _text(data: Path) -> str | None:
@@ -113,7 +120,7 @@ def _standings(exp_dir: Path, experiment: Experiment, *, has_text: bool) -> Iter
         try:
             yield _standing(folder, config, [] if has_text else ["the text"], needed)
         except ValueError as error:
-            yield Standing(name, "failed", None, str(error), None, None, 0, None, None, None, None, None, None, None)
+            yield Standing(name, "failed", str(error))
 
 
 def _standing(folder: Path, config: RunConfig, text: Sequence[str], runs: Sequence[str]) -> Standing:
@@ -121,7 +128,7 @@ def _standing(folder: Path, config: RunConfig, text: Sequence[str], runs: Sequen
     stage = next((stage for stage in _stages(folder, config) if not _is_done(folder, stage)), None)
     state, note = _state(folder, stage, text or runs)
     phases = read_phases(folder, config.method)
-    points = last_points(folder / "metrics.jsonl", TAIL)
+    points = _points(folder / "metrics.jsonl")
     trained = [point for point in points if "train/loss" in point["values"]]
     last = trained[-1] if trained else None
     step = last["step"] if last else phases[-1].last_step if phases else 0
@@ -131,7 +138,6 @@ def _standing(folder: Path, config: RunConfig, text: Sequence[str], runs: Sequen
     return Standing(
         run=config.name,
         state=state,
-        stage=stage,
         note=note,
         log=_log(folder) if state == "failed" else None,
         phase=_phase(config, phases, stage, state),
@@ -144,6 +150,16 @@ def _standing(folder: Path, config: RunConfig, text: Sequence[str], runs: Sequen
         tokens_per_second=last["values"].get("train/tokens_per_second") if last and state == "running" else None,
         step_seconds=_step_seconds(trained),
     )
+
+
+def _points(path: Path) -> list[dict[str, Any]]:
+    return _points_of(path, path.stat().st_size) if path.exists() else []
+
+
+@lru_cache(maxsize=10_000)
+def _points_of(path: Path, _size: int) -> list[dict[str, Any]]:
+    """The last points of a file, read once as long as it does not grow: most runs of a large experiment are done."""
+    return last_points(path, TAIL)
 
 
 def _stages(folder: Path, config: RunConfig) -> list[str]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.index import VocabInfo
@@ -17,13 +18,14 @@ from ssd_lit.training.optim import build_optimizer
 
 CPU_TOKENS = 4096
 """Tokens of a timed piece without a GPU, where the time of a step grows with its tokens."""
+WARMUP = 2
 
 
 def step_seconds(config: RunConfig, vocab: VocabInfo, mode: Mode, repeats: int) -> float:
     """Seconds of a device's part of a training step: all pieces of its batch, clipping and AdamW.
 
-    The median of so many pieces, after one that compiles. Leaves out what several devices tell each other, loading,
-    validation and checkpoints.
+    The median of so many pieces, after two that compile, and on a GPU record CUDA graphs. Leaves out what several
+    devices tell each other, loading, validation and checkpoints.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -36,7 +38,7 @@ def step_seconds(config: RunConfig, vocab: VocabInfo, mode: Mode, repeats: int) 
     blocks = _blocks(config, vocab)
     batch = _random_batch(config, vocab, model, blocks, device)
     optimizer = build_optimizer(model, config.optim)
-    loss_of = torch.compile(model.loss) if config.training.compile else model.loss
+    loss_of = _compiled(model) if config.training.compile else model.loss
 
     def piece() -> None:
         bf16 = config.training.precision == "bf16"
@@ -49,11 +51,20 @@ def step_seconds(config: RunConfig, vocab: VocabInfo, mode: Mode, repeats: int) 
         optimizer.step()
 
     seconds: list[tuple[float, float]] = []
-    for _ in range(1 + repeats):
+    for _ in range(WARMUP + repeats):
         seconds.append((_seconds(piece, cuda), _seconds(update, cuda)))
         optimizer.zero_grad()
-    pieces, updates = ([pair[i] for pair in seconds[1:]] for i in (0, 1))
+    pieces, updates = ([pair[i] for pair in seconds[WARMUP:]] for i in (0, 1))
+    torch.compiler.reset()  # CUDA graphs hold memory
     return config.training.local_batch_size / blocks * statistics.median(pieces) + statistics.median(updates)
+
+
+def _compiled(model: LanguageModel) -> Callable[[Batch], Tensor]:
+    """The loss, compiled as training does."""
+    # Imported late: it takes Lightning along, which takes seconds.
+    from ssd_lit.training.module import COMPILE_MODE
+
+    return torch.compile(model.loss, mode=COMPILE_MODE)
 
 
 def _blocks(config: RunConfig, vocab: VocabInfo) -> int:
