@@ -1,5 +1,6 @@
 """Settings read from files, changed by the command line, and written to files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from ssd_lit.config.yaml_file import ConfigError, laid_over, parse_yaml, read_la
 from ssd_lit.support.files import check_checksum, with_checksum
 from ssd_lit.support.shipped import CONFIGS
 
+_NAME = re.compile(r"[\w./-]{1,200}")
+"""Of an experiment; a file system takes no longer ones."""
+
 
 def find_experiment(name: str) -> Path:
-    """The file of an experiment: a path that ends in .yaml, or NAME of configs/NAME.yaml, here or else as shipped."""
-    if name.endswith((".yaml", ".yml")):
+    """The file of an experiment: NAME of configs/NAME.yaml, here or else as shipped; any other name is a path."""
+    if name.endswith((".yaml", ".yml")) or not _NAME.fullmatch(name):
         return Path(name)
     own, shipped = (folder / f"{name}.yaml" for folder in (Path("configs"), CONFIGS))
-    return shipped if shipped.is_file() and not own.exists() else own
+    found = next((path for path in (own, shipped) if path.is_file()), None)
+    return found or (Path(name) if Path(name).exists() else own)
 
 
 def load_experiment(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
