@@ -26,7 +26,7 @@ from gpt2 import DEVICE, SHAPES, Shape, build, random_batch, stepper
 from machine import RESULTS, machine, medians, seconds_in_turns
 from torch import Tensor
 
-from ssd_lit.config import MoEConfig, SwitchingConfig
+from ssd_lit.config import MoEConfig
 from ssd_lit.moe.clustering import balanced_kmeans, balanced_kmeans_layers
 from ssd_lit.moe.similarity import PatternTracker
 from ssd_lit.support.files import write_json
@@ -35,8 +35,8 @@ RESULT = RESULTS / "clustering.json"
 CLUSTERS = 32
 PEER = "k_means_constrained"
 DEFAULT_EXPERIMENT = Shape(layers=4, d_model=128, heads=4, batch=16, sequence=128, vocabulary=2048)
-CHECK_EVERY = 25
-"""Of the default experiment."""
+CHECK_EVERY = {"cpu": 25, "cuda": 50}
+"""Steps between two checks: those of the default experiment, and a few more."""
 
 
 def main() -> int:
@@ -134,7 +134,7 @@ def check(rounds: int) -> dict[str, Any]:
     """Checks of similarity and the dense steps between them, in turns."""
     cuda = DEVICE.type == "cuda"
     shape = SHAPES["small"] if cuda else DEFAULT_EXPERIMENT
-    every = SwitchingConfig().check_every if cuda else CHECK_EVERY
+    every = CHECK_EVERY[DEVICE.type]
     moe = MoEConfig(experts=CLUSTERS, top_k=6) if cuda else MoEConfig(experts=16, top_k=6)
     model = build(shape, moe)
     model.set_mode("dense")

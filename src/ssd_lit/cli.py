@@ -23,11 +23,12 @@ from ssd_lit.config import ConfigError
 from ssd_lit.moe.names import Construction
 from ssd_lit.pipeline import data, exchange, publish
 from ssd_lit.pipeline import train as training
+from ssd_lit.pipeline.project import SizeName
 from ssd_lit.records import ALL_STAGES
 from ssd_lit.support import signals
 from ssd_lit.support.processes import this_process
 
-Experiment = Annotated[Path, Argument(metavar="EXPERIMENT", help="a YAML file under configs/")]
+Experiment = Annotated[str, Argument(metavar="EXPERIMENT", help="a YAML file, or a name that `ssd-lit list` shows")]
 DataDir = Annotated[Path, Argument(metavar="DATA_DIR", help="a folder under results/data, which holds config.yaml")]
 RunDir = Annotated[Path, Argument(metavar="RUN_DIR", help="results/EXPERIMENT/runs/RUN, which holds config.yaml")]
 ExpDir = Annotated[Path, Argument(metavar="EXP_DIR", help="results/EXPERIMENT, which holds experiment.yaml")]
@@ -91,7 +92,7 @@ def stage(function: Callable[..., str]) -> Callable[..., None]:
         if "threads" in signature.parameters:
             given["threads"] = threads
         place = next(iter(given.values()))
-        title = f"{function.__name__} {place}" if isinstance(place, Path) else function.__name__
+        title = f"{function.__name__} {place}" if isinstance(place, Path | str) else function.__name__
         raise Exit(_run(title, lambda: function(**given)))
 
     option = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads)
@@ -99,6 +100,25 @@ def stage(function: Callable[..., str]) -> Callable[..., None]:
     command.__signature__ = signature.replace(parameters=[*parameters, option])  # type: ignore[attr-defined]
     command.__annotations__ = {**function.__annotations__, "threads": Threads}
     app.command(function.__name__)(command)
+    return command
+
+
+def shown(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function that prints what it was asked for, and does not tell when it begins and ends."""
+
+    name = function.__name__.rstrip("_")
+
+    @wraps(function)
+    def command(**given: Any) -> None:
+        try:
+            function(**given)
+        except (ConfigError, ValueError, OSError) as error:
+            _say(f"{name}: failed: {error}")
+            raise Exit(1) from None
+        except (signals.Preempted, KeyboardInterrupt):
+            raise Exit(130) from None
+
+    app.command(name)(command)
     return command
 
 
@@ -123,6 +143,46 @@ def _run(title: str, function: Callable[[], str]) -> int:
     if place.is_first:
         _say(f"{title}: done in {time.monotonic() - began:.1f} s; {outcome}")
     return 0
+
+
+@shown
+def init(
+    folder: Annotated[Path, Argument(metavar="DIR", help="the new folder")],
+    text: Annotated[
+        list[Path] | None, Option(metavar="PATH", help="a file or folder of text; may be repeated (DIR/text)")
+    ] = None,
+    size: Annotated[
+        SizeName | None, Option(help="of the model: for a CPU or for a GPU (what this machine has)")
+    ] = None,
+) -> None:
+    """Make a project of your own: a commented experiment, a Snakefile, a Makefile, profiles."""
+    from ssd_lit.pipeline import project
+
+    print(project.init(folder, text or [], size), end="")
+
+
+@shown
+def list_() -> None:
+    """Show the experiments that there are, here and as shipped."""
+    from ssd_lit.pipeline import project
+
+    project.show_experiments()
+
+
+@shown
+def plan(
+    experiment: Experiment,
+    settings: Settings = None,
+    *,
+    results: Results = Path("results"),
+    steps: Annotated[
+        int, Option(min=0, max=1000, help="steps of each kind that are timed on this machine; 0: none")
+    ] = 3,
+) -> None:
+    """Say what an experiment will take before anything runs: runs, tokens, FLOPs, parameters, memory, hours."""
+    from ssd_lit.pipeline import estimate
+
+    estimate.plan(experiment, results, settings or [], steps)
 
 
 @stage
@@ -173,6 +233,19 @@ def train(
     made anew. They stay until `ssd-lit configs` or snakemake writes the experiment's again.
     """
     return training.train(run_dir, settings=settings or [], until=until, start=start, threads=threads)
+
+
+@shown
+def status(
+    exp_dir: Annotated[Path | None, Argument(metavar="EXP_DIR", help="results/EXPERIMENT (all of them)")] = None,
+    *,
+    watch: Annotated[bool, Option("--watch", help="go on until all runs are done")] = False,
+    results: Results = Path("results"),
+) -> None:
+    """Show where every run stands: its state, phase, step, loss, time left, and why it stopped."""
+    from ssd_lit.pipeline import status as board
+
+    board.status(exp_dir, results, watch=watch)
 
 
 @stage

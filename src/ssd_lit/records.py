@@ -1,12 +1,23 @@
 """The records of a run: its phases, its totals and the stages that are done."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ssd_lit.config import RunConfig
 from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
-from ssd_lit.support.files import archive_digest, read_json_checked, size_of, write_json_checked
+from ssd_lit.support.files import (
+    archive_digest,
+    read_json,
+    read_json_checked,
+    size_of,
+    write_json,
+    write_json_checked,
+)
+from ssd_lit.support.signals import Preempted
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
@@ -142,6 +153,40 @@ class StageRecord:
             return cls(**content)
         except TypeError as error:
             raise ValueError(f"{path}: not a stage record ({error}); delete it and run again") from None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """.ended: why the last call of a stage of a run came to no end; gone as soon as another begins."""
+
+    how: Literal["failed", "stopped"]
+    stage: str
+    why: str
+    when: str
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Self | None:
+        try:
+            return cls(**read_json(run_dir / ".ended"))
+        except (ValueError, TypeError):
+            return None
+
+
+@contextmanager
+def noting_end(run_dir: Path, stage: str) -> Iterator[None]:
+    """Leave an `Ending` in a run's folder if the work within is stopped or fails."""
+    path = run_dir / ".ended"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Preempted | KeyboardInterrupt)
+        known = isinstance(error, Preempted | ValueError | OSError) and str(error)
+        why = str(error) if known else f"{type(error).__name__}: {error}".rstrip(": ")
+        ending = Ending("stopped" if stopped else "failed", stage, why, time.strftime("%Y-%m-%d %H:%M:%S"))
+        with suppress(OSError):
+            write_json(path, asdict(ending))
+        raise
 
 
 def close_stage(run_dir: Path, stage: str, record: PhaseRecord) -> None:

@@ -10,6 +10,7 @@ from ssd_lit.config.experiment import Experiment, cells
 from ssd_lit.config.loading import (
     change_run,
     dump,
+    find_experiment,
     load_analysis,
     load_data,
     load_downstream,
@@ -71,6 +72,7 @@ __all__ = [
     "cells",
     "change_run",
     "dump",
+    "find_experiment",
     "load_analysis",
     "load_data",
     "load_downstream",

@@ -1,5 +1,6 @@
 """Settings read from files, changed by the command line, and written to files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,19 @@ from ssd_lit.config.section import Section, T, checked
 from ssd_lit.config.vocabulary import check_checkpoint
 from ssd_lit.config.yaml_file import ConfigError, laid_over, parse_yaml, read_layers, read_yaml, shown, typed_scalars
 from ssd_lit.support.files import check_checksum, with_checksum
+from ssd_lit.support.shipped import CONFIGS
+
+_NAME = re.compile(r"[\w./-]{1,200}")
+"""Of an experiment; a file system takes no longer ones."""
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment: NAME of configs/NAME.yaml, here or else as shipped; any other name is a path."""
+    if name.endswith((".yaml", ".yml")) or not _NAME.fullmatch(name):
+        return Path(name)
+    own, shipped = (folder / f"{name}.yaml" for folder in (Path("configs"), CONFIGS))
+    found = next((path for path in (own, shipped) if path.is_file()), None)
+    return found or (Path(name) if Path(name).exists() else own)
 
 
 def load_experiment(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:

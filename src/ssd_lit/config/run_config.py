@@ -9,7 +9,15 @@ from pydantic import model_validator
 
 from ssd_lit.config.data import DataConfig
 from ssd_lit.config.section import Method, Name, Section, Seed
-from ssd_lit.config.sections import PLACEMENT, ModelConfig, MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
+from ssd_lit.config.sections import (
+    PLACEMENT,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    SwitchingConfig,
+    TrainingConfig,
+    with_phase_lengths,
+)
 
 RUN_SECTIONS = ("model", "moe", "optim", "training", "switching")
 """The sections that an experiment, an arm and a run have, and that a grid may change."""
@@ -58,7 +66,18 @@ class RunConfig(Section):
     moe: MoEConfig = MoEConfig()
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig
-    switching: SwitchingConfig = SwitchingConfig()
+    switching: SwitchingConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phases_are_fractions_of_the_steps(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("switching", {}), dict):
+            return content
+        training = content.get("training")
+        steps = training.get("steps") if isinstance(training, dict) else None
+        # Steps that are wrong are told by their own key alone.
+        lengths = with_phase_lengths(content.get("switching", {}), steps if isinstance(steps, int) else 100)
+        return {**content, "switching": lengths}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -40,8 +40,8 @@ def experiment_schema() -> Schema:
         entries["patternProperties"] = {key: _or_null(entry) for key, entry in entries["patternProperties"].items()}
         entries["additionalProperties"] = False
     base = {
-        "description": "The files below this one, a path or a list of paths relative to it; later ones are laid over "
-        "earlier ones.",
+        "description": "The files below this one, a path or a list of paths, relative to it or else to the configs "
+        "that ship; later ones are laid over earlier ones.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
     schema["properties"] = {"experiment": schema["properties"].pop("experiment"), "base": base, **schema["properties"]}

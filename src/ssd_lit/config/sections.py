@@ -1,5 +1,6 @@
 """The sections that decide a run's weights: model, experts, optimiser, training and phases."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -70,7 +71,7 @@ class MoEConfig(Section):
 
     experts: Positive = 16
     """E: experts of one FFN; must divide d_ff."""
-    top_k: Positive = 6
+    top_k: Positive = 4
     """K: experts computed for a token in sparse mode."""
     k_schedule: KSchedule = KSchedule()
     """K through sparse phases, over all steps of the training; top_k throughout if left out."""
@@ -202,26 +203,50 @@ PLACEMENT = ("devices", "nodes", "shard", "micro_batch_size", "activation_checkp
 noise of masks and dropout, which every process draws for its own part."""
 
 
+PHASE_FRACTIONS = {
+    "check_every": 0.04, "warmup_min_steps": 0.1, "warmup_max_steps": 0.2, "sparse_steps": 0.0625,
+    "dense_min_steps": 0.01, "dense_max_steps": 0.01, "final_dense_steps": 0.2,
+}  # fmt: skip
+"""The lengths of phases that are not given, as fractions of all steps: half of them in eight short sparse phases, the
+last dense one as long as a decay of the learning rate (docs/tutorial.md says what that comes from)."""
+_BOUNDS = (("warmup_min_steps", "warmup_max_steps"), ("dense_min_steps", "dense_max_steps"))
+
+
 class SwitchingConfig(Section):
     """When SSD changes phase. These settings are ours; the paper's could not be had."""
 
-    tau: Fraction = 0.8
+    tau: Fraction = 0.6
     """A dense phase ends once the activation pattern similarity reaches this."""
-    check_every: Positive = 50
-    """Steps between two similarity checks, in dense phases of methods ssd and dense."""
+    check_every: Positive
+    """Steps between two similarity checks, in dense phases of methods ssd and dense; 4 % of training.steps if left
+    out."""
     sparse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """r: fraction of all steps that are sparse."""
-    warmup_min_steps: Positive = 100
-    """Floor of the first dense phase."""
-    warmup_max_steps: Positive = 300
-    """Ceiling of the first dense phase, stable or not."""
-    sparse_steps: Positive = 75
-    """Length of one sparse phase."""
-    dense_min_steps: Positive = 25
-    """Floor of a dense phase between two sparse ones."""
-    dense_max_steps: Positive = 50
-    """Ceiling of such a dense phase."""
-    final_dense_steps: Positive = 100
-    """Dense steps kept for the end."""
+    warmup_min_steps: Positive
+    """Floor of the first dense phase; 10 % of training.steps if left out."""
+    warmup_max_steps: Positive
+    """Ceiling of the first dense phase, stable or not; 20 % of training.steps if left out."""
+    sparse_steps: Positive
+    """Length of one sparse phase; a sixteenth of training.steps if left out."""
+    dense_min_steps: Positive
+    """Floor of a dense phase between two sparse ones; 1 % of training.steps if left out."""
+    dense_max_steps: Positive
+    """Ceiling of such a dense phase; 1 % of training.steps if left out."""
+    final_dense_steps: Positive
+    """Dense steps kept for the end; 20 % of training.steps if left out."""
     switch_points: list[Positive] | None = None
     """Instead of all these but check_every: the global steps at which the mode changes, dense to sparse and back."""
+
+
+def with_phase_lengths(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The section switching with the lengths that are not given, for a training of so many steps.
+
+    A floor that is not given is at most its ceiling, and the other way round.
+    """
+    lengths = {name: max(1, round(fraction * steps)) for name, fraction in PHASE_FRACTIONS.items()}
+    for low, high in _BOUNDS:
+        if isinstance(given.get(high), int):
+            lengths[low] = min(lengths[low], given[high])
+        elif isinstance(given.get(low), int):
+            lengths[high] = max(lengths[high], given[low])
+    return {**lengths, **given}

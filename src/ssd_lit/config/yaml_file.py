@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ssd_lit.config.renamed import with_new_names
+from ssd_lit.support.shipped import CONFIGS
 
 MOST_BYTES = 1_000_000
 MOST_VALUES = 100_000
@@ -69,9 +70,9 @@ def typed_scalars(value: Any) -> Any:
 def read_layers(path: Path, users: Sequence[Path] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
     """The mapping in a YAML file laid over those of the files that its key `base` names, and the file's own mapping.
 
-    `base` is a path or a list of paths, relative to the file; later ones are laid over earlier ones. Settings with
-    names of earlier versions get their present names. Raises ConfigError for a base that is missing or builds on
-    itself, and for what `laid_over` refuses.
+    `base` is a path or a list of paths, relative to the file, or else to the configs that ship; later ones are laid
+    over earlier ones. Settings with names of earlier versions get their present names. Raises ConfigError for a base
+    that is missing or builds on itself, and for what `laid_over` refuses.
     """
     content = read_yaml(path)
     bases = content.pop("base", [])
@@ -81,6 +82,8 @@ def read_layers(path: Path, users: Sequence[Path] = ()) -> tuple[dict[str, Any],
     merged: dict[str, Any] = {}
     for base in bases:
         file = _real(path.parent / base)
+        if not file.exists() and (CONFIGS / base).is_file():
+            file = _real(CONFIGS / base)
         if file in (_real(path), *users):
             raise ConfigError(f"base: {base} builds on itself")
         try:

@@ -64,7 +64,7 @@ def documents(source: Source) -> Iterator[str]:
         case PackageSource():
             yield from package_documents(source.name)
         case FilesSource():
-            for path in _files(source):
+            for path in files_of(source):
                 yield from read_documents(path, source.text_key)
         case HubSource():
             yield from hub_documents(source)
@@ -103,7 +103,7 @@ def describe(source: Source) -> dict[str, Any]:
             pinned = {"version": package.version, "sha256": package.sha256}
             return {**card, **pinned, "description": package.description, "terms": package.terms}
         case FilesSource():
-            files = [describe_file(path) for path in _files(source)]
+            files = [describe_file(path) for path in files_of(source)]
             return {**card, "files": files, "description": "local files", "terms": "those of the files"}
         case HubSource():
             return {**card, "description": "Hugging Face data set", "terms": "those of the data set's own card"}
@@ -126,7 +126,7 @@ def is_other_text(data: DataConfig, card: Mapping[str, Any], written: int) -> bo
     size is taken as unchanged, and not read.
     """
     entries = {file["path"]: file for file in described_files(card)}
-    paths = {str(path) for source in data.sources if isinstance(source, FilesSource) for path in _files(source)}
+    paths = {str(path) for source in data.sources if isinstance(source, FilesSource) for path in files_of(source)}
     paths |= {path for path in entries if Path(path).is_file()}
     return any(path not in entries or _is_changed(Path(path), entries[path], written) for path in paths)
 
@@ -140,7 +140,7 @@ def _is_changed(path: Path, entry: Mapping[str, Any], written: int) -> bool:
 
 def _check_files(source: FilesSource) -> None:
     """Read up to the first text, which finds empty files, a wrong text_key or a damaged first file."""
-    files = _files(source)
+    files = files_of(source)
     if not files:
         raise ConfigError(
             f"data.sources: {', '.join(source.paths)}: no files to read; name files, as in "
@@ -152,7 +152,7 @@ def _check_files(source: FilesSource) -> None:
         raise ConfigError(f"data.sources: no text in {', '.join(source.paths)}")
 
 
-def _files(source: FilesSource) -> list[Path]:
+def files_of(source: FilesSource) -> list[Path]:
     """Every file that a pattern matches, once, sorted: the order must not depend on the file system."""
     paths = {path for pattern in source.paths for path in _matches(pattern)}
     return [path for path in map(Path, sorted(paths)) if path.is_file()]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssd_lit.config import ModelConfig, MoEConfig
+from ssd_lit.config import ModelConfig, MoEConfig, RunConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.family import family
 from ssd_lit.models.language_model import LanguageModel
 
+MEMORY_FRACTION = 0.95
+"""Fraction of a GPU's memory that training may take by the estimate (docs/performance.md, "Several GPUs")."""
 STATE_BYTES = 16
 """Bytes of a parameter with its gradient and Adam's two moments, in float32."""
 
@@ -87,6 +89,41 @@ def training_memory(
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def memory_of_run(config: RunConfig, vocab: VocabInfo) -> Memory:
+    """The memory of the training of a run; of copies of FFNs all parameters, but the activations of one."""
+    dtype, length = (
+        torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        config.data.sequence_length,
+    )
+    memory = training_memory(config.model, config.moe, vocab, length, dtype)
+    if config.method != "upcycle":
+        return memory
+    with FakeTensorMode():
+        fake = LanguageModel(config.model, config.moe, vocab, context=length, upcycled=True, read_weights=False)
+    return replace(memory, parameters=_parameters(fake))
+
+
+def memory_of_device(config: RunConfig, vocab: VocabInfo, blocks: int) -> float:
+    """Bytes that a device of a run takes which computes so many blocks at once."""
+    training = config.training
+    return memory_of_run(config, vocab).of_step(
+        blocks,
+        shards=training.processes if training.shard else 1,
+        checkpointing=training.activation_checkpointing,
+        graphs=2 if config.method == "ssd" and training.compile and not training.shard else 1,
+    )
+
+
+def largest_micro_batch(config: RunConfig, vocab: VocabInfo, memory: float) -> int:
+    """The most blocks that by estimate fit so many bytes of a device, a divisor of its part of the batch; at least 1.
+
+    A function of the config and the kind of GPU, so that a run that is resumed computes the same pieces.
+    """
+    whole = config.training.local_batch_size
+    sizes = [n for n in range(1, whole + 1) if whole % n == 0]
+    return max([n for n in sizes if memory_of_device(config, vocab, n) <= MEMORY_FRACTION * memory], default=1)
 
 
 @contextmanager

@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_lit.config import load_data, load_experiment, parse_changes
+from ssd_lit.config import find_experiment, load_data, load_experiment, parse_changes
 from ssd_lit.paths import data_dir, write_configs
 from ssd_lit.support.files import write_text
 from ssd_lit.support.locks import exclusive
 
 
-def configs(experiment: Path, results: Path, settings: Sequence[str] = ()) -> str:
+def configs(experiment: str, results: Path, settings: Sequence[str] = ()) -> str:
     """Check an experiment, changed by settings such as training.steps=100, and write its resolved configs."""
     from ssd_lit.data.benchmarks import check_downstream
     from ssd_lit.data.sources import check_sources
 
-    checked = load_experiment(experiment, parse_changes(settings))
+    checked = load_experiment(find_experiment(experiment), parse_changes(settings))
     if not (data_dir(results, checked.data) / "tokens" / "index.json").exists():
         check_sources(checked.data)
     if checked.downstream is not None:

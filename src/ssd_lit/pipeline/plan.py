@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ssd_lit.config import ConfigError, Experiment, load_experiment, read_changes
+from ssd_lit.config import ConfigError, Experiment, find_experiment, load_experiment, read_changes
 from ssd_lit.config.section import unknown_key
 from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
@@ -41,8 +41,7 @@ def experiment_of(config: Mapping[str, Any]) -> Experiment:
     share = config.get("gpu_share", 1)
     if not isinstance(share, int) or isinstance(share, bool) or not 0 <= share <= 1024:
         raise ConfigError(f"gpu_share: given {share!r}; allowed: 0 (no run asks for a GPU) to 1024 runs on each GPU")
-    name = str(config.get("experiment", "default"))
-    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs") / f"{name}.yaml"
+    path = find_experiment(str(config.get("experiment", "default")))
     try:
         changes = read_changes(config["set"]) if "set" in config else None
     except ConfigError as error:

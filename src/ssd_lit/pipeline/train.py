@@ -11,7 +11,7 @@ from ssd_lit.config import ConfigError, change_run, dump, load_analysis, load_ru
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
 from ssd_lit.pipeline.resources import on_all_devices
-from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, stage_of
+from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, noting_end, stage_of
 from ssd_lit.run import Run
 from ssd_lit.support import signals
 from ssd_lit.support.devices import reserve_gpus
@@ -62,7 +62,7 @@ def _train_as_first(
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
     stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
-    with exclusive(run.folder, f"train to {last}"):
+    with exclusive(run.folder, f"train to {last}"), noting_end(run.folder, "train"):
         resume_step = _remove_stale(run) if start is None else _remove_from(run, start)
         _restore_stage_records(run)
         missing = [stage for stage in stages if not run.is_done(stage)]
@@ -88,7 +88,7 @@ def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -
     settings = run.folder / MEASUREMENTS[measurement][0]
     if not settings.exists():
         raise ConfigError(f"{settings}: not found; the experiment has no such measurement of this run")
-    with exclusive(run.folder, measurement):
+    with exclusive(run.folder, measurement), noting_end(run.folder, measurement):
         _restore_stage_records(run)
         if run.is_done(measurement):
             return "done already"

@@ -1,5 +1,6 @@
-"""Exclusive lock on a results folder, which also removes the temporary files of killed processes."""
+"""Exclusive lock on a results folder, which also removes the temporary files of killed processes; who holds it."""
 
+import fcntl
 import os
 import platform
 import shutil
@@ -44,6 +45,27 @@ def exclusive(folder: Path, stage: str) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def holder_of(folder: Path) -> tuple[str, bool] | None:
+    """Who last took the lock of a folder and whether it holds it still; None if it was given back, or never taken.
+
+    A holder that does not hold it any more was killed. Writes nothing.
+    """
+    holder, lock = folder / ".holder", folder / ".lock"
+    name = holder.read_text(encoding="utf-8").strip() if holder.exists() else ""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        # Shared, and let go at once: a process that wants the lock meanwhile asks again.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return name or "another process", True
+    finally:
+        os.close(descriptor)
+    return (name, False) if name else None
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -55,6 +55,18 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(curve) for name, curve in curves.items()}
 
 
+def last_points(path: Path, most_bytes: int) -> list[dict[str, Any]]:
+    """The last points of a file, of about so many bytes; none if it is missing."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - most_bytes)
+        file.seek(start)
+        lines = file.read().splitlines(keepends=True)
+    # The first line is cut, and the last may be in the middle of being written.
+    return [json.loads(line) for line in lines[start > 0 :] if line.endswith(b"\n")]
+
+
 def points_from(path: Path, offset: int, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """The points after a byte offset, up to `most` values, and the offset after them.
 

@@ -7,7 +7,6 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.memory import training_memory
+from ssd_lit.models.memory import largest_micro_batch
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
 from ssd_lit.run import Run
 from ssd_lit.support.processes import this_process
@@ -39,8 +38,6 @@ from ssd_lit.training.sharding import Shards
 from ssd_lit.training.switch_loss import SwitchLossLogger
 from ssd_lit.training.throughput import Progress, ThroughputLogger
 
-MEMORY_FRACTION = 0.95
-"""Fraction of a GPU's memory that training may take by the estimate (docs/performance.md, "Several GPUs")."""
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -174,8 +171,7 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
 def _micro_batch_size(run: Run) -> int:
     """The blocks that a device computes at once: the config's, else the most whose estimated memory it has.
 
-    A function of the config and the kind of GPU, so that a run that is resumed computes the same pieces. Raises
-    ValueError if the machine has too few GPUs.
+    Raises ValueError if the machine has too few GPUs.
     """
     config, training = run.config, run.config.training
     if not torch.cuda.is_available():
@@ -184,18 +180,8 @@ def _micro_batch_size(run: Run) -> int:
         raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if training.micro_batch_size is not None:
         return training.micro_batch_size
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    needed = training_memory(config.model, config.moe, run.vocab, config.data.sequence_length, dtype)
-    memory = torch.cuda.get_device_properties(0).total_memory
-    takes = partial(
-        needed.of_step,
-        shards=training.processes if training.shard else 1,
-        checkpointing=training.activation_checkpointing,
-        graphs=2 if config.method == "ssd" and training.compile and not training.shard else 1,
-    )
-    whole = training.local_batch_size
-    sizes = [n for n in range(1, whole + 1) if whole % n == 0]
-    size = max([n for n in sizes if takes(n) <= MEMORY_FRACTION * memory], default=1)
+    memory, whole = torch.cuda.get_device_properties(0).total_memory, training.local_batch_size
+    size = largest_micro_batch(config, run.vocab, memory)
     if size < whole and this_process().is_first:
         print(f"{config.name}: {size} of {whole} blocks at once, for {memory / 2**30:.0f} GiB", flush=True)
     return size

@@ -1,0 +1,95 @@
+"""`ssd-lit status`: prints where runs stand, once or until all are done."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from ssd_lit.config import ConfigError
+from ssd_lit.pipeline.progress import Progress, Standing, State, experiment_dirs, progress_of
+from ssd_lit.report.formatting import duration, number, percent, scaled
+from ssd_lit.support.console import console, table
+
+SECONDS, PIPED_SECONDS = 2.0, 15.0
+"""Between two looks at the files, with a terminal and without one."""
+COLOURS: dict[State, str] = {
+    "done": "green",
+    "running": "cyan",
+    "waiting": "dim",
+    "stopped": "yellow",
+    "failed": "bold red",
+}
+NUMBERS = ("step", "sparse", "loss", "ppl", "sparse ppl", "tokens/s", "left")
+
+
+def status(exp_dir: Path | None, results: Path, *, watch: bool) -> None:
+    """Print the runs of an experiment, of all under `results` if None is named; with `watch` until all are done.
+
+    Raises ConfigError if there is none, ValueError if the one that is named is damaged.
+    """
+    folders = [exp_dir] if exp_dir is not None else experiment_dirs(results)
+    if not folders:
+        raise ConfigError(f"{results}: holds no experiment yet; `ssd-lit list` shows those that can be run")
+    found = [progress_of(folder) for folder in folders]
+    out = console()
+    if not watch:
+        out.print(_shown(found))
+    elif sys.stdout.isatty():
+        with Live(_shown(found), console=out, auto_refresh=False) as live:
+            while not _all_done(found):
+                time.sleep(SECONDS)
+                found = [progress_of(folder) for folder in folders]
+                live.update(_shown(found), refresh=True)
+    else:
+        out.print(_shown(found))
+        while not _all_done(found):
+            time.sleep(PIPED_SECONDS)
+            found = [progress_of(folder) for folder in folders]
+            out.print(time.strftime("\n%H:%M:%S"))
+            out.print(_shown(found))
+
+
+def _all_done(found: Sequence[Progress]) -> bool:
+    return all(run.state == "done" for progress in found for run in progress.runs)
+
+
+def _shown(found: Sequence[Progress]) -> RenderableType:
+    return Group(*[part for progress in found for part in _experiment(progress)])
+
+
+def _experiment(progress: Progress) -> list[RenderableType]:
+    counts = Counter(run.state for run in progress.runs)
+    states = ", ".join(f"{counts[state]} {state}" for state in COLOURS if counts[state])
+    left = progress.seconds_left
+    ahead = f"; training left: about {duration(left)}" if left else ""
+    parts: list[RenderableType] = [Text(f"{progress.name}: {len(progress.runs)} runs: {states}{ahead}")]
+    if progress.text is not None:
+        parts.append(Text(f"text {progress.text}"))
+    shown = table("run", "state", "phase", *NUMBERS, "", numbers=NUMBERS)
+    for run in progress.runs:
+        shown.add_row(*_row(run))
+    logs = [Text(f"{run.run} failed: {run.log}", style="red") for run in progress.runs if run.log is not None]
+    return [*parts, shown, *logs]
+
+
+def _row(run: Standing) -> list[str]:
+    colour, left = COLOURS[run.state], run.seconds_left
+    return [
+        escape(run.run),
+        f"[{colour}]{run.state}[/]",
+        run.phase or "-",
+        "-" if run.steps == 0 else f"{run.step:,}" + (f"/{run.steps:,}" if run.steps is not None else ""),
+        "-" if run.sparse_fraction is None else percent(run.sparse_fraction),
+        "-" if run.loss is None else f"{run.loss:.3f}",
+        number(run.perplexity),
+        number(run.sparse_perplexity),
+        "-" if run.tokens_per_second is None else scaled(run.tokens_per_second),
+        duration(left) if left and run.state != "waiting" else "-",
+        escape(run.note),
+    ]
