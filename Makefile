@@ -4,12 +4,13 @@
 # make test-server tests with an MLflow server on PostgreSQL and S3, which it installs (PostgreSQL: as root, by apt)
 # make test-slurm  install Slurm on this machine (Debian's packages, as root) and test the workflow on it
 # make test-browser  the report in headless Chromium, which must be installed; installs Playwright, which drives it
+# make docs        the site of the documentation, into site/
 # make ui          the MLflow UI on 127.0.0.1
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: reproduce test test-server test-slurm test-browser check lint ui install
+.PHONY: reproduce test test-server test-slurm test-browser check lint docs ui install
 
 reproduce: install
 	snakemake
@@ -45,6 +46,9 @@ lint: install
 	mypy
 	snakefmt --check --compact-diff workflow
 	codespell
+
+docs: install
+	mkdocs build --quiet
 
 ui: install
 	ssd-lit ui

@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import sysconfig
@@ -13,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import sentences
+from tests.pages import ROOT, blocks
 
 pytestmark = pytest.mark.whole_run
 
-ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(?:^<!-- (?P<why>.+?) -->\n)?^```sh\n(?P<code>.+?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENTS = 2500
 
 
@@ -66,22 +64,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**kept, "PATH": f"{folder}/env/bin{os.pathsep}/usr/bin{os.pathsep}/bin"}
 
 
-def blocks() -> list[tuple[str | None, str]]:
-    """Why each block of commands is not run, if so, and the commands."""
-    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
-    return [(match["why"], match["code"]) for match in BLOCK.finditer(page)]
-
-
-def test_blocks_that_are_not_run_say_why() -> None:
-    assert len([code for why, code in blocks() if why is None]) >= 3
-    assert all(why is None or why.startswith("not run: ") for why, _ in blocks())
-
-
 def test_the_tutorial_leads_from_a_text_file_to_a_report(tmp_path: Path, environment: dict[str, str]) -> None:
     (tmp_path / "speeches.txt").write_text(sentences(DOCUMENTS), encoding="utf-8")
-    commands = "set -ex\n" + "".join(code for why, code in blocks() if why is None)
+    commands = [block.code for block in blocks("docs/tutorial.md") if block.language == "sh" and block.why is None]
+    assert len(commands) >= 3
     done = subprocess.run(
-        ["bash", "-c", commands], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+        ["bash", "-exc", "".join(commands)], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
