@@ -40,8 +40,8 @@ def test_before_anything_runs_all_wait_for_the_text(tmp_path: Path, capsys: Capt
     lines = shown(results, capsys)
     assert lines[0] == "tiny: 3 runs: 3 waiting"
     assert lines[1] == "text waiting for its turn: prepare"
-    assert [line.split()[0] for line in lines[3:]] == ["dense-seed0", "posthoc-seed0", "ssd-seed0"]
-    assert all("for the text" in line for line in lines[3:])
+    assert [line.split()[0] for line in lines[3:6]] == ["dense-seed0", "posthoc-seed0", "ssd-seed0"]
+    assert lines[6] == "waiting for the text: dense-seed0, posthoc-seed0, ssd-seed0"
     (data,) = (results / "data").iterdir()
     with exclusive(data, "prepare"):
         assert f"text running: prepare, process {os.getpid()} on" in shown(results, capsys)[1]
@@ -105,7 +105,9 @@ def test_how_a_run_ended_is_told(tmp_path: Path, capsys: Captured, monkeypatch: 
         dense = standings(bench)["dense"]
         assert dense.state == state
         assert dense.note.endswith(why)
-    assert shown(bench.results, capsys)[-1] == f"dense-seed0 failed: {folder}/logs/dense.log"
+    (told,) = [line for line in shown(bench.results, capsys) if line.startswith("dense-seed0 failed")]
+    assert told.startswith("dense-seed0 failed: train, ")
+    assert told.endswith(f"RuntimeError: CUDA out of memory; log: {folder}/logs/dense.log")
     # A kill -9 frees the lock and leaves the name of its holder.
     (folder / ".holder").write_text("train to dense, process 12 on node7, since 2026-01-01 10:00:00\n")
     assert holder_of(folder) == ("train to dense, process 12 on node7, since 2026-01-01 10:00:00", False)

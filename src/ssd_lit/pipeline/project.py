@@ -109,7 +109,7 @@ def show_experiments() -> None:
     """Print `experiments`, one line each."""
     from ssd_lit.support.console import console, table
 
-    shown = table("experiment", "runs", "what it asks", numbers=("runs",))
+    shown = table("experiment", "runs", "what it asks", numbers=("runs",), cut="what it asks")
     for listed in experiments():
         shown.add_row(listed.name, str(listed.runs), listed.asked)
     console().print(shown)

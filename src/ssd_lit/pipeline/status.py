@@ -25,7 +25,7 @@ COLOURS: dict[State, str] = {
     "stopped": "yellow",
     "failed": "bold red",
 }
-NUMBERS = ("step", "sparse", "loss", "ppl", "sparse ppl", "tokens/s", "left")
+NUMBERS = ("step", "sparse", "loss", "ppl", "sparse ppl", "tok/s", "left")
 
 
 def status(exp_dir: Path | None, results: Path, *, watch: bool) -> None:
@@ -71,11 +71,22 @@ def _experiment(progress: Progress) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(f"{progress.name}: {len(progress.runs)} runs: {states}{ahead}")]
     if progress.text is not None:
         parts.append(Text(f"text {progress.text}"))
-    shown = table("run", "state", "phase", *NUMBERS, "", numbers=NUMBERS)
+    shown = table("run", "state", "phase", *NUMBERS, numbers=NUMBERS)
     for run in progress.runs:
         shown.add_row(*_row(run))
-    logs = [Text(f"{run.run} failed: {run.log}", style="red") for run in progress.runs if run.log is not None]
-    return [*parts, shown, *logs]
+    return [*parts, shown, *_notes(progress.runs), Text()]
+
+
+def _notes(runs: Sequence[Standing]) -> list[Text]:
+    """Where runs are at work, why they ended, what they wait for; a column of it would leave no room for numbers."""
+    lines, waiting = [], dict[str, list[str]]()
+    for run in runs:
+        if run.state == "waiting":
+            waiting.setdefault(run.note, []).append(run.run)
+        elif run.state != "done":
+            log = "" if run.log is None else f"; log: {run.log}"
+            lines.append(Text(f"{run.run} {run.state}: {run.note}{log}", style=COLOURS[run.state]))
+    return [*lines, *[Text(f"waiting {note}: {', '.join(names)}", style="dim") for note, names in waiting.items()]]
 
 
 def _row(run: Standing) -> list[str]:
@@ -91,5 +102,4 @@ def _row(run: Standing) -> list[str]:
         number(run.sparse_perplexity),
         "-" if run.tokens_per_second is None else scaled(run.tokens_per_second),
         duration(left) if left and run.state != "waiting" else "-",
-        escape(run.note),
     ]

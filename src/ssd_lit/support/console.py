@@ -15,9 +15,22 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
 
 
-def table(*columns: str, numbers: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """An empty table; the columns named in `numbers` stand at their right edge."""
-    made = Table(box=SIMPLE_HEAD if sys.stdout.isatty() else None, title=title, title_justify="left", pad_edge=False)
+def table(*columns: str, numbers: tuple[str, ...] = (), cut: str | None = None, title: str | None = None) -> Table:
+    """An empty table, a line a row; the columns named in `numbers` stand at their right edge.
+
+    On a terminal that is too narrow the column `cut` is cut, and the others are not.
+    """
+    on_terminal = sys.stdout.isatty()
+    made = Table(
+        box=SIMPLE_HEAD if on_terminal else None,
+        title=title,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        expand=on_terminal and cut is not None,
+    )
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", no_wrap=column in numbers)
+        ratio = 1 if on_terminal and column == cut else None
+        made.add_column(column, justify="right" if column in numbers else "left", no_wrap=True, ratio=ratio)
     return made
