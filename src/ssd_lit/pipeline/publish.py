@@ -109,7 +109,7 @@ def store(results: Path) -> str:
 def ui(results: Path, port: int) -> str:
     import socket
 
-    from ssd_lit.tracking.store import connect, ensure_store, masked, serve, tracking_uri
+    from ssd_lit.tracking.store import connect, ensure_store, masked, reason, serve, tracking_uri
     from ssd_lit.tracking.view import chart_link
 
     if tracking_uri(results).startswith(("http:", "https:")):
@@ -118,7 +118,11 @@ def ui(results: Path, port: int) -> str:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ConfigError(f"port {port} is taken; give another with --port")
     ensure_store(results)
-    for experiment in connect(results).search_experiments():
+    try:
+        experiments = connect(results).search_experiments()
+    except Exception as error:  # of many types, from the database
+        raise ConfigError(f"MLflow at {masked(tracking_uri(results))}: {reason(error)}") from None
+    for experiment in experiments:
         if experiment.name != "Default":  # MLflow's own, without runs
             print(f"{experiment.name}: {chart_link(experiment.experiment_id, port)}", flush=True)
     command = serve(results, port)
