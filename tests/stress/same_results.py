@@ -11,12 +11,12 @@ from mlflow import MlflowClient
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.tracking.store import tracking_uri
+from ssd_lit.tracking.view import shown_as
 
 TIMED = {
     "seconds",
     "train_seconds",
-    "train/seconds",
-    "train/tokens_per_second",
+    *(name for clock in ("train/seconds", "train/tokens_per_second") for name in (clock, shown_as(clock))),
     "train/mfu",
     "written",
     "began",

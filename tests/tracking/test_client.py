@@ -334,9 +334,11 @@ def test_the_report_does_not_wait_for_a_slow_server() -> None:
 
 
 def _first_use(results: Path, begin: "multiprocessing.synchronize.Barrier") -> None:
+    folder = results / f"run{os.getpid()}"
+    write_text(folder / "config.yaml", dump(run_config()))
     begin.wait()
     ensure_store(results)
-    with tracker(results / f"run{os.getpid()}", results) as t:
+    with tracker(folder, results) as t:
         t.log(1, {"a": 1.0})
 
 

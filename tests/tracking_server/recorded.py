@@ -9,6 +9,7 @@ from mlflow.entities import Run as MlflowRun
 
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.metrics_log import read_metrics
+from ssd_lit.tracking.view import shown_as
 from tests.conftest import Bench
 from tests.forked import Forked
 from tests.tracking_server.servers import MlflowServer, Postgres
@@ -16,11 +17,20 @@ from tests.tracking_server.servers import MlflowServer, Postgres
 
 def active_runs(bench: Bench) -> list[MlflowRun]:
     """The runs of the experiment that are nobody's children, as the current user sees them."""
+    return [run for run in _all_runs(bench) if "mlflow.parentRunId" not in run.data.tags]
+
+
+def report_of(bench: Bench) -> MlflowRun:
+    """The run that holds the experiment's report."""
+    (report,) = [run for run in _all_runs(bench) if run.info.run_name == "report"]
+    return report
+
+
+def _all_runs(bench: Bench) -> list[MlflowRun]:
     client = MlflowClient()
     experiment = client.get_experiment_by_name(bench.runs["ssd"].experiment)
     assert experiment is not None
-    runs: list[MlflowRun] = list(client.search_runs([experiment.experiment_id]))
-    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return list(client.search_runs([experiment.experiment_id]))
 
 
 def assert_recorded_once(bench: Bench, server: MlflowServer, postgres: Postgres) -> MlflowRun:
@@ -36,7 +46,7 @@ def assert_recorded_once(bench: Bench, server: MlflowServer, postgres: Postgres)
 
     client = MlflowClient()
     for name, curve in read_metrics(ours.folder / "metrics.jsonl").items():
-        assert sorted((m.step, m.value) for m in client.get_metric_history(run_id, name)) == curve, name
+        assert sorted((m.step, m.value) for m in client.get_metric_history(run_id, shown_as(name))) == curve, name
     ((rows, distinct),) = postgres.execute(
         f"SELECT count(*), count(DISTINCT (key, step)) FROM metrics WHERE run_uuid = '{run_id}' "
         "AND key NOT LIKE 'system/%'", server.database,

@@ -18,6 +18,8 @@ from ssd_lit.cli import main
 from ssd_lit.config import load_experiment
 from ssd_lit.paths import data_dir
 from ssd_lit.report.figures import figures_of
+from ssd_lit.report.figures.style import arm_styles
+from ssd_lit.report.results import load_results
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.store import tracking_uri
 from tests.conftest import tiny_experiment
@@ -53,13 +55,8 @@ def test_mlflow_holds_one_run_for_each_run_with_all_its_points(quick: Path) -> N
     client = MlflowClient(tracking_uri(quick))
     experiment = client.get_experiment_by_name("quick")
     runs = [r for r in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in r.data.tags]
-    assert sorted(r.info.run_name for r in runs) == [
-        "dense-seed0",
-        "posthoc-seed0",
-        "report",
-        "sparse-seed0",
-        "ssd-seed0",
-    ]
+    # Nothing else stands in the charts' legends: the report and the stages are children.
+    assert sorted(r.info.run_name for r in runs) == ["dense-seed0", "posthoc-seed0", "sparse-seed0", "ssd-seed0"]
     (ssd,) = [r for r in runs if r.info.run_name == "ssd-seed0"]
     recorded = [json.loads(line) for line in (quick / "quick/runs/ssd-seed0/metrics.jsonl").read_text().splitlines()]
     expected = sorted((p["step"], p["values"]["train/loss"]) for p in recorded if "train/loss" in p["values"])
@@ -68,6 +65,71 @@ def test_mlflow_holds_one_run_for_each_run_with_all_its_points(quick: Path) -> N
     evaluation = read_json(quick / "quick/runs/ssd-seed0/evaluation.json")
     assert ssd.data.metrics["eval/loss_sparse"] == evaluation["loss_sparse"]
     assert any(name.startswith("system/") for name in ssd.data.metrics)
+
+
+def test_mlflow_shows_losses_first_and_what_a_run_is(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(quick))  # `load_table` asks no client
+    client = MlflowClient(tracking_uri(quick))
+    experiment = client.get_experiment_by_name("quick")
+    config = load_experiment(quick / "quick/experiment.yaml")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert experiment.tags["mlflow.note.content"] == config.description
+
+    # By default MLflow sorts sections and charts by name.
+    names = sorted({name for run in config.runs() for name in runs[run.name].data.metrics if "/" in name})
+    behind = [name for name in names if name.startswith("watch/")]
+    assert any("activation" in name for name in behind)
+    assert not any(name.startswith("activation") for name in names)
+    front = [name for name in names if not name.startswith(("watch/", "system/"))]
+    assert max(front) < min(behind)
+    assert "loss" in front[0]
+    assert [name for name in front if not name.startswith("eval/")] == [
+        "train/loss", "validation/loss", "validation/perplexity"
+    ]  # fmt: skip
+
+    # The view that the links name: every loss over every cost, at whose steps both are recorded.
+    view = json.loads(experiment.tags["mlflow.sharedViewState.losses"])
+    axes = [(chart["metricKey"], chart["selectedXAxisMetricKey"]) for chart in view["compareRunCharts"]]
+    costs = ["", *(f"watch/train/{name}" for name in ("tokens", "flops", "seconds"))]
+    assert axes[:8] == [(f"validation/{loss}", cost) for loss in ("loss", "perplexity") for cost in costs]
+    for arm in ("dense", "ssd", "sparse"):
+        steps = {
+            name: {m.step for m in client.get_metric_history(runs[f"{arm}-seed0"].info.run_id, name)}
+            for name in ("validation/loss", *costs[1:])
+        }
+        assert len(steps["validation/loss"]) > 1
+        assert all(steps["validation/loss"] <= steps[cost] for cost in costs[1:])
+
+    colours = {arm: style.colour for arm, style in arm_styles(load_results(quick / "quick", config.runs())).items()}
+    evaluated = read_json(quick / "quick/runs/ssd-seed0/evaluation.json")
+    for run in config.runs():
+        tags = runs[run.name].data.tags
+        assert tags["mlflow.runColor"] == colours[run.arm]
+        assert tags["mlflow.note.content"].startswith(f"{run.label}: method {run.method}, seed 0. {config.description}")
+        assert tags["mlflow.source.name"] == "ssd-lit"
+        assert tags["mlflow.source.git.commit"] == tags["git_commit"].removesuffix("-dirty")
+        assert tags["mlflow.user"]
+    ssd = runs["ssd-seed0"].info.run_id
+    assert {"config.yaml", "evaluation.json", "over_k.json"} <= {f.path for f in client.list_artifacts(ssd)}
+    over_k = {(m.step, m.value) for m in client.get_metric_history(ssd, "eval/over_k/loss")}
+    assert over_k == {(point["top_k"], point["loss"]) for point in evaluated["curve"]}
+    recall = [m.value for m in client.get_metric_history(ssd, "eval/over_layers/routing_recall")]
+    assert recall == evaluated["routing_recall"]
+    table = client.load_table(experiment.experiment_id, "over_k.json", [ssd])
+    assert table["loss"].tolist() == [point["loss"] for point in evaluated["curve"]]
+    report = runs["report"].info.run_id
+    assert "report.html" in {f.path for f in client.list_artifacts(report)}
+    arms = client.load_table(experiment.experiment_id, "arms.json", [report])
+    with (quick / "quick/arms.csv").open() as file:
+        assert arms["arm"].tolist() == [row["arm"] for row in csv.DictReader(file)]
+
+
+def test_the_end_of_a_run_and_the_report_link_the_charts(quick: Path) -> None:
+    identity = MlflowClient(tracking_uri(quick)).get_experiment_by_name("quick").experiment_id
+    link = f"/#/experiments/{identity}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    for path in ("runs/ssd-seed0/logs/evaluate.log", "logs/report.log"):
+        assert f"charts at http://127.0.0.1:5000{link}" in (quick / "quick" / path).read_text()
+    assert link.replace("&", "&amp;") in (quick / "quick/report.html").read_text(encoding="utf-8")
 
 
 def test_a_second_call_finds_nothing_to_do_and_one_stage_can_be_asked_for(quick: Path) -> None:

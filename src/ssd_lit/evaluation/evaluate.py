@@ -90,7 +90,39 @@ def outcome(content: Mapping[str, Any]) -> dict[str, float]:
         metrics[f"eval/{name}/loss_dense"] = text["loss_dense"]
         losses = {point["top_k"]: point["loss"] for point in text["curve"]}
         metrics[f"eval/{name}/loss_sparse"] = losses.get(content["top_k"])
+    recall = content["routing_recall"]
+    if recall:
+        metrics |= {"eval/routing_recall": sum(recall) / len(recall), "eval/routing_recall_worst": min(recall)}
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def curves(content: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """The curves of evaluation.json for MLflow, by name: over k, and routing recall over layers."""
+    over_k = {"loss": content["curve"], "loss_oracle": content["oracle_curve"]}
+    found = {f"eval/over_k/{name}": [(p["top_k"], p["loss"]) for p in points] for name, points in over_k.items()}
+    found["eval/over_k/perplexity"] = [(k, perplexity(loss)) for k, loss in found["eval/over_k/loss"]]
+    for name, text in content["held_out"].items():
+        found[f"eval/{name}/over_k/loss"] = [(point["top_k"], point["loss"]) for point in text["curve"]]
+    found["eval/over_layers/routing_recall"] = list(enumerate(content["routing_recall"] or []))
+    return {name: curve for name, curve in found.items() if curve}
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """The same as tables for MLflow, by name: columns to values."""
+    over_k, oracle = content["curve"], content["oracle_curve"]
+    found: dict[str, dict[str, list[Any]]] = {
+        "over_k": {
+            "top_k": [point["top_k"] for point in over_k],
+            "loss": [point["loss"] for point in over_k],
+            "perplexity": [perplexity(point["loss"]) for point in over_k],
+            "loss_oracle": [point["loss"] for point in oracle],
+        },
+        "routing_recall": {
+            "layer": list(range(len(content["routing_recall"] or []))),
+            "routing_recall": content["routing_recall"] or [],
+        },
+    }
+    return {name: columns for name, columns in found.items() if next(iter(columns.values()))}
 
 
 def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, ks: Sequence[int]) -> dict[str, Any]:

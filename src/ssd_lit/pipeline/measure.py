@@ -2,15 +2,15 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssd_lit.config import load_analysis, load_downstream, load_evaluation
+from ssd_lit.pipeline.tracking import tracker_of
 from ssd_lit.records import MEASUREMENTS
 from ssd_lit.run import Run
 from ssd_lit.support.files import sha256, write_json_checked
-from ssd_lit.tracking.client import RunTracker
 
 
 class Measured(NamedTuple):
@@ -21,6 +21,10 @@ class Measured(NamedTuple):
     metrics: Mapping[str, float]
     """Metrics for MLflow, by name."""
     summary: str
+    curves: Mapping[str, Sequence[tuple[int, float]]] = {}
+    """Curves for MLflow over something that is no training step, by name."""
+    tables: Mapping[str, Mapping[str, Sequence[Any]]] = {}
+    """Tables for MLflow, by name; each maps columns to their values."""
 
 
 def measure(run: Run, measurement: str) -> str:
@@ -33,9 +37,9 @@ def measure(run: Run, measurement: str) -> str:
     work = {"evaluate": _evaluate, "analyse": _analyse, "downstream": _downstream}[measurement]
     began = time.time()
     last_step, inputs = run.chain()[-1].last_step, run.measured_from(measurement)
-    with RunTracker.of(run, measurement) as tracker:
+    with tracker_of(run, measurement) as tracker:
         measured = work(run)
-        tracker.outcome(measured.metrics, run_step=last_step)
+        tracker.outcome(measured.metrics, run_step=last_step, curves=measured.curves, tables=measured.tables)
         origin = {"inputs": inputs, "provenance": timed(stage_provenance(run.config.seed, run.tokens_digest), began)}
         write_json_checked(run.folder / MEASUREMENTS[measurement][1], {**measured.content, **origin})
     if measurement == "downstream":
@@ -44,13 +48,13 @@ def measure(run: Run, measurement: str) -> str:
 
 
 def _evaluate(run: Run) -> Measured:
-    from ssd_lit.evaluation.evaluate import evaluate_run, outcome
+    from ssd_lit.evaluation.evaluate import curves, evaluate_run, outcome, tables
 
     content = evaluate_run(run, load_evaluation(run.folder / "evaluation.yaml"))
     metrics = outcome(content)
     perplexities = {mode: metrics.get(f"eval/perplexity_{mode}") for mode in ("dense", "sparse")}
     values = [f"{mode} perplexity {value:.2f}" for mode, value in perplexities.items() if value is not None]
-    return Measured(content, metrics, ", ".join(values))
+    return Measured(content, metrics, ", ".join(values), curves(content), tables(content))
 
 
 def _analyse(run: Run) -> Measured:

@@ -11,6 +11,7 @@ from ssd_lit.config import ConfigError, change_run, dump, load_analysis, load_ru
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
 from ssd_lit.pipeline.resources import on_all_devices
+from ssd_lit.pipeline.tracking import charts_of, tracker_of
 from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, noting_end, stage_of
 from ssd_lit.run import Run
 from ssd_lit.support import signals
@@ -79,6 +80,7 @@ def _train_as_first(
             take_machine(run, threads)
             gc.collect()  # trainers and models are in reference cycles; the next ones need the memory
             summaries.append(measure(run, stage))
+    _tell_charts(run, summaries)
     return "; ".join(summaries) if missing else "all stages were done already"
 
 
@@ -93,7 +95,16 @@ def measure_run(folder: Path, measurement: str, *, threads: int | None = None) -
         if run.is_done(measurement):
             return "done already"
         take_machine(run, threads)
-        return measure(run, measurement)
+        summary = measure(run, measurement)
+    _tell_charts(run, [summary])
+    return summary
+
+
+def _tell_charts(run: Run, done: Sequence[str]) -> None:
+    """Tell where the charts of a run are, if what was `done` is the last of it."""
+    charts = charts_of([run.folder])
+    if done and charts is not None and all(map(run.is_done, run.stages)):
+        print(f"{run.config.name}: charts at {charts}", flush=True)
 
 
 def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
@@ -138,7 +149,7 @@ def _train(run: Run, missing: list[str], resume_step: int | None, others: Others
     from ssd_lit.support.provenance import stage_provenance
 
     provenance = stage_provenance(run.config.seed, run.tokens_digest)
-    with RunTracker.of(run, missing[0], resume_step) as tracker:
+    with tracker_of(run, missing[0], resume_step) as tracker:
         # The points recorded from here on are of these inputs.
         write_json_checked(run.folder / "work" / "made_from.json", run.made_from())
         while missing:

@@ -35,10 +35,12 @@ PAPERS = {
 """What a method, router or construction is called, and its papers' numbers on arXiv."""
 
 
-def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenance: Mapping[str, Any]) -> Path:
+def write_report(
+    exp_dir: Path, experiment: Experiment, data_dir: Path, provenance: Mapping[str, Any], view: str | None = None
+) -> Path:
     """Write report.html from the runs' files and the figures drawn before.
 
-    `provenance` is shown as it is: names to values, or to mappings of them.
+    `provenance` is shown as it is: names to values, or to mappings of them. `view` is a link to MLflow's charts.
     """
     results = load_results(exp_dir, experiment.runs())
     arms, frame = arms_of(results), run_frame(results)
@@ -72,6 +74,7 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         card=_read_card(data_dir / "documents" / "card.json"),
         data=flat(experiment.data.model_dump()),
         provenance=flat(provenance),
+        view=view,
     )
     path = exp_dir / "report.html"
     write_text(path, html)

@@ -6,30 +6,41 @@ stage waits for the thread for CLOSE_SECONDS, or for CLOSE_SHARE of its run time
 the run's next stage, by the report, or by `ssd-lit send`.
 """
 
+import getpass
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 from ssd_lit.config import RunConfig
 from ssd_lit.records import ALL_STAGES
 from ssd_lit.support.signals import Preempted
 from ssd_lit.tracking.delivery import Delivery
 from ssd_lit.tracking.metrics_log import MetricsLog, drop_points_after
-from ssd_lit.tracking.spool import Spool
+from ssd_lit.tracking.spool import Outcome, Spool
 from ssd_lit.tracking.store import connect, masked, reason, store_name, tracking_uri
-
-if TYPE_CHECKING:
-    from ssd_lit.run import Run
 
 log = logging.getLogger(__name__)
 
 SEND_SECONDS = 3.0
 LONGEST_WAIT = 60.0
 CLOSE_SECONDS, CLOSE_SHARE = 10.0, 0.02
+
+
+@dataclass(frozen=True)
+class About:
+    """What MLflow shows of a run beside its numbers."""
+
+    description: str
+    colour: str
+    """Of its curves, as #RRGGBB."""
+    question: str
+    """What the experiment asks."""
 
 
 class RunTracker:
@@ -42,7 +53,7 @@ class RunTracker:
 
     def __init__(
         self, run_dir: Path, config: RunConfig, results: Path, *, stage: str, data_digest: str, commit: str,
-        resume_step: int | None = None,
+        resume_step: int | None = None, about: About | None = None,
     ):  # fmt: skip
         self._run_dir = run_dir
         self._results = results
@@ -53,24 +64,17 @@ class RunTracker:
             self._spool.supersede(ALL_STAGES[: ALL_STAGES.index(stage)])
         tags = {
             "experiment": config.experiment, "arm": config.arm, "method": config.method, "seed": str(config.seed),
-            "git_commit": commit, "stage": stage, "mlflow.runName": config.name,
+            "git_commit": commit, "stage": stage, "mlflow.runName": config.name, **_origin(commit),
         }  # fmt: skip
+        if about is not None:
+            tags |= {"mlflow.note.content": about.description, "mlflow.runColor": about.colour}
+            self._spool.update(question=about.question)
         self._spool.update(tags=tags, data_digest=data_digest)
         self._points = MetricsLog(self._spool.points)
-        self._outcome: tuple[Mapping[str, float], Mapping[str, str], int | None] = ({}, {}, None)
+        self._outcome = Outcome()
         self._finished: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
-
-    @classmethod
-    def of(cls, run: "Run", stage: str, resume_step: int | None = None) -> Self:
-        """The tracker of a stage of a run."""
-        from ssd_lit.support.provenance import git_commit
-
-        return cls(
-            run.folder, run.config, run.results,
-            stage=stage, data_digest=run.tokens_digest[:36], commit=git_commit(), resume_step=resume_step,
-        )  # fmt: skip
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record values at a step; returns at once."""
@@ -84,14 +88,16 @@ class RunTracker:
 
     def finish(self, stage: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """End a stage; its metrics and tags go to its child run."""
-        self._spool.end(stage, "FINISHED", metrics, tags, None)
+        self._spool.end(stage, "FINISHED", Outcome(metrics, tags))
         self._finished.add(stage)
 
     def outcome(
-        self, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None, *, run_step: int | None = None
-    ) -> None:
-        """Set the stage's results: for its child run, and with `run_step` for the run itself at that step."""
-        self._outcome = metrics, tags or {}, run_step
+        self, metrics: Mapping[str, float], tags: Mapping[str, str] | None = None, *, run_step: int | None = None,
+        curves: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+        tables: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    ) -> None:  # fmt: skip
+        """Set the stage's results: see `Outcome`."""
+        self._outcome = Outcome(metrics, tags or {}, run_step, curves or {}, tables or {})
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -105,7 +111,7 @@ class RunTracker:
         try:
             self._points.close()
             if error is not None or self._stage not in self._finished:
-                self._spool.end(self._stage, status, *self._outcome)
+                self._spool.end(self._stage, status, self._outcome)
         finally:
             self._stop.set()  # after an error too, such as a full disk
         self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
@@ -145,6 +151,17 @@ class RunTracker:
             if last:
                 return
             self._stop.wait(wait)
+
+
+def _origin(commit: str) -> dict[str, str]:
+    """MLflow's own tags for who ran what: its pages have columns for them."""
+    tags = {"mlflow.source.name": "ssd-lit", "mlflow.source.type": "LOCAL"}
+    with suppress(OSError, KeyError):  # a container's user need not have a name
+        tags["mlflow.user"] = getpass.getuser()
+    if commit != "unknown":
+        clean = commit.removesuffix("-dirty")
+        tags |= {"mlflow.source.git.commit": clean, "mlflow.source.git.dirty": str(clean != commit)}
+    return tags
 
 
 class _SystemWatch:

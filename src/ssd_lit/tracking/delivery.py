@@ -1,5 +1,6 @@
 """Sends runs and reports to MLflow, from their files."""
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ssd_lit.config import RunConfig, load_run
+from ssd_lit.records import MEASUREMENTS
 from ssd_lit.tracking.metrics_log import points_from
+from ssd_lit.tracking.models import log_models
 from ssd_lit.tracking.spool import Spool
 from ssd_lit.tracking.store import artifact_place, connect, masked, reason, store_name, tracking_uri
+from ssd_lit.tracking.view import VIEW_TAG, chart_view, shown_as
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,7 +25,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 1000  # the largest number of metrics that MLflow accepts in one request
 REPORT_SECONDS = 60.0
-KEY, PARENT = "ssd_lit.key", "mlflow.parentRunId"
+KEY, PARENT, TABLES = "ssd_lit.key", "mlflow.parentRunId", "mlflow.loggedArtifacts"
 
 
 class Delivery:
@@ -43,9 +47,9 @@ class Delivery:
         """Find the run or create it, and log its settings, tags and data set."""
         client, spool, record = self._client, self._spool, self._spool.record
         with FileLock(self._results / ".mlflow.lock"):
-            self._experiment = _experiment(client, self._results, self._config.experiment)
+            self._experiment = _experiment(client, self._results, self._config.experiment, record.question)
         run = _find_or_create(client, self._experiment, record.key, record.tags, record.run_id)
-        spool.attach(run.info.run_id, store_name())
+        spool.attach(run.info.run_id, self._experiment, store_name())
         self._set_aside_superseded()
         _log_new(client, run, self._config, record.tags)
         inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -68,7 +72,7 @@ class Delivery:
             if not points:
                 return
             metrics = [
-                Metric(name, value, point["time"], point["step"])
+                Metric(shown_as(name), value, point["time"], point["step"])
                 for point in points
                 for name, value in point["values"].items()
             ]
@@ -78,16 +82,33 @@ class Delivery:
             self._spool.update(sent=end)
 
     def send_endings(self) -> None:
-        """Send the results of the stages that ended."""
-        for stage, ending in list(self._spool.record.ended.items()):
+        """Send the results of the stages that ended: their numbers, then their files."""
+        ended = list(self._spool.record.ended.items())
+        for stage, ending in ended:
             child = self._child(stage)
             _log_outcome(self._client, child, ending, step=0)
             if ending["run_step"] is not None:
                 run = self._client.get_run(self.run_id)
                 _log_outcome(self._client, run, {**ending, "tags": {}}, ending["run_step"])
+            _log_curves(self._client, self.run_id, ending)
             for run_id in (child.info.run_id, self.run_id):
                 self._client.set_terminated(run_id, ending["status"], ending["time"])
+        for stage, ending in ended:
+            self._send_files(stage, ending)
+            if stage == "evaluate":
+                log_models(
+                    self._client, self._experiment, self.run_id, self._config, self._spool.folder, self._results,
+                    ending,
+                )  # fmt: skip
             self._spool.set_delivered(stage)
+
+    def _send_files(self, stage: str, ending: Mapping[str, Any]) -> None:
+        """Upload the run's settings, and what the stage measured."""
+        for name in ("config.yaml", *MEASUREMENTS.get(stage, ())):
+            path = self._spool.folder / name
+            if path.exists():
+                _upload(self._client, self.run_id, path, None)
+        _log_tables(self._client, self.run_id, ending.get("tables", {}))
 
     def _child(self, stage: str) -> "MlflowRun":
         record = self._spool.record
@@ -146,19 +167,29 @@ def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
     return sent
 
 
-def send_report(results: Path, experiment: str, files: Mapping[str | None, Sequence[Path]]) -> None:
-    """Upload files, by folder, as artifacts of the experiment's one run named `report`.
+def send_report(
+    results: Path,
+    experiment: str,
+    files: Mapping[str | None, Sequence[Path]],
+    tables: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    parent: str | None = None,
+) -> None:
+    """Upload files, by folder, and tables as artifacts of the experiment's one run named `report`.
 
-    Raises ValueError if MLflow is unreachable.
+    As a child of the run `parent` it does not show among the runs that charts draw. Raises ValueError if MLflow is
+    unreachable.
     """
     try:
         client = connect(results)
         with FileLock(results / ".mlflow.lock"):
             experiment_id = _experiment(client, results, experiment)
             run = _find_or_create(client, experiment_id, "report", {"mlflow.runName": "report"}, None)
+        if parent is not None and run.data.tags.get(PARENT) != parent:
+            client.set_tag(run.info.run_id, PARENT, parent)
         for folder, paths in files.items():
             for path in paths:
                 _upload(client, run.info.run_id, path, folder)
+        _log_tables(client, run.info.run_id, tables or {})
         client.set_terminated(run.info.run_id)
     except Exception as error:
         raise ValueError(f"MLflow at {masked(tracking_uri(results))}: {reason(error)}") from None
@@ -185,20 +216,25 @@ def try_for(seconds: float, send: Callable[[], object]) -> str | None:
     return errors[0] if errors else None
 
 
-def _experiment(client: "MlflowClient", results: Path, name: str) -> str:
+def _experiment(client: "MlflowClient", results: Path, name: str, question: str = "") -> str:
+    """The id of the experiment, found or created, with its chart view and its description."""
     from mlflow.exceptions import MlflowException
 
+    tags = {VIEW_TAG: chart_view(), **({"mlflow.note.content": question} if question else {})}
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         local = tracking_uri(results).startswith("sqlite:")
         try:
-            return str(client.create_experiment(name, artifact_place(results, name) if local else None))
+            return str(client.create_experiment(name, artifact_place(results, name) if local else None, tags))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         # Made meanwhile by a process with another results folder, whose lock is another file.
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None
+    for key, value in tags.items():
+        if experiment.tags.get(key) != value:
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     return str(experiment.experiment_id)
 
 
@@ -256,12 +292,35 @@ def _log_outcome(client: "MlflowClient", run: "MlflowRun", ending: Mapping[str, 
     from mlflow.entities import Metric, RunTag
 
     known = run.data.metrics
-    fresh = {name: value for name, value in ending["metrics"].items() if known.get(name) != value}
+    shown = {shown_as(name): value for name, value in ending["metrics"].items()}
+    fresh = {name: value for name, value in shown.items() if known.get(name) != value}
     client.log_batch(
         run.info.run_id,
         metrics=[Metric(name, value, ending["time"], step) for name, value in fresh.items()],
         tags=[RunTag(name, text) for name, text in ending["tags"].items()],
     )
+
+
+def _log_curves(client: "MlflowClient", run_id: str, ending: Mapping[str, Any]) -> None:
+    """Log the curves of a stage, except points that are known: a repeated stage adds none."""
+    from mlflow.entities import Metric
+
+    for name, curve in ending.get("curves", {}).items():
+        known = {(point.step, point.value) for point in client.get_metric_history(run_id, shown_as(name))}
+        points = [Metric(shown_as(name), y, ending["time"], x) for x, y in curve if (x, y) not in known]
+        if points:
+            client.log_batch(run_id, metrics=points)
+
+
+def _log_tables(client: "MlflowClient", run_id: str, tables: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+    """Log each table as MLflow's pages show one. Its own `log_table` would add rows to what is there."""
+    for name, columns in tables.items():
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        client.log_dict(run_id, {"columns": list(columns), "data": rows}, f"{name}.json")
+    if tables:
+        known = json.loads(client.get_run(run_id).data.tags.get(TABLES, "[]"))
+        fresh = [{"path": f"{name}.json", "type": "table"} for name in tables]
+        client.set_tag(run_id, TABLES, json.dumps([*known, *(table for table in fresh if table not in known)]))
 
 
 def _log_new(client: "MlflowClient", run: "MlflowRun", config: RunConfig, tags: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 import threading
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ class Record:
     key: str
     """Tag that identifies the MLflow run; written here before the run is created."""
     run_id: str | None = None
+    experiment: str = ""
+    """Id of the MLflow experiment that holds the run."""
     sent: int = 0
     """Bytes of metrics.jsonl whose points have been sent."""
     stages: dict[str, str] = field(default_factory=dict)
@@ -27,19 +29,36 @@ class Record:
     """Ids of runs that this one replaces."""
     tags: dict[str, str] = field(default_factory=dict)
     """Tags of the run, as of its latest stage."""
+    question: str = ""
+    """What the experiment asks, shown on MLflow's page of it."""
     data_digest: str = ""
     ended: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Results of stages that are not sent yet: status, time (ms since 1970), metrics, tags, run_step."""
+    """Results of stages that are not sent yet: status, time (ms since 1970), and the fields of `Outcome`."""
     delivered: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Results of stages that have been sent, kept for another store."""
     store: str = ""
     """The store's name, to which they and the points have been sent."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """The results of a stage."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    run_step: int | None = None
+    """The step at which the metrics are logged to the run too; None: to the stage's child run only."""
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """For the run: by name, values over something that is no training step, such as k."""
+    tables: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    """For the run: by name, the columns of a table."""
+
+
 class Spool:
     """The record of one run and its points; thread-safe."""
 
     def __init__(self, run_dir: Path):
+        self.folder = run_dir
         self.points = run_dir / "metrics.jsonl"
         self._path = run_dir / "mlflow.json"
         self._lock = threading.RLock()
@@ -69,27 +88,23 @@ class Spool:
                 delivered={name: ending for name, ending in old.delivered.items() if name in kept},
             )  # fmt: skip
 
-    def attach(self, run_id: str, store: str) -> None:
+    def attach(self, run_id: str, experiment: str, store: str) -> None:
         """Set the MLflow run that takes what is sent; all points go to one that is new, and the results of all stages.
 
         Not the results that were sent before, if it replaces another run: it takes over that one's children.
         """
         with self._lock:
-            old = self.record
+            old, place = self.record, {"run_id": run_id, "experiment": experiment, "store": store}
             if run_id == old.run_id:
-                self.update(store=store)
+                self.update(**place)
             elif old.superseded and old.store == store:
-                self.update(run_id=run_id, sent=0)
+                self.update(**place, sent=0)
             else:
-                ended = {**old.delivered, **old.ended}
-                self.update(run_id=run_id, store=store, sent=0, ended=ended, delivered={})
+                self.update(**place, sent=0, ended={**old.delivered, **old.ended}, delivered={})
 
-    def end(
-        self, stage: str, status: str, metrics: Mapping[str, float], tags: Mapping[str, str], run_step: int | None
-    ) -> None:
-        """Record the results of a stage; with `run_step` its metrics are also logged to the run at that step."""
-        now = time.time_ns() // 1_000_000
-        ending = {"status": status, "time": now, "metrics": dict(metrics), "tags": dict(tags), "run_step": run_step}
+    def end(self, stage: str, status: str, outcome: Outcome) -> None:
+        """Record the results of a stage."""
+        ending = {"status": status, "time": time.time_ns() // 1_000_000, **asdict(outcome)}
         with self._lock:
             self.update(ended={**self.record.ended, stage: ending})
 

@@ -123,6 +123,13 @@ def artifact_place(results: Path, experiment: str) -> str:
     return (results.resolve() / "mlartifacts" / experiment).as_uri()
 
 
+LOCATIONS = (
+    ("runs", "artifact_uri"), ("logged_models", "artifact_location"), ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)  # fmt: skip
+"""Where MLflow's tables hold places of artifacts below an experiment's."""
+
+
 def follow_results(results: Path) -> None:
     """Update the artifact locations in the local store, if there is one, to the current results folder.
 
@@ -138,8 +145,8 @@ def follow_results(results: Path) -> None:
             if old == new or not old.endswith(new.removeprefix(here)):
                 continue
             connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (new, number))
-            connection.execute(
-                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
-                "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
-                (new, len(old) + 1, number, len(old), old),
-            )
+            for table, column in LOCATIONS:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, len(old) + 1, f"{old}/"),
+                )

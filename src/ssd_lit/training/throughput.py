@@ -58,12 +58,25 @@ class ThroughputLogger(PhaseCallback):
             "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/tokens_per_second": rate,
-            "train/flops": self._switch.before.flops + self._flops,
-            "train/seconds": self._switch.before.seconds + now,
+            **self._costs_so_far(trainer.global_step, now),
         }
         if self._peak is not None:
             self.last["train/mfu"] = rate * step_flops / step_tokens / (self._peak * trainer.world_size)
         module.record(self.last)
+
+    def on_validation_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
+        # At every step with a validation loss, so that it can be drawn over each of them.
+        module.record(self._costs_so_far(trainer.global_step, self._switch.elapsed()))
+
+    def _costs_so_far(self, step: int, elapsed: float) -> dict[str, float]:
+        """What the run has cost, `elapsed` seconds into the phase."""
+        before, config = self._switch.before, self._config
+        step_tokens = config.training.batch_size * config.data.sequence_length
+        return {
+            "train/tokens": before.tokens + (step - self._switch.phase.first_step) * step_tokens,
+            "train/flops": before.flops + self._flops,
+            "train/seconds": before.seconds + elapsed,
+        }
 
 
 LINE_SECONDS = 15.0

@@ -5,35 +5,27 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from ssd_lit.report.formatting import shortened
+from ssd_lit.report.palette import MARKERS as MARKERS  # the figures import from here what they share
+from ssd_lit.report.palette import PALETTE as PALETTE
+from ssd_lit.report.palette import ArmStyle as ArmStyle
+from ssd_lit.report.palette import ramp as ramp
+from ssd_lit.report.palette import styles_of
 from ssd_lit.report.results import Array, Points, RunResult, by_arm
 from ssd_lit.support.files import whole_file
 
-# Okabe and Ito's colours without yellow, too faint on white, then three of Tol's: colour-blind readers tell them apart.
-PALETTE = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#44AA99", "#999933",
-)  # fmt: skip
-Line = Literal["-", "-.", ":"] | tuple[float, tuple[float, ...]]
-LINES: tuple[Line, ...] = ("-", "-.", ":", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))
-"""Plain dashes are left for what is not a curve: reference lines."""
-MARKERS = ("o", "^", "s", "v", "P", "X")
-RAMPS = ("plasma", "viridis")
-"""Colours of the cells of grids, which stand in an order."""
-RAMP_COLOURS = 200
-"""More of a ramp could not be told apart, even by number."""
 GREY = "#555555"
 WIDTH = 9.0
 """Inches; the report shows figures at page width."""
@@ -73,45 +65,14 @@ _RC: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class ArmStyle:
-    """Colour, line and marker of an arm, the same in every figure."""
-
-    colour: str
-    line: Line
-    marker: str = MARKERS[0]
-
-
 def arm_styles(results: Sequence[RunResult]) -> dict[str, ArmStyle]:
-    """A colour and a line for each arm in order, no two alike among the arms that one figure draws.
-
-    With more arms than colours another kind of line and marker begins. The cells of all grids over the same settings
-    share a ramp of colours.
-    """
-    ramps: dict[tuple[str, ...], list[str]] = {}
-    others: list[str] = []
-    for arm, runs in by_arm(results).items():
-        (ramps.setdefault(tuple(runs[0].config.grid), []) if runs[0].is_cell else others).append(arm)
-    styles = {}
-    for index, arm in enumerate(others):
-        kind = index // len(PALETTE) % len(LINES)
-        styles[arm] = ArmStyle(PALETTE[index % len(PALETTE)], LINES[kind], MARKERS[kind])
-    for index, cells in enumerate(ramps.values()):
-        colours = ramp(min(len(cells), RAMP_COLOURS), RAMPS[index % len(RAMPS)])
-        for place, arm in enumerate(cells):
-            kind = (index // len(RAMPS) + place // RAMP_COLOURS) % len(LINES)
-            styles[arm] = ArmStyle(colours[place % RAMP_COLOURS], LINES[kind], "D")
-    return styles
+    """The style of each arm: see `styles_of`."""
+    return styles_of({arm: runs[0].config.grid for arm, runs in by_arm(results).items()})
 
 
 def arm_label(result: RunResult) -> str:
     """The label of a run's arm as it stands in legends, beside lanes and above panels."""
     return shortened(result.label, 30)
-
-
-def ramp(count: int, name: str) -> list[str]:
-    """Colours from dark to light, the lightest left out: they are too faint on white."""
-    return [to_hex(colormaps[name](0.88 * index / max(count - 1, 1))) for index in range(count)]
 
 
 def scale_perplexities(axes: Axes, values: Sequence[float]) -> None:
