@@ -195,7 +195,7 @@ def downstream(run_dir: RunDir, threads: Threads = None) -> str:
 
 @stage
 def moefy(
-    model: Annotated[Path, Option(metavar="DIR", help="a gpt2, bert, t5 or llama checkpoint in safetensors")],
+    model: Annotated[Path, Option(metavar="DIR", help="a checkpoint of a supported family in safetensors")],
     experts: Annotated[int, Option(min=1, max=MOST, metavar="E", help="experts of one FFN; must divide its neurons")],
     top_k: Annotated[int, Option(min=1, max=MOST, metavar="K", help="experts a token, unless told otherwise")],
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],

@@ -72,7 +72,7 @@ class GlueConfig(Section):
 
 
 class BlimpConfig(Section):
-    """BLiMP's minimal pairs, scored by the final models of families gpt2 and llama without any fine-tuning."""
+    """BLiMP's minimal pairs, scored without any fine-tuning by final models that predict the next token."""
 
     file: str
     """BLiMP.zip as published, or a folder of its .jsonl files."""

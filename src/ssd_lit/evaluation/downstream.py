@@ -13,6 +13,7 @@ from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
 from ssd_lit.evaluation.resumable import ResumableResults
+from ssd_lit.models.family import family
 from ssd_lit.moe.ffn import Mode
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
@@ -67,11 +68,12 @@ def means(content: Mapping[str, Any]) -> dict[str, float]:
 
 def _why_not(benchmark: str, config: RunConfig) -> str | None:
     """Why a run's model cannot be scored on a benchmark; None if it can."""
-    family = config.model.family
-    if benchmark == "glue" and family != "bert":
-        return f"only models of family bert are fine-tuned, and this one is {family}"
-    if benchmark == "blimp" and family not in ("gpt2", "llama"):
-        return f"only models that predict the next token score sentences, and this one is {family}"
+    name = config.model.family
+    objective = family(name).objective
+    if benchmark == "glue" and name != "bert":
+        return f"only models of family bert are fine-tuned, and this one is {name}"
+    if benchmark == "blimp" and objective != "causal":
+        return f"only models that predict the next token score sentences, and this one is {name}"
     return None
 
 

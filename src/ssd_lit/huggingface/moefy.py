@@ -20,7 +20,7 @@ from ssd_lit.models.hooks import capture_inputs
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.names import NEEDS_ACTIVATIONS
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS, allowed_experts
 from ssd_lit.moe.permutation import moefy
 from ssd_lit.support.files import check_unfilled, whole_folder
 from ssd_lit.training.routers import Example, contributions, fit_routers
@@ -79,7 +79,10 @@ def check_folders(source: Path, target: Path, moe: MoEConfig, text: Path | None)
     """Raise ValueError for arguments that cannot work, without loading the model."""
     shape = checkpoint_shape(source)
     if shape["d_ff"] % moe.experts:
-        raise ValueError(f"experts {moe.experts}: does not divide the {shape['d_ff']} neurons of an FFN of {source}")
+        raise ValueError(
+            f"experts {moe.experts}: does not divide the {shape['d_ff']} neurons of an FFN of {source}; "
+            f"allowed: {allowed_experts(shape['d_ff'])}"
+        )
     if shape["activation"] not in ACTIVATIONS:
         raise ValueError(f"{source}: activation {shape['activation']!r}; allowed: {', '.join(ACTIVATIONS)}")
     check_unfilled(target)

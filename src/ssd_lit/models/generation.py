@@ -97,7 +97,7 @@ class Generator:
     def __call__(self, prompt: Tensor, new_tokens: int) -> Tensor:
         """The prompts and their continuations: [B, S] -> [B, S + new_tokens].
 
-        Raises ValueError if the model has fewer positions.
+        Raises ValueError if the model has fewer positions, or attends to a shorter window.
         """
         if new_tokens < 1:
             return prompt
@@ -117,6 +117,11 @@ class Generator:
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and places > longest:
             raise ValueError(f"{length} + {new_tokens} tokens: this model has {longest} positions")
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is not None and places > window:
+            raise ValueError(
+                f"{length} + {new_tokens} tokens: more than the window of {window} that this model attends to"
+            )
         self._prepare(prompt, places)
         self._tokens[:, :length] = prompt
         if self._reading is not None:
