@@ -14,10 +14,11 @@ Router = Literal["center", "random", PosthocRouter]
 
 def export(folder: Path, out: Path) -> str:
     """Write the final model of a run as a checkpoint folder, with the tokenizer of its data."""
+    from ssd_lit.evaluation.scores import score_tables
     from ssd_lit.huggingface.export import export_run
 
     run = Run.open(folder)
-    if export_run(run, out):
+    if export_run(run, out, scores=score_tables(run)):
         return f"{out}: {run.config.moe.experts} experts a layer, {run.config.moe.top_k} a token in sparse mode"
     return f"{out}: dense only; `ssd-lit moefy --model {out}` gives it experts"
 
