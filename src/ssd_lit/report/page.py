@@ -12,7 +12,7 @@ from ssd_lit.config import Experiment
 from ssd_lit.report import formatting
 from ssd_lit.report.arms import Arm, arms_of
 from ssd_lit.report.comparison import comparison
-from ssd_lit.report.downstream import blimp_table, glue_table
+from ssd_lit.report.downstream import blimp_table, glue_table, harness_table
 from ssd_lit.report.figures import GRID, figures_of
 from ssd_lit.report.grid import QUANTITIES, Grid, grids, page
 from ssd_lit.report.results import load_results, run_frame
@@ -55,6 +55,7 @@ def write_report(exp_dir: Path, experiment: Experiment, data_dir: Path, provenan
         tokens=token_tables(results),
         glue=glue_table(results),
         blimp=blimp_table(results),
+        harness=harness_table(results),
         grids=[(_grid(grid), figure) for grid, figure in zip(grids(experiment, results), of_grids, strict=True)],
         rows=list(zip(results, frame.to_dict("records"), strict=True)),
         one_model=frame["model"].nunique() == 1,
