@@ -17,7 +17,7 @@ from tests.workflow.running import ENVIRONMENT, ROOT, command
 
 COMMANDS = [
     "configs", "prepare", "tokenizer", "encode", "train", "evaluate", "analyse", "downstream", "moefy", "summarise",
-    "figures", "report", "verify", "store", "send", "export", "ui", "schema",
+    "figures", "report", "verify", "store", "send", "export", "generate", "ui", "schema",
 ]  # fmt: skip
 
 

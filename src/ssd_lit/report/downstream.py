@@ -80,7 +80,7 @@ def scores(results: Sequence[RunResult], benchmark: str) -> pd.DataFrame:
         return means.reset_index(name="value").assign(metric="accuracy")
     if benchmark == "harness":
         return table.assign(part=table["task"])[[*RUN, "part", "mode", "metric", "value"]].astype({"value": float})
-    table = table.assign(part=table["task"]).melt([*RUN, "part", "mode"], list(METRICS), "metric")
+    table = table.assign(part=table["task"]).drop(columns=["metric", "value"]).melt([*RUN, "part", "mode"], list(METRICS), "metric")
     return table.dropna(subset="value").astype({"value": float})
 
 
