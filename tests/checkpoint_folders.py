@@ -8,7 +8,17 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
 
 from ssd_lit.support.files import read_json, write_json
 
@@ -24,6 +34,18 @@ GPT2 = GPT2Config(
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=F,
     max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+GQA = {**LLAMA.to_dict(), "num_key_value_heads": 1}
+MISTRAL = MistralConfig(**{**GQA, "head_dim": 6, "sliding_window": None})
+QWEN2 = Qwen2Config(**{**GQA, "tie_word_embeddings": True})
+QWEN3 = Qwen3Config(**{**GQA, "num_attention_heads": 3, "head_dim": 10})
+OPT = OPTConfig(
+    vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=2, num_attention_heads=2, ffn_dim=F, word_embed_proj_dim=12,
+    max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+GPT_NEOX = GPTNeoXConfig(
+    vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=2, num_attention_heads=2, intermediate_size=F,
+    max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 T5_SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "d_model": D, "d_kv": 8, "d_ff": F, "num_layers": 2, "num_heads": 2,
@@ -46,6 +68,16 @@ MODELS: dict[str, tuple[str, Any, str]] = {
     "llama": ("LlamaForCausalLM", LLAMA, "AutoModelForCausalLM"),
     "llama biased": ("LlamaForCausalLM", LlamaConfig(**{**LLAMA.to_dict(), "mlp_bias": True}), "AutoModelForCausalLM"),
     "llama base": ("LlamaModel", LLAMA, "AutoModel"),
+    "opt": ("OPTForCausalLM", OPT, "AutoModelForCausalLM"),
+    "opt base": ("OPTModel", OPT, "AutoModel"),
+    "mistral": ("MistralForCausalLM", MISTRAL, "AutoModelForCausalLM"),
+    "mistral base": ("MistralModel", MISTRAL, "AutoModel"),
+    "qwen2": ("Qwen2ForCausalLM", QWEN2, "AutoModelForCausalLM"),
+    "qwen2 base": ("Qwen2Model", QWEN2, "AutoModel"),
+    "qwen3": ("Qwen3ForCausalLM", QWEN3, "AutoModelForCausalLM"),
+    "qwen3 base": ("Qwen3Model", QWEN3, "AutoModel"),
+    "gpt_neox": ("GPTNeoXForCausalLM", GPT_NEOX, "AutoModelForCausalLM"),
+    "gpt_neox base": ("GPTNeoXModel", GPT_NEOX, "AutoModel"),
     "llama reader": ("LlamaForQuestionAnswering", LLAMA, "AutoModelForQuestionAnswering"),
 }
 """Class, config, and the Auto class that opens such a folder."""

@@ -268,7 +268,7 @@ def downstream(run_dir: RunDir, threads: Threads = None) -> str:
 
 @stage
 def moefy(
-    model: Annotated[Path, Option(metavar="DIR", help="a gpt2, bert, t5 or llama checkpoint in safetensors")],
+    model: Annotated[Path, Option(metavar="DIR", help="a checkpoint of a supported family in safetensors")],
     experts: Annotated[int, Option(min=1, max=MOST, metavar="E", help="experts of one FFN; must divide its neurons")],
     top_k: Annotated[int, Option(min=1, max=MOST, metavar="K", help="experts a token, unless told otherwise")],
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
@@ -337,6 +337,34 @@ def send(place: Place) -> str:
 def export(run_dir: RunDir, out: Annotated[Path, Option(metavar="DIR", help="the new folder")]) -> str:
     """Write a run's final model as a Hugging Face checkpoint folder."""
     return exchange.export(run_dir, out)
+
+
+@stage
+def generate(
+    model: Annotated[Path, Option(metavar="DIR", help="a folder that moefy or export wrote, with a tokenizer")],
+    prompt: Annotated[str, Option(metavar="TEXT", help="what the text begins with")],
+    mode: Annotated[exchange.Mode, Option(help="how FFNs are computed")] = "dense",
+    top_k: Annotated[
+        int | None, Option(min=1, max=MOST, metavar="K", help="experts a token, else what the folder says")
+    ] = None,
+    new_tokens: Annotated[int, Option(min=1, max=MOST, metavar="N", help="tokens to add at most")] = 100,
+    temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token; above, tokens are drawn")] = 0.0,
+    top_p: Annotated[float, Option(help="draw from the likeliest tokens that have this probability together")] = 1.0,
+    seed: Annotated[int, Option(metavar="N", help="of the draws")] = 0,
+    threads: Threads = None,
+) -> str:
+    """Continue a text with a folder's model, in either mode, and print it as it comes."""
+    return exchange.generate(
+        model=model,
+        prompt=prompt,
+        mode=mode,
+        top_k=top_k,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        threads=threads,
+    )
 
 
 @stage

@@ -40,7 +40,10 @@ def only(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"family": "llama", "dropout": 0.1}}, "model.dropout: .*llama have no dropout"),
+        (
+            {"model": {"family": "llama", "dropout": 0.1}},
+            "model.dropout: .*llama, mistral, qwen2, qwen3 have no dropout",
+        ),
         (of_arm("dense", moe={"top_k": 1}), r"arms\.dense\.moe\.top_k: .*dense have no experts"),
         (of_arm("dense", switching={"tau": 0.5}), r"arms\.dense\.switching\.tau: .*only method ssd switches"),
         (of_arm("sparse", switching={"check_every": 5}), "switching.check_every: .*only dense phases are checked"),

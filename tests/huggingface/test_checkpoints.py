@@ -92,6 +92,19 @@ def test_a_t5_may_have_its_embeddings_under_any_of_their_names(tmp_path: Path, k
         family("t5").open(tmp_path)
 
 
+def test_the_head_of_a_gpt_neox_may_have_the_name_that_pythia_gives_it(tmp_path: Path, tokens: torch.Tensor) -> None:
+    original = save_model(tmp_path / "dense", "gpt_neox")
+    names = {"lm_head.weight": "embed_out.weight"}
+    change_weights(tmp_path / "dense", lambda weights: {names.get(key, key): value for key, value in weights.items()})
+    assert "lm_head.weight" in stored_tensors(tmp_path / "dense")
+    assert not has_tied_head(tmp_path / "dense")
+    moefy_folder(tmp_path / "dense", tmp_path / "out", MOE)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    for opened in (family("gpt_neox").open(tmp_path / "dense"), plain, ssd_lit.load(tmp_path / "out")):
+        torch.testing.assert_close(outputs(opened, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
+    LanguageModel(ModelConfig(pretrained=str(tmp_path / "dense")), MOE, SPECIALS, context=8)
+
+
 def test_norms_may_have_the_names_of_the_first_bert(tmp_path: Path, tokens: torch.Tensor) -> None:
     original = save_model(tmp_path / "dense", "bert")
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -109,7 +122,7 @@ def test_norms_may_have_the_names_of_the_first_bert(tmp_path: Path, tokens: torc
     torch.testing.assert_close(outputs(again, tokens), outputs(original, tokens), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama", "opt", "qwen3", "gpt_neox"])
 def test_headers_tell_a_shape_that_is_not_that_of_the_settings(tmp_path: Path, name: str) -> None:
     save_model(tmp_path, name)
     check_weights(tmp_path)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from torch.nn.functional import cross_entropy
 
 import ssd_lit
@@ -75,6 +76,9 @@ def check_export(bench: Bench, arm: str, folder: Path, auto: str) -> None:
     torch.testing.assert_close(logits(plain, batch), model(batch), rtol=1e-5, atol=1e-6)
     if arm == "dense":
         assert not (folder / "experts.json").exists()
+        torch.testing.assert_close(
+            logits(ssd_lit.load(folder, mode="dense"), batch), model(batch), rtol=1e-5, atol=1e-6
+        )
         return
     ours = ssd_lit.load(folder)
     assert ours.config.use_cache
@@ -91,6 +95,23 @@ def test_an_exported_run_is_the_run_in_every_mode(gpt2: Bench, tmp_path: Path, a
     if arm != "dense":
         router = {"ssd": "center", "gate": "gate", "norm_mlp": "norm_mlp"}[arm]
         assert read_json(tmp_path / "out/experts.json")["router"] == router
+
+
+def test_the_card_tells_data_settings_scores_and_limits(gpt2: Bench, tmp_path: Path) -> None:
+    gpt2.stage("export", gpt2.dir("norm_mlp"), "--out", tmp_path / "early")
+    assert "None were measured with these weights" in (tmp_path / "early/README.md").read_text()
+    gpt2.stage("evaluate", gpt2.dir("ssd"))
+    gpt2.stage("export", gpt2.dir("ssd"), "--out", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "text-generation"
+    found = read_json(gpt2.dir("ssd") / "evaluation.json")
+    assert f"| dense | {found['loss_dense']:.4f} |" in card
+    assert all(f"| sparse, {p['top_k']} experts a token | {p['loss']:.4f} |" in card for p in found["curve"])
+    assert "text.txt" in card.partition("## Data")[2].partition("## Settings")[0]
+    settings = yaml.safe_load(card.partition("```yaml")[2].partition("```")[0])
+    assert settings["training"]["steps"] == TRAINING["steps"]
+    assert "blocks of 16 tokens" in card.partition("## Limits")[2]
 
 
 @pytest.mark.parametrize(

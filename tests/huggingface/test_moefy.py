@@ -151,7 +151,7 @@ def test_what_cannot_be_done_is_said_before_the_weights_are_read(tmp_path: Path,
             moefy_folder(dense, out, MoEConfig(**{"experts": E, "top_k": 1, **settings}), text=text)
         assert not out.exists()
 
-    refused("experts 5: does not divide the 32 neurons", experts=5)
+    refused("experts 5: does not divide the 32 neurons of an FFN of .*; allowed: 1, 2, 4, 8, 16, 32", experts=5)
     refused("coactivation needs text .* --text", construction="coactivation")
     refused("norm_mlp needs text .* --text", posthoc_router="norm_mlp")
     refused("no tokenizer.json in folder", text=text)

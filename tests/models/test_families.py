@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssd_lit.config import ModelConfig, MoEConfig
@@ -16,17 +17,19 @@ from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.permutation import permute_neurons
-from tests.checkpoint_folders import save_model
+from tests.checkpoint_folders import MODELS, save_model
 
 SPECIALS = VocabInfo(vocab_size=50, eos_id=0, mask_id=1, sentinel_ids=(2, 3, 4))
 MOE = MoEConfig(experts=4, top_k=1, backend="loop")
 CONTEXT = 8
-FAMILIES = ("gpt2", "bert", "t5", "llama")
-FFN_MODULE = {"gpt2": "mlp", "bert": "intermediate", "t5": "DenseReluDense", "llama": "mlp"}
+FAMILIES = ("gpt2", "bert", "t5", "llama", "opt", "mistral", "qwen2", "qwen3", "gpt_neox")
+FFN_MODULE = {"bert": "intermediate", "t5": "DenseReluDense", "opt": "fc1"}
+"""The first of the modules that an ExpertFFN replaces, where it is not `mlp`."""
+NO_DROPOUT = GATED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def config(name: str, **changes: Any) -> ModelConfig:
-    shape = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0 if name == "llama" else 0.1}
+    shape = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0 if name in NO_DROPOUT else 0.1}
     return ModelConfig(**{"family": name, **shape, **changes})
 
 
@@ -62,6 +65,13 @@ CASES = [
     ("t5", {"is_gated_act": True, "dense_act_fn": "gelu_new"}),
     ("llama", {"hidden_act": "silu"}),
     ("llama", {"mlp_bias": True}),
+    ("opt", {"enable_bias": False, "word_embed_proj_dim": 12}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("mistral", {"head_dim": 6, "num_key_value_heads": 1}),
+    ("mistral", {"sliding_window": 4}),
+    ("qwen2", {"hidden_act": "silu", "num_key_value_heads": 1}),
+    ("qwen3", {"head_dim": 10, "num_key_value_heads": 1}),
+    ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu"}),
 ]
 
 
@@ -100,8 +110,8 @@ def test_a_probe_sees_what_the_ffns_see_and_leaves_the_model_as_it_was(name: str
     theirs = family(name).build(config(name), SPECIALS, CONTEXT).eval()
     seen = []
     for path, module in theirs.named_modules():
-        if path.rpartition(".")[2] == FFN_MODULE[name]:
-            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        if path.rpartition(".")[2] == FFN_MODULE.get(name, "mlp"):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
     of = batch(name)
     logits(theirs, name, of)
     found = ffn_inputs(model, of)
@@ -161,10 +171,10 @@ def test_a_config_names_its_family_and_its_activation() -> None:
     for name in FAMILIES:
         model = LanguageModel(config(name, activation="silu"), MOE, SPECIALS, context=CONTEXT)
         assert [ffn.activation for ffn in model.ffns] == ["silu"] * (4 if name == "t5" else 2)
-        assert [ffn.w_gate is not None for ffn in model.ffns] == [name == "llama"] * len(model.ffns)
+        assert [ffn.w_gate is not None for ffn in model.ffns] == [name in GATED] * len(model.ffns)
 
 
-@pytest.mark.parametrize(("name", "saved"), [("gpt2", "gpt2 base"), ("bert", "bert base"), ("llama", "llama base")])
+@pytest.mark.parametrize(("name", "saved"), [(name, f"{name} base") for name in FAMILIES if name != "t5"])
 def test_training_may_begin_at_a_model_without_a_head(tmp_path: Path, name: str, saved: str) -> None:
     """What the folder has is read, in full precision; a head of its own is drawn, the same for the same seed."""
     expected = save_model(tmp_path, saved, dtype=torch.bfloat16).state_dict()
@@ -182,6 +192,39 @@ def test_training_may_begin_at_a_model_without_a_head(tmp_path: Path, name: str,
     shared = expected.keys() & ours.keys()
     assert len(shared) > 10
     assert all(torch.equal(ours[key], expected[key].float()) for key in shared)
+
+
+def test_blocks_longer_than_a_window_are_attended_as_by_hugging_face(tmp_path: Path) -> None:
+    wide = transformers.MistralConfig(**{**MODELS["mistral"][1].to_dict(), "sliding_window": 4})
+    torch.manual_seed(0)
+    theirs = transformers.MistralForCausalLM(wide).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = LanguageModel(ModelConfig(pretrained=str(tmp_path)), MOE, SPECIALS, context=CONTEXT).eval()
+    tokens = torch.randint(50, (2, CONTEXT), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        torch.testing.assert_close(ours({"inputs": tokens, "targets": tokens}), expected)
+        wide.sliding_window = None
+        assert not torch.allclose(theirs(tokens).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "message"),
+    [("llama", 3, "heads 3 does not divide d_model 16"), ("qwen3", 16, "heads of width 1; qwen3 needs an even one")],
+)
+def test_heads_that_no_model_has_are_refused(name: str, heads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(name, heads=heads)
+
+
+def test_heads_of_an_odd_width_are_computed_as_by_hugging_face() -> None:
+    for name in ("gpt2", "opt", "bert", "t5"):
+        settings = config(name, d_model=15, heads=3, dropout=0.0)
+        torch.manual_seed(0)
+        theirs = family(name).build(settings, SPECIALS, CONTEXT)
+        torch.manual_seed(0)
+        ours = LanguageModel(settings, MOE, SPECIALS, context=CONTEXT)
+        torch.testing.assert_close(ours(batch(name)), logits(theirs, name, batch(name)))
 
 
 def test_training_does_not_begin_at_half_a_model(tmp_path: Path) -> None:

@@ -16,6 +16,17 @@ from ssd_lit.models.generation import Generator, linear, product, row_products
 from tests.checkpoint_folders import MODELS
 
 E, K, PROMPT, NEW = 8, 3, 5, 12
+BATCHES = [
+    ("gpt2", 1),
+    ("gpt2", 3),
+    ("llama", 1),
+    ("llama", 3),
+    ("opt", 2),
+    ("mistral", 2),
+    ("qwen2", 2),
+    ("qwen3", 2),
+    ("gpt_neox", 2),
+]
 
 
 def sparse_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -30,8 +41,7 @@ def sparse_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "batch"), BATCHES)
 def test_tokens_are_those_of_transformers_in_both_modes(name: str, batch: int) -> None:
     model = sparse_model(name)
     generator = Generator(model)
@@ -48,7 +58,7 @@ def test_tokens_are_those_of_transformers_in_both_modes(name: str, batch: int) -
         assert found[mode].shape == (batch, PROMPT + 1)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox"])
 def test_the_compiled_step_is_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = sparse_model(name)
     set_mode(model, "sparse")
@@ -83,6 +93,13 @@ def test_a_model_in_blocks_gives_its_outputs_and_is_left_as_it_was(name: str) ->
             found = model(token).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert vars(model.lm_head) == before
+
+
+def test_more_tokens_than_a_window_are_refused() -> None:
+    model = sparse_model("mistral")
+    model.config.sliding_window = 8
+    with pytest.raises(ValueError, match=r"5 \+ 12 tokens: more than the window of 8"):
+        Generator(model)(torch.zeros(1, PROMPT, dtype=torch.long), NEW)
 
 
 def test_more_tokens_than_positions_are_refused() -> None:

@@ -27,6 +27,7 @@ from ssd_lit.config.measurements import (
     DownstreamConfig,
     EvaluationConfig,
     GlueConfig,
+    HarnessConfig,
 )
 from ssd_lit.config.run_config import Arm, RunConfig
 from ssd_lit.config.section import Family, Fraction, Method, Name, Positive, Section, Seed
@@ -53,6 +54,7 @@ __all__ = [
     "FilesSource",
     "Fraction",
     "GlueConfig",
+    "HarnessConfig",
     "HubSource",
     "KSchedule",
     "Method",

@@ -14,6 +14,8 @@ from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 OF_EVERY_STAGE = ("devices", "nodes", "threads", "deterministic")
 OF_BATCHES = ("batch_size", "log_every")
 """Keys of the section training that routers are trained by too."""
+NO_DROPOUT = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose fresh models drop nothing."""
 
 
 class Rule(NamedTuple):
@@ -44,7 +46,11 @@ def _calibrates(run: RunConfig, analysis: AnalysisConfig | None) -> bool:
 
 
 RULES = (
-    Rule(("model.dropout",), lambda run, _: run.model.family != "llama", "models of family llama have no dropout"),
+    Rule(
+        ("model.dropout",),
+        lambda run, _: run.model.family not in NO_DROPOUT,
+        f"models of families {', '.join(NO_DROPOUT)} have no dropout",
+    ),
     Rule(
         ("model.dropout",),
         lambda run, _: run.model.pretrained is None,

@@ -72,7 +72,7 @@ class GlueConfig(Section):
 
 
 class BlimpConfig(Section):
-    """BLiMP's minimal pairs, scored by the final models of families gpt2 and llama without any fine-tuning."""
+    """BLiMP's minimal pairs, scored without any fine-tuning by final models that predict the next token."""
 
     file: str
     """BLiMP.zip as published, or a folder of its .jsonl files."""
@@ -86,6 +86,30 @@ class BlimpConfig(Section):
         return self
 
 
+class HarnessConfig(Section):
+    """Tasks of EleutherAI's lm-evaluation-harness (`pip install ssd-lit[harness]`), for final models that predict the
+    next token, in every mode that they have."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of tasks or of groups of them."""
+    folder: str | None = None
+    """A folder of task files (YAML), which may name local data; null takes the package's own, which fetch theirs."""
+    few_shot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; null takes what the task says."""
+    limit: Positive | None = None
+    """Score the first so many questions of each task only; null takes all."""
+    batch_size: Positive = 16
+    """Questions scored at once."""
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        if self.folder is not None and not Path(self.folder).is_dir():
+            raise ValueError(f"no folder {self.folder!r}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks {shown(self.tasks)}: each may stand there once")
+        return self
+
+
 class DownstreamConfig(Section):
     """What the final models are worth on other tasks, beside their loss."""
 
@@ -93,9 +117,11 @@ class DownstreamConfig(Section):
     """null leaves it out, as for every model that is no bert."""
     blimp: BlimpConfig | None = None
     """null leaves it out, as for every model that does not predict the next token."""
+    harness: HarnessConfig | None = None
+    """null leaves it out, as for every model that does not predict the next token."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
-        if self.glue is None and self.blimp is None:
-            raise ValueError("nothing is asked for; allowed: glue, blimp")
+        if self.glue is None and self.blimp is None and self.harness is None:
+            raise ValueError("nothing is asked for; allowed: glue, blimp, harness")
         return self

@@ -23,7 +23,12 @@ KEYS: dict[str, dict[str, str]] = {
         "layers": "num_hidden_layers", "d_model": "hidden_size", "heads": "num_attention_heads",
         "d_ff": "intermediate_size", "activation": "hidden_act",
     },
+    "opt": {
+        "layers": "num_hidden_layers", "d_model": "hidden_size", "heads": "num_attention_heads", "d_ff": "ffn_dim",
+        "activation": "activation_function",
+    },
 }  # fmt: skip
+KEYS |= dict.fromkeys(("mistral", "qwen2", "qwen3", "gpt_neox"), KEYS["llama"])
 
 # Where the base model of each family keeps its token embeddings; T5 may have them under more than one name.
 EMBEDDINGS = {
@@ -31,6 +36,11 @@ EMBEDDINGS = {
     "bert": ("embeddings.word_embeddings.weight",),
     "t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     "llama": ("embed_tokens.weight",),
+    "mistral": ("embed_tokens.weight",),
+    "qwen2": ("embed_tokens.weight",),
+    "qwen3": ("embed_tokens.weight",),
+    "opt": ("decoder.embed_tokens.weight",),
+    "gpt_neox": ("embed_in.weight",),
 }
 
 # The modules with a weight that every base model has, by the prefix of their names; {} is the layer. FFNs are looked at
@@ -57,6 +67,21 @@ MODULES = {
         "layers.{}.": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj input_layernorm "
         "mlp.gate_proj mlp.down_proj post_attention_layernorm",
     },
+    # The weights of its norms are optional.
+    "opt": {
+        "decoder.": "embed_positions",
+        "decoder.layers.{}.": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc2",
+    },
+    "gpt_neox": {
+        "": "final_layer_norm",
+        "layers.{}.": "input_layernorm attention.query_key_value attention.dense post_attention_layernorm "
+        "mlp.dense_4h_to_h",
+    },
+}
+MODULES |= {"mistral": MODULES["llama"], "qwen2": MODULES["llama"]}
+MODULES["qwen3"] = {
+    **MODULES["llama"],
+    "layers.{}.": f"{MODULES['llama']['layers.{}.']} self_attn.q_norm self_attn.k_norm",
 }
 
 # Where those families that learn positions keep them.
@@ -69,7 +94,17 @@ TIED = {
              "cls.predictions.decoder.bias": "cls.predictions.bias"},
     "t5": {"lm_head.weight": "shared.weight"},
     "llama": {"lm_head.weight": "embed_tokens.weight"},
+    "opt": {"lm_head.weight": "decoder.embed_tokens.weight"},
+    "gpt_neox": {"lm_head.weight": "embed_in.weight"},
 }  # fmt: skip
+TIED |= dict.fromkeys(("mistral", "qwen2", "qwen3"), TIED["llama"])
+
+# The families whose head is not tied to the embeddings unless config.json says so.
+UNTIED = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+
+# The families that turn pairs of a head's numbers, and those whose config.json may give a head a width of its own.
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
+HEAD_WIDTH = {"t5": "d_kv", "mistral": "head_dim", "qwen2": "head_dim", "qwen3": "head_dim"}
 
 # The matrices of an FFN that read its input, of which any may be there, and the dimension that counts neurons.
 FFN_INPUTS = {
@@ -78,7 +113,10 @@ FFN_INPUTS = {
     "t5": (("encoder.block.{}.layer.1.DenseReluDense.wi.weight",
             "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"), 0),
     "llama": (("layers.{}.mlp.up_proj.weight",), 0),
+    "opt": (("decoder.layers.{}.fc1.weight",), 0),
+    "gpt_neox": (("layers.{}.mlp.dense_h_to_4h.weight",), 0),
 }  # fmt: skip
+FFN_INPUTS |= dict.fromkeys(("mistral", "qwen2", "qwen3"), FFN_INPUTS["llama"])
 
 # Further names of activations, each with the one that we have for its function.
 SAME_ACTIVATION = {
@@ -114,7 +152,8 @@ def checkpoint_shape(folder: Path) -> dict[str, Any]:
     unknown = [theirs for ours, theirs in KEYS[family].items() if ours not in shape]
     if unknown:
         raise ValueError(f"{folder}: config.json does not say {', '.join(unknown)}")
-    if family != "t5" and shape["d_model"] % shape["heads"]:
+    has_own_width = content.get(HEAD_WIDTH.get(family, "")) is not None or family in ("t5", "qwen3")
+    if not has_own_width and shape["d_model"] % shape["heads"]:
         names = KEYS[family]
         raise ValueError(
             f"{folder}: {names['heads']} {shape['heads']} does not divide {names['d_model']} {shape['d_model']}; "
@@ -173,6 +212,11 @@ def plain_name(name: str) -> str:
     return re.sub(WRAPPERS, "", name)
 
 
+def _known_name(name: str) -> str:
+    """The name that Transformers knows a weight by: the head of GPT-NeoX has another one in files."""
+    return re.sub(r"^embed_out\.", "lm_head.", plain_name(name))
+
+
 class StoredTensor(NamedTuple):
     """What the header of a weight file says of a tensor, and where its bytes are."""
 
@@ -193,7 +237,7 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a folder's weight files by their plain names; their headers are read, nothing else.
+    """The tensors of a folder's weight files by the names that Transformers knows; only their headers are read.
 
     Raises ValueError for a file that is no safetensors or is cut off, and for shards that do not hold what their index
     says.
@@ -201,13 +245,13 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         for name, tensor in _header(file).items():
-            name = plain_name(name)
+            name = _known_name(name)
             if name in found:
                 raise ValueError(f"{folder}: {name} is in {found[name].file.name} and in {file.name}")
             found[name] = tensor
     if not (folder / "model.safetensors").is_file():
         index = folder / "model.safetensors.index.json"
-        told = {plain_name(name): file for name, file in read_json(index)["weight_map"].items()}
+        told = {_known_name(name): file for name, file in read_json(index)["weight_map"].items()}
         for name in sorted(told.keys() | found.keys()):
             place = found[name].file.name if name in found else "no shard"
             if told.get(name) != place:
@@ -310,7 +354,7 @@ def check_shared_embeddings(folder: Path) -> None:
 
 def _says_tied(settings: Mapping[str, Any]) -> bool:
     told = settings.get("tie_word_embeddings")
-    return settings["model_type"] != "llama" if told is None else bool(told)
+    return settings["model_type"] not in UNTIED if told is None else bool(told)
 
 
 def embedded_tokens(folder: Path) -> int:
@@ -324,7 +368,7 @@ def longest_input(folder: Path) -> int | None:
     settings, tensors = model_settings(folder), stored_tensors(folder)
     name = POSITIONS.get(settings["model_type"])
     if name is None:
-        # LLaMA turns by any angle, but is built for so many.
+        # Rotary positions turn by any angle, but the model is built for so many; OPT has two rows more.
         longest = settings.get("max_position_embeddings")
         return longest if isinstance(longest, int) else None
     positions = find_tensor(tensors, name)

@@ -18,6 +18,7 @@ from ssd_lit.config.sections import (
     TrainingConfig,
     with_phase_lengths,
 )
+from ssd_lit.moe.names import allowed_experts
 
 RUN_SECTIONS = ("model", "moe", "optim", "training", "switching")
 """The sections that an experiment, an arm and a run have, and that a grid may change."""
@@ -82,7 +83,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.model.d_ff % self.moe.experts:
-            raise ValueError(f"model.d_ff {self.model.d_ff} is not divisible by moe.experts {self.moe.experts}")
+            raise ValueError(
+                f"model.d_ff {self.model.d_ff} is not divisible by moe.experts {self.moe.experts}; "
+                f"allowed: {allowed_experts(self.model.d_ff)}"
+            )
         if self.optim.warmup_steps >= self.training.steps:
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps}: must be below training.steps {self.training.steps}"

@@ -12,7 +12,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
 Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
-Family = Literal["gpt2", "bert", "t5", "llama"]
+Family = Literal["gpt2", "bert", "t5", "llama", "opt", "mistral", "qwen2", "qwen3", "gpt_neox"]
 Seed = Annotated[int, Field(ge=0, le=1_000_000)]
 """scikit-learn takes seeds below 2^32, and clusterings are given a thousand for each of ours."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ssd_lit.config.pretrained import check_weights, checkpoint_shape
+from ssd_lit.config.pretrained import HEAD_WIDTH, ROTARY, check_weights, checkpoint_shape
 from ssd_lit.config.section import Family, Fraction, Positive, Section
 from ssd_lit.moe.names import Activation, BackendName, Construction, PosthocRouter, RouterName, ScheduleKind
 
@@ -15,7 +15,7 @@ class ModelConfig(Section):
     """The backbone: its shape, and where its first weights come from."""
 
     family: Family = "gpt2"
-    """gpt2 and llama predict the next token, bert masked tokens, t5 cut-out spans."""
+    """bert predicts masked tokens, t5 cut-out spans, all others the next token."""
     pretrained: str | None = None
     """Start from this checkpoint folder (safetensors, as Hugging Face writes it); the shape is then the folder's."""
     layers: Annotated[int, Field(gt=0, le=1000)] = 4
@@ -27,9 +27,11 @@ class ModelConfig(Section):
     d_ff: Annotated[int, Field(gt=0, le=10_000_000)] = 512
     """F: neurons of one FFN."""
     activation: Activation = "relu"
-    """relu2 is the square of ReLU. With llama, whose FFNs are gated, relu makes ReGLU and silu SwiGLU."""
+    """relu2 is the square of ReLU. Where FFNs are gated (llama, mistral, qwen2, qwen3), relu makes ReGLU and
+    silu SwiGLU."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability with which activations are dropped in training; llama has no dropout, and a checkpoint its own."""
+    """Probability with which activations are dropped in training; those families have no dropout, and a
+    checkpoint its own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -47,9 +49,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        has_own_width = self.family == "t5" and self.pretrained is not None  # its config.json has a d_kv
-        if self.d_model % self.heads and not has_own_width:
+        if self.pretrained is not None and self.family in HEAD_WIDTH:
+            return self  # its config.json may say how wide a head is
+        if self.d_model % self.heads:
             raise ValueError(f"heads {self.heads} does not divide d_model {self.d_model}")
+        width = self.d_model // self.heads
+        if width % 2 and self.family in ROTARY:
+            raise ValueError(f"heads {self.heads}: makes heads of width {width}; {self.family} needs an even one")
         return self
 
 

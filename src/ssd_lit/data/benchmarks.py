@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -193,10 +194,12 @@ def _pair_set(source: Path, name: str, lines: Iterable[str], limit: int | None) 
 
 
 def check_downstream(settings: DownstreamConfig) -> None:
-    """Read the first example of every file. Raises ConfigError if that fails."""
+    """Read the first example of every file, and look for the harness. Raises ConfigError if that fails."""
     if settings.glue is not None:
         for name in settings.glue.tasks:
             for split in SPLITS:
                 read_task(Path(settings.glue.folder), name, split, limit=1)
     if settings.blimp is not None:
         read_blimp(Path(settings.blimp.file), limit=1)
+    if settings.harness is not None and find_spec("lm_eval") is None:
+        raise ConfigError("downstream.harness: needs lm_eval; `pip install 'ssd-lit[harness]'` installs it")

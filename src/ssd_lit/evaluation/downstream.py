@@ -1,4 +1,4 @@
-"""The final model of a run on downstream benchmarks: GLUE after fine-tuning, BLiMP without."""
+"""The final model of a run on downstream benchmarks: GLUE after fine-tuning, BLiMP and the harness without."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,6 +13,7 @@ from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
 from ssd_lit.evaluation.resumable import ResumableResults
+from ssd_lit.models.family import family
 from ssd_lit.moe.ffn import Mode
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
@@ -21,13 +22,16 @@ from ssd_lit.training.checkpoint import final_model
 def evaluate_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> dict[str, Any]:
     """Score the final model of a run on the benchmarks in the settings; returns downstream.json.
 
-    `glue` and `blimp` are the results of `score_on_glue` and `score_on_blimp`, the latter in every mode. They are null
-    where left out; `left_out` has the reasons. The folder `pieces` keeps partial results, to resume from.
+    `glue`, `blimp` and `harness` are the results of `score_on_glue`, and of `score_on_blimp` and `score_on_harness` in
+    every mode. They are null where left out; `left_out` has the reasons. The folder `pieces` keeps partial results, to
+    resume from.
     """
     config = run.config
-    sections = {name: section for name in ("glue", "blimp") if (section := getattr(settings, name)) is not None}
+    sections = {
+        name: section for name in ("glue", "blimp", "harness") if (section := getattr(settings, name)) is not None
+    }
     missing = {name: reason for name in sections if (reason := _why_not(name, config)) is not None}
-    content: dict[str, Any] = {"glue": None, "blimp": None, "left_out": missing}
+    content: dict[str, Any] = {"glue": None, "blimp": None, "harness": None, "left_out": missing}
     if sections.keys() <= missing.keys():
         return content
 
@@ -51,27 +55,43 @@ def evaluate_downstream(run: Run, settings: DownstreamConfig, pieces: Path) -> d
             score = partial(score_on_blimp, model, sets, title=f"{config.name} BLiMP {mode}", **shared)
             scores += [{"mode": mode, **entry} for entry in partial_results.get(f"blimp-{mode}", score)]
         content["blimp"] = {"scores": scores}
+    if settings.harness is not None and "harness" not in missing:
+        from ssd_lit.evaluation.harness import score_on_harness
+
+        scores = []
+        for mode in modes:
+            model.set_mode(mode)
+            score = partial(score_on_harness, model, settings.harness, run.tokenizer)
+            scores += [{"mode": mode, **entry} for entry in partial_results.get(f"harness-{mode}", score)]
+        content["harness"] = {"scores": scores}
     return content
 
 
 def means(content: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of downstream.json for MLflow, by name: means over seeds for GLUE, over sets for BLiMP."""
+    """The metrics of downstream.json for MLflow, by name: means over seeds for GLUE, over sets for BLiMP.
+
+    Those of the harness are as it gives them.
+    """
     values: dict[str, list[float]] = {}
     for entry in content["glue"]["scores"] if content["glue"] else []:
         for metric in TASKS[entry["task"]].metrics:
             values.setdefault(f"downstream/{entry['task']}/{metric}_{entry['mode']}", []).append(entry[metric])
     for entry in content["blimp"]["scores"] if content["blimp"] else []:
         values.setdefault(f"downstream/blimp/accuracy_{entry['mode']}", []).append(entry["accuracy"])
+    # Results of earlier versions have no harness.
+    for entry in content["harness"]["scores"] if content.get("harness") else []:
+        values[f"downstream/harness/{entry['task']}/{entry['metric']}_{entry['mode']}"] = [entry["value"]]
     return {name: sum(scores) / len(scores) for name, scores in values.items()}
 
 
 def _why_not(benchmark: str, config: RunConfig) -> str | None:
     """Why a run's model cannot be scored on a benchmark; None if it can."""
-    family = config.model.family
-    if benchmark == "glue" and family != "bert":
-        return f"only models of family bert are fine-tuned, and this one is {family}"
-    if benchmark == "blimp" and family not in ("gpt2", "llama"):
-        return f"only models that predict the next token score sentences, and this one is {family}"
+    name = config.model.family
+    objective = family(name).objective
+    if benchmark == "glue" and name != "bert":
+        return f"only models of family bert are fine-tuned, and this one is {name}"
+    if benchmark in ("blimp", "harness") and objective != "causal":
+        return f"only models that predict the next token score sentences, and this one is {name}"
     return None
 
 

@@ -3,18 +3,20 @@
 from pathlib import Path
 
 from ssd_lit.config import ConfigError
-from ssd_lit.huggingface.folder import TOKENIZER_FILES, Experts, copy_files, save_dense, write_experts
+from ssd_lit.huggingface.card import CARD, card_of_run
+from ssd_lit.huggingface.experts import TOKENIZER_FILES, Experts, copy_files, write_experts
+from ssd_lit.huggingface.saving import save_dense
 from ssd_lit.models.family import family
 from ssd_lit.run import Run
-from ssd_lit.support.files import check_unfilled, whole_folder
+from ssd_lit.support.files import check_unfilled, whole_folder, write_text
 from ssd_lit.training.checkpoint import final_model
 
 
-def export_run(run: Run, target: Path) -> bool:
-    """Write the final model of a run, and the tokenizer of its data, into a new folder.
+def export_run(run: Run, target: Path, *, scores: str = "") -> bool:
+    """Write the final model of a run, the tokenizer of its data and a card into a new folder.
 
-    Returns whether the model has experts; without, the folder is a plain checkpoint. Raises ConfigError for a model
-    without a dense mode.
+    `scores` are tables for the card. Returns whether the model has experts; without, the folder is a plain checkpoint.
+    Raises ConfigError for a model without a dense mode.
     """
     config, moe = run.config, run.config.moe
     if not run.has_dense_mode:
@@ -30,6 +32,7 @@ def export_run(run: Run, target: Path) -> bool:
     with whole_folder(target) as part:
         save_dense(part, model.backbone, family(config.model.family), model.ffns)
         copy_files(run.tokenizer, part, TOKENIZER_FILES)
+        write_text(part / CARD, card_of_run(run, scores))
         if run.has_experts:
             experts = Experts(moe.experts, moe.top_k, moe.construction, run.router, moe.router_hidden)
             write_experts(part, model.ffns, experts)

@@ -4,61 +4,22 @@ The folder is a dense checkpoint whose neurons are in expert order, which leaves
 addition it has experts.safetensors, with the router and neuron ids of each layer, and experts.json, written last.
 """
 
-import hashlib
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from os import PathLike
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.config.pretrained import checkpoint_shape, model_settings, plain_name, weight_files
-from ssd_lit.config.renamed import current_router
-from ssd_lit.models.family import Family, FFNParts, family, swap_ffns
+from ssd_lit.huggingface.experts import TOKENIZER_FILES, Experts, copy_files, fingerprint, read_routers
+from ssd_lit.huggingface.saving import INDEX, keep_experts
+from ssd_lit.models.family import Family, family, swap_ffns
 from ssd_lit.moe.backends import NAMES
 from ssd_lit.moe.ffn import ExpertFFN, Mode
 from ssd_lit.support.files import read_json, write_json
-
-INDEX = "model.safetensors.index.json"
-FORMAT = 1
-"""Version of the format; raised when older versions of this package cannot read the folder."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """experts.json: how neurons were grouped into experts, and the router."""
-
-    experts: int
-    """E: experts of one FFN."""
-    top_k: int
-    """K: experts a token in sparse mode, by default."""
-    construction: str
-    router: str
-    router_hidden: int
-    """Width of a trained router."""
-
-    @classmethod
-    def read(cls, folder: Path) -> tuple["Experts", str]:
-        """Reads experts.json of a folder; also returns the fingerprint of its neurons.
-
-        Raises ValueError for another format or missing entries.
-        """
-        path = folder / "experts.json"
-        content = read_json(path)
-        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-            raise ValueError(f"{path}: not of format {FORMAT}, the one that this version of ssd_lit reads")
-        try:
-            settings = {key: value for key, value in content.items() if key not in ("format", "fingerprint")}
-            return cls(**{**settings, "router": current_router(settings["router"])}), content["fingerprint"]
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{path}: not a record of experts ({error})") from None
 
 
 def open_folder(folder: Path, *, mode: Mode = "dense", top_k: int | None = None, backend: str = "auto") -> nn.Module:
@@ -83,20 +44,19 @@ def open_folder(folder: Path, *, mode: Mode = "dense", top_k: int | None = None,
 
 
 def _open_experts(folder: Path, mode: Mode, top_k: int | None, backend: str) -> nn.Module:
-    experts, fingerprint = Experts.read(folder)
+    experts, told = Experts.read(folder)
     if top_k is not None and not 1 <= top_k <= experts.experts:
         raise ValueError(f"top_k {top_k}: allowed are 1 to {experts.experts}")
     backbone: Any = _open_backbone(folder)
     moe = MoEConfig(experts=experts.experts, top_k=experts.top_k, router_hidden=experts.router_hidden)
     ffns = swap_ffns(backbone, _family_of(folder), moe, router=experts.router)
-    if fingerprint != _fingerprint(ffns):
+    if told != fingerprint(ffns):
         raise ValueError(f"{folder}: experts.json was made for other weights, or another order of neurons")
-    _read_routers(folder / "experts.safetensors", ffns)
+    read_routers(folder / "experts.safetensors", ffns)
     for ffn in ffns:
         ffn.backend = backend
     set_mode(backbone, mode, top_k)
-    # The class's save_pretrained would write FFNs under unknown names. Unlike a method, this is copied with the model.
-    backbone.save_pretrained = partial(save_folder, backbone, experts)
+    keep_experts(backbone, experts, folder.absolute())
     opened: nn.Module = backbone
     return opened
 
@@ -112,23 +72,6 @@ def _family_of(folder: Path) -> Family:
     return family(checkpoint_shape(folder)["family"])
 
 
-def save_folder(
-    model: Any, experts: Experts, save_directory: str | PathLike[str], *, max_shard_size: int | str = "50GB"
-) -> None:
-    """Write a model that `open_folder` returned as such a folder, with its present weights and routers.
-
-    Replaces the model's `save_pretrained`, of whose options only `max_shard_size` is left.
-    """
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Left from an earlier save, these would be read instead of shards, or with other weights.
-    for name in ("experts.json", "model.safetensors", INDEX):
-        (folder / name).unlink(missing_ok=True)
-    ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
-    save_dense(folder, model, family(model.config.model_type), ffns, max_shard_size=max_shard_size)
-    write_experts(folder, ffns, experts)
-
-
 def set_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> None:
     """Put every ExpertFFN of a model into dense mode, or sparse mode with `top_k` experts a token.
 
@@ -139,47 +82,6 @@ def set_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> None:
         raise ValueError(f"this {type(model).__name__} has no FFNs with experts; open its folder with ssd_lit.load")
     for ffn in ffns:
         ffn.set_mode(mode, top_k)
-
-
-def write_experts(folder: Path, ffns: Sequence[ExpertFFN], experts: Experts) -> None:
-    """Add experts.safetensors and experts.json for `ffns`, in the family's order, to a folder with their weights."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _expert_tensors(ffns).items()}
-    save_file(tensors, folder / "experts.safetensors")
-    write_json(folder / "experts.json", {"format": FORMAT, **asdict(experts), "fingerprint": _fingerprint(ffns)})
-
-
-def _read_routers(path: Path, ffns: Sequence[ExpertFFN]) -> None:
-    stored, tensors = load_file(path), _expert_tensors(ffns)
-    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in tensors.items()}:
-        raise ValueError(f"{path}: its routers are not of the kind that experts.json names")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            value.copy_(stored[name])
-
-
-def _expert_tensors(ffns: Sequence[ExpertFFN]) -> dict[str, Tensor]:
-    """The tensors of each ExpertFFN that a dense FFN lacks, not copied, named `LAYER.name`."""
-    return {
-        f"{layer}.{name}": value
-        for layer, ffn in enumerate(ffns)
-        for name, value in ffn.state_dict().items()
-        if name == "neuron_ids" or name.startswith("router.")
-    }
-
-
-def _fingerprint(ffns: Sequence[ExpertFFN]) -> str:
-    """16 hexadecimal digits that depend on one weight of each neuron and on the order of the neurons."""
-    digest = hashlib.sha256()
-    for ffn in ffns:
-        column: Any = ffn.gating_weight[:, 0].detach().cpu().double().numpy()
-        digest.update(column.tobytes())
-    return digest.hexdigest()[:16]
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 def copy_in_new_order(
@@ -213,25 +115,6 @@ def copy_in_new_order(
         weight_map = {plain_name(weight): file for weight, file in index["weight_map"].items()}
         write_json(target / INDEX, {**index, "weight_map": weight_map})
     copy_files(source, target, ["generation_config.json", *TOKENIZER_FILES])
-
-
-def save_dense(
-    folder: Path, backbone: Any, family: Family, ffns: Sequence[ExpertFFN], *, max_shard_size: int | str = "50GB"
-) -> None:
-    """Write a backbone whose FFNs were swapped for `ffns` as Transformers writes one with its own FFNs."""
-    swapped = tuple(f"{name}." for name, module in backbone.named_modules() if isinstance(module, ExpertFFN))
-    state = {name: value for name, value in backbone.state_dict().items() if not name.startswith(swapped)}
-    for site, ffn in zip(family.sites(backbone), ffns, strict=True):
-        state |= site.state(FFNParts.of(ffn))
-    # The class's method: that of a model opened with experts calls this function.
-    type(backbone).save_pretrained(backbone, folder, state_dict=state, max_shard_size=max_shard_size)
-
-
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy the files that exist."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _moves(backbone: Any, family: Family, orders: Sequence[Tensor]) -> dict[str, tuple[Tensor, int]]:

@@ -14,15 +14,17 @@ from ssd_lit.config.pretrained import checkpoint_shape
 from ssd_lit.data.documents import Progress, silent
 from ssd_lit.data.readers import check_format, read_documents
 from ssd_lit.data.tokenizer import load_tokenizer
-from ssd_lit.huggingface.folder import Experts, copy_in_new_order, write_experts
+from ssd_lit.huggingface.card import CARD, card_of_moefied
+from ssd_lit.huggingface.experts import Experts, write_experts
+from ssd_lit.huggingface.folder import copy_in_new_order
 from ssd_lit.models.family import family, swap_ffns
 from ssd_lit.models.hooks import capture_inputs
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.names import NEEDS_ACTIVATIONS
+from ssd_lit.moe.names import NEEDS_ACTIVATIONS, allowed_experts
 from ssd_lit.moe.permutation import moefy
-from ssd_lit.support.files import check_unfilled, whole_folder
+from ssd_lit.support.files import check_unfilled, whole_folder, write_text
 from ssd_lit.training.routers import Example, contributions, fit_routers
 
 TOKENS_A_STEP = 1024
@@ -72,14 +74,21 @@ def moefy_folder(
 
     with whole_folder(target) as part:
         copy_in_new_order(source, part, backbone, kind, orders)
-        write_experts(part, ffns, Experts(moe.experts, moe.top_k, moe.construction, router, moe.router_hidden))
+        experts = Experts(moe.experts, moe.top_k, moe.construction, router, moe.router_hidden)
+        write_text(
+            part / CARD, card_of_moefied(source.resolve().name, checkpoint_shape(source)["family"], experts, seed=seed)
+        )
+        write_experts(part, ffns, experts)
 
 
 def check_folders(source: Path, target: Path, moe: MoEConfig, text: Path | None) -> None:
     """Raise ValueError for arguments that cannot work, without loading the model."""
     shape = checkpoint_shape(source)
     if shape["d_ff"] % moe.experts:
-        raise ValueError(f"experts {moe.experts}: does not divide the {shape['d_ff']} neurons of an FFN of {source}")
+        raise ValueError(
+            f"experts {moe.experts}: does not divide the {shape['d_ff']} neurons of an FFN of {source}; "
+            f"allowed: {allowed_experts(shape['d_ff'])}"
+        )
     if shape["activation"] not in ACTIVATIONS:
         raise ValueError(f"{source}: activation {shape['activation']!r}; allowed: {', '.join(ACTIVATIONS)}")
     check_unfilled(target)

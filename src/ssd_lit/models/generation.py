@@ -1,4 +1,4 @@
-"""Greedy generation with a causal model of Transformers in either mode, one token a step, without waiting for the host.
+"""Generation with a causal model of Transformers in either mode, one token a step, without waiting for the host.
 
 On a GPU, reading a prompt is one CUDA graph and a step another. Shape letters: B batch, S tokens of the prompt, N
 places of the cache.
@@ -7,7 +7,7 @@ places of the cache.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from ssd_lit.models.sampling import Sampling
+from ssd_lit.models.text import stream
 from ssd_lit.moe.backends import Activation
 from ssd_lit.moe.ffn import ExpertFFN
 
@@ -80,30 +82,53 @@ def _dense(ffn: ExpertFFN, x: Tensor) -> Tensor:
 
 
 class Generator:
-    """Continues prompts with the likeliest tokens.
+    """Continues prompts, with the likeliest tokens unless `sampling` says otherwise.
 
     `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, the step goes
     through torch.compile first. Graphs are made once for a shape of prompt and a mode, then reused. End-of-text does
-    not stop it.
+    not stop tokens; with a `tokenizer`, of Transformers or of tokenizers, it takes and gives text, which ends there.
     """
 
-    def __init__(self, model: nn.Module, *, compiled: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+        compiled: bool = False,
+    ):
         self.model: Any = model.eval()
+        self.tokenizer = tokenizer
+        self._choose = sampling
         self._ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
         self._compiled = compiled
         self._forward: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
         self._prepared_for: tuple[Any, ...] | None = None
 
-    def __call__(self, prompt: Tensor, new_tokens: int) -> Tensor:
-        """The prompts and their continuations: [B, S] -> [B, S + new_tokens].
+    @overload
+    def __call__(self, prompt: Tensor, new_tokens: int) -> Tensor: ...
 
-        Raises ValueError if the model has fewer positions.
+    @overload
+    def __call__(self, prompt: str, new_tokens: int) -> str: ...
+
+    def __call__(self, prompt: Tensor | str, new_tokens: int) -> Tensor | str:
+        """The prompts and their continuations: [B, S] -> [B, S + new_tokens], or one text to a longer one.
+
+        Raises ValueError if the model has fewer positions, or attends to a shorter window.
         """
+        if isinstance(prompt, str):
+            return prompt + "".join(self.stream(prompt, new_tokens))
         if new_tokens < 1:
             return prompt
         self.start(prompt, new_tokens)
         self.advance(new_tokens - 1)
         return self.tokens
+
+    def stream(self, prompt: str, new_tokens: int) -> Iterator[str]:
+        """The text that follows a prompt, piece by piece: see `ssd_lit.models.text.stream`."""
+        if self.tokenizer is None:
+            raise ValueError("this generator was made without a tokenizer, so it takes tokens only")
+        return stream(self, self.tokenizer, prompt, new_tokens)
 
     @property
     def tokens(self) -> Tensor:
@@ -117,6 +142,11 @@ class Generator:
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and places > longest:
             raise ValueError(f"{length} + {new_tokens} tokens: this model has {longest} positions")
+        window = getattr(self.model.config, "sliding_window", None)
+        if window is not None and places > window:
+            raise ValueError(
+                f"{length} + {new_tokens} tokens: more than the window of {window} that this model attends to"
+            )
         self._prepare(prompt, places)
         self._tokens[:, :length] = prompt
         if self._reading is not None:
@@ -171,7 +201,7 @@ class Generator:
         for (keys, values), layer in zip(self._cache.places, out.past_key_values.layers, strict=True):
             keys[:, :, :length] = layer.keys
             values[:, :, :length] = layer.values
-        self._tokens[:, length] = out.logits[:, -1].argmax(dim=-1)
+        self._tokens[:, length] = self._choose(out.logits[:, -1])
 
     def _step(self) -> None:
         mask = self._slots[: self._cache.visible] <= self._position
@@ -182,7 +212,7 @@ class Generator:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._last.copy_(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+        self._last.copy_(self._choose(out.logits[:, -1])[:, None])
         self._position.add_(1)
         self._tokens.index_copy_(1, self._position, self._last)
 

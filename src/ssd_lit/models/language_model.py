@@ -23,9 +23,15 @@ WHOLE_BLOCKS = "whole_blocks"
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention without a mask, causal where the module is."""
+    """Scaled dot-product attention without a mask, causal where the module is, or over a window where it has one."""
     assert attention_mask is None, "blocks have no padding"
-    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **settings)
+    window, length = settings.get("sliding_window"), query.shape[2]
+    mask = None
+    if window is not None and length > window:
+        places = torch.arange(length, device=query.device)
+        distance = places[:, None] - places
+        mask = ((distance >= 0) & (distance < window))[None, None]
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **settings)
     return output
 
 

@@ -41,7 +41,8 @@ BIASES = {
 
 
 def sites(backbone: Any) -> Sequence[FFNSite]:
-    weights = WEIGHTS | BIASES if backbone.config.mlp_bias else WEIGHTS
+    # Mistral and Qwen, whose layers are the same, have no such setting.
+    weights = WEIGHTS | BIASES if getattr(backbone.config, "mlp_bias", False) else WEIGHTS
     return [
         FFNSite(backbone, f"layers.{i}", weights, ["mlp"], activation=backbone.config.hidden_act)
         for i in range(backbone.config.num_hidden_layers)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssd_lit.moe.assignment import Floats
 from ssd_lit.moe.clustering import balanced_kmeans, normalised_rows, random_balanced
-from ssd_lit.moe.names import Construction
+from ssd_lit.moe.names import Construction, allowed_experts
 
 LINK = 1e-6
 """Fraction of a neuron's co-activation that is spread over all other neurons, so that the graph is connected."""
@@ -76,7 +76,10 @@ def _check_rows(rows: Tensor, n_experts: int) -> None:
     if rows.ndim != 2 or len(rows) == 0:
         raise ValueError(f"rows must be neurons by model width, given shape {tuple(rows.shape)}")
     if n_experts < 1 or len(rows) % n_experts:
-        raise ValueError(f"{len(rows)} neurons do not divide into {n_experts} experts of equal size")
+        raise ValueError(
+            f"{len(rows)} neurons do not divide into {n_experts} experts of equal size; "
+            f"allowed: {allowed_experts(len(rows))}"
+        )
     if not rows.isfinite().all():
         raise ValueError("rows hold values that are not finite")
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
+from ssd_lit.moe.names import allowed_experts
 from ssd_lit.moe.routers import Router, expert_choices, gate_losses
 from ssd_lit.moe.routing import Routing, experts_above, top_k_experts, top_k_products
 
@@ -53,7 +54,7 @@ class ExpertFFN(nn.Module):
     ):
         super().__init__()
         if d_ff % experts:
-            raise ValueError(f"d_ff {d_ff} is not divisible by experts {experts}")
+            raise ValueError(f"d_ff {d_ff} is not divisible by experts {experts}; allowed: {allowed_experts(d_ff)}")
         self.experts = experts
         self.top_k = top_k
         self.threshold: float | None = None

@@ -1,4 +1,7 @@
-"""Names of constructions, routers, backends, schedules of k and activations in settings. Does not import torch."""
+"""Names of constructions, routers, backends, schedules of k and activations in settings; numbers of experts.
+
+Does not import torch.
+"""
 
 from typing import Literal
 
@@ -10,3 +13,8 @@ PosthocRouter = Literal["mass_mlp", "norm_mlp", "centers"]
 BackendName = Literal["auto", "masked", "loop", "grouped", "decode_cpu", "fused", "decode_gpu"]
 ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 Activation = Literal["relu", "relu2", "gelu", "gelu_new", "silu"]
+
+
+def allowed_experts(d_ff: int) -> str:
+    """The numbers of experts that divide F neurons, for messages."""
+    return ", ".join(str(experts) for experts in range(1, d_ff + 1) if d_ff % experts == 0)

@@ -1,6 +1,7 @@
 """Between Hugging Face checkpoint folders and ours: models come in and get experts, and go out whole."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -8,16 +9,18 @@ from ssd_lit.config import ConfigError, MoEConfig
 from ssd_lit.moe.names import Construction, PosthocRouter
 from ssd_lit.run import Run
 
+Mode = Literal["dense", "sparse"]
 Router = Literal["center", "random", PosthocRouter]
 """What can choose the experts of a model that is not trained on."""
 
 
 def export(folder: Path, out: Path) -> str:
     """Write the final model of a run as a checkpoint folder, with the tokenizer of its data."""
+    from ssd_lit.evaluation.scores import score_tables
     from ssd_lit.huggingface.export import export_run
 
     run = Run.open(folder)
-    if export_run(run, out):
+    if export_run(run, out, scores=score_tables(run)):
         return f"{out}: {run.config.moe.experts} experts a layer, {run.config.moe.top_k} a token in sparse mode"
     return f"{out}: dense only; `ssd-lit moefy --model {out}` gives it experts"
 
@@ -47,3 +50,38 @@ def moefy(
     moe = MoEConfig(experts=experts, top_k=top_k, construction=construction, **chosen)
     moefy_folder(model, out, moe, seed=seed, text=text, calibration_tokens=calibration_tokens, progress=print)
     return f"{out}: {experts} experts a layer, {top_k} a token in sparse mode"
+
+
+def generate(
+    *,
+    model: Path,
+    prompt: str,
+    mode: Mode = "dense",
+    top_k: int | None = None,
+    new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    threads: int | None = None,
+) -> str:
+    """Write a prompt and what a folder's model continues it with to standard output, as it comes."""
+    import torch
+
+    from ssd_lit.data.tokenizer import load_tokenizer
+    from ssd_lit.huggingface.folder import open_folder
+    from ssd_lit.models.generation import Generator
+    from ssd_lit.models.sampling import Sampling
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    sampling, tokenizer = Sampling(temperature, top_p), load_tokenizer(model)
+    opened = open_folder(model, mode=mode, top_k=top_k).to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    length, pieces = 0, Generator(opened, tokenizer, sampling=sampling).stream(prompt, new_tokens)
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        length += len(piece)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return f"{length} characters in {mode} mode"

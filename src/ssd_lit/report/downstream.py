@@ -1,6 +1,6 @@
 """What the final models are worth on other tasks: the table of all scores, and what the report shows of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,24 @@ from ssd_lit.support.files import read_json_checked, write_text
 
 METRICS = {"accuracy": "accuracy", "f1": "F1", "pearson": "Pearson", "spearman": "Spearman"}
 """Metrics as they are called in tables."""
-COLUMNS = ["run", "arm", "method", "seed", "benchmark", "task", "field", "mode", "tuning_seed", *METRICS]
+COLUMNS = [
+    "run",
+    "arm",
+    "method",
+    "seed",
+    "benchmark",
+    "task",
+    "field",
+    "mode",
+    "tuning_seed",
+    *METRICS,
+    "metric",
+    "value",
+]
 MODES: dict[str, dict[str, tuple[str, ...]]] = {
     "glue": {"dense": ("dense", "dense"), "dense_to_sparse": ("dense", "sparse"), "sparse": ("sparse", "sparse")},
     "blimp": {"dense": ("dense",), "sparse": ("sparse",)},
+    "harness": {"dense": ("dense",), "sparse": ("sparse",)},
 }
 """How a model was fine-tuned, if it was, and how it was scored."""
 ALL_SETS = "all sets"
@@ -39,7 +53,8 @@ class ScoreTable:
 
 
 def write_downstream(exp_dir: Path, runs: Sequence[RunConfig]) -> Path:
-    """Write downstream.csv: one row a run, task, mode and seed of the fine-tuning; of BLiMP one a run, set and mode.
+    """Write downstream.csv: one row a run, task, mode and seed of the fine-tuning; of BLiMP one a run, set and mode; of
+    the harness one a run, task, mode and metric, whose score is in the column `value`.
 
     Raises ValueError naming the first file amiss.
     """
@@ -54,7 +69,7 @@ def write_downstream(exp_dir: Path, runs: Sequence[RunConfig]) -> Path:
 def scores(results: Sequence[RunResult], benchmark: str) -> pd.DataFrame:
     """Every score on a benchmark, one a row: run, arm, seed, part, mode, metric, value.
 
-    A part is a task of GLUE, or a field of BLiMP and all its sets, of which it is the mean.
+    A part is a task of GLUE or the harness, or a field of BLiMP and all its sets, of which it is the mean.
     """
     rows = [row for result in filter(_tried, results) for row in _rows(result.config, _read(result.folder))]
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -63,7 +78,13 @@ def scores(results: Sequence[RunResult], benchmark: str) -> pd.DataFrame:
         fields = pd.concat([table.assign(part=ALL_SETS), table[table["field"] != ""].assign(part=table["field"])])
         means = fields.groupby([*RUN, "part", "mode"], sort=False)["accuracy"].mean()
         return means.reset_index(name="value").assign(metric="accuracy")
-    table = table.assign(part=table["task"]).melt([*RUN, "part", "mode"], list(METRICS), "metric")
+    if benchmark == "harness":
+        return table.assign(part=table["task"])[[*RUN, "part", "mode", "metric", "value"]].astype({"value": float})
+    table = (
+        table.assign(part=table["task"])
+        .drop(columns=["metric", "value"])
+        .melt([*RUN, "part", "mode"], list(METRICS), "metric")
+    )
     return table.dropna(subset="value").astype({"value": float})
 
 
@@ -109,6 +130,16 @@ def blimp_table(results: Sequence[RunResult]) -> ScoreTable | None:
     return ScoreTable([part_name(part) for part, _ in columns], _arms(results, table, columns, "blimp"), remark)
 
 
+def harness_table(results: Sequence[RunResult]) -> ScoreTable | None:
+    """The tasks of the harness in the report, as it gives them; None if no run was tried on it."""
+    table = scores(results, "harness")
+    if table.empty:
+        return None
+    columns = list(table[["part", "metric"]].drop_duplicates().itertuples(index=False, name=None))
+    headings = [f"{task}, {metric}" for task, metric in columns]
+    return ScoreTable(headings, _arms(results, table, columns, "harness", "{:.4g}".format), "")
+
+
 def measure(table: pd.DataFrame, arm: str, mode: str, part: str, metric: str) -> Measure | None:
     """The scores of an arm over all its seeds; None if it has none."""
     rows = table[(table["arm"] == arm) & (table["mode"] == mode) & (table["part"] == part)]
@@ -116,7 +147,11 @@ def measure(table: pd.DataFrame, arm: str, mode: str, part: str, metric: str) ->
 
 
 def _arms(
-    results: Sequence[RunResult], table: pd.DataFrame, columns: Sequence[tuple[str, str]], benchmark: str
+    results: Sequence[RunResult],
+    table: pd.DataFrame,
+    columns: Sequence[tuple[str, str]],
+    benchmark: str,
+    shown: Callable[[float], str] | None = None,
 ) -> list[tuple[str, list[Row]]]:
     arms = []
     for arm, label in {result.arm: result.label for result in results}.items():
@@ -124,7 +159,7 @@ def _arms(
         for mode, names in MODES[benchmark].items():
             measured = [measure(table, arm, mode, *column) for column in columns]
             if any(measured):
-                rows.append((names, [cell(score, _percent) for score in measured]))
+                rows.append((names, [cell(score, shown or _percent) for score in measured]))
         if rows:
             arms.append((label, rows))
     return arms
@@ -149,7 +184,7 @@ def _tried(result: RunResult) -> bool:
 
 def _all(results: Sequence[RunResult], benchmark: str) -> list[dict[str, Any]]:
     """What every run found on the benchmark that was tried on it."""
-    contents = [_read(result.folder)[benchmark] for result in filter(_tried, results)]
+    contents = [_read(result.folder).get(benchmark) for result in filter(_tried, results)]
     return [content for content in contents if content is not None]
 
 
@@ -168,4 +203,8 @@ def _rows(run: RunConfig, content: dict[str, Any]) -> list[dict[str, Any]]:
         {**scored, "benchmark": "blimp", "task": scored["set"], **names}
         for scored in (content["blimp"] or {"scores": []})["scores"]
     ]
-    return glue + blimp
+    harness = [
+        {**scored, "benchmark": "harness", **names}
+        for scored in (content.get("harness") or {"scores": []})["scores"]  # none in results of earlier versions
+    ]
+    return glue + blimp + harness

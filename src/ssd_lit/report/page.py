@@ -14,7 +14,7 @@ from ssd_lit.report import formatting
 from ssd_lit.report.arms import Arm, arms_of
 from ssd_lit.report.charts import chart_data, chart_library
 from ssd_lit.report.comparison import comparison
-from ssd_lit.report.downstream import blimp_table, glue_table
+from ssd_lit.report.downstream import blimp_table, glue_table, harness_table
 from ssd_lit.report.figures import GRID, FigureKind, figures_of
 from ssd_lit.report.grid import QUANTITIES, Grid, grids, page
 from ssd_lit.report.results import load_results, run_frame
@@ -62,6 +62,7 @@ def write_report(
         tokens=token_tables(results),
         glue=glue_table(results),
         blimp=blimp_table(results),
+        harness=harness_table(results),
         grids=[(_grid(grid), figure) for grid, figure in zip(grids(experiment, results), of_grids, strict=True)],
         rows=list(zip(results, frame.to_dict("records"), strict=True)),
         one_model=frame["model"].nunique() == 1,
