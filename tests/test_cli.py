@@ -17,7 +17,8 @@ from tests.workflow.running import ENVIRONMENT, ROOT, command
 
 COMMANDS = [
     "init", "list", "plan", "configs", "prepare", "tokenizer", "encode", "train", "status", "evaluate", "analyse",
-    "downstream", "moefy", "summarise", "figures", "report", "verify", "store", "send", "export", "generate", "ui", "schema",
+    "downstream", "moefy", "summarise", "figures", "report", "verify", "store", "send", "export", "generate", "ui",
+    "schema",
 ]  # fmt: skip
 
 
