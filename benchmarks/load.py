@@ -32,8 +32,9 @@ import yaml
 from ssd_lit.config import Experiment, RunConfig, load_experiment
 from ssd_lit.data.packages import package_documents
 from ssd_lit.paths import run_dir, stage_path, write_configs
-from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, stage_of, training_stages
+from ssd_lit.records import PhaseRecord, StageRecord
 from ssd_lit.run import Run
+from ssd_lit.stages import MEASUREMENTS, stage_of, training_stages
 from ssd_lit.support.files import read_json, read_json_checked, sha256, write_json, write_json_checked
 
 ROOT = Path(__file__).parents[1]

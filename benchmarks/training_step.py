@@ -27,7 +27,7 @@ from ssd_lit.config import MoEConfig
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.moe.names import Mode
 from ssd_lit.moe.statistics import expert_load
 from ssd_lit.support.files import read_json, write_json
 

@@ -10,7 +10,7 @@ import yaml
 import ssd_lit
 from ssd_lit.cli import app, main
 from ssd_lit.config import load_run
-from ssd_lit.records import ALL_STAGES
+from ssd_lit.stages import ALL_STAGES
 from ssd_lit.support.files import read_json_checked
 from tests.conftest import Bench, tiny_experiment
 from tests.workflow.running import ENVIRONMENT, ROOT, command

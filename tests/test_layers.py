@@ -7,7 +7,7 @@ import pytest
 
 SOURCES = Path(__file__).parents[1] / "src/ssd_lit"
 LAYERS = (
-    "support", "moe", "config", "paths", "records", "tracking", "data", "run", "models", "training", "huggingface",
+    "stages", "support", "moe", "config", "paths", "records", "tracking", "data", "run", "models", "training", "huggingface",
     "evaluation", "report", "pipeline", "cli",
 )  # fmt: skip
 """From the lowest: each may import those before it."""

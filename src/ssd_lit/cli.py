@@ -1,6 +1,6 @@
 """`ssd-lit COMMAND ...`: what the workflow calls, and a person can call too.
 
-Libraries that take seconds to import are imported by the stages that need them.
+Every command imports what it needs: the settings take a quarter of a second, other libraries seconds.
 """
 
 import atexit
@@ -14,17 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from typer import Argument, Exit, Option, Typer
 
 from ssd_lit import __version__
-from ssd_lit.config import ConfigError
-from ssd_lit.moe.names import Construction
-from ssd_lit.pipeline import data, exchange, publish
-from ssd_lit.pipeline import train as training
-from ssd_lit.pipeline.project import SizeName
-from ssd_lit.records import ALL_STAGES
+from ssd_lit.moe.names import Construction, Mode, UntrainedRouter
+from ssd_lit.stages import ALL_STAGES
 from ssd_lit.support import signals
 from ssd_lit.support.processes import this_process
 
@@ -112,7 +108,7 @@ def shown(function: Callable[..., None]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         try:
             function(**given)
-        except (ConfigError, ValueError, OSError) as error:
+        except (ValueError, OSError) as error:
             _say(f"{name}: failed: {error}")
             raise Exit(1) from None
         except (signals.Preempted, KeyboardInterrupt):
@@ -131,7 +127,7 @@ def _run(title: str, function: Callable[[], str]) -> int:
         title = f"{title}, process {place.rank}"
     try:
         outcome = function()
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         _say(f"{title}: failed: {error}")
         return 1
     except signals.Preempted as asked:
@@ -152,7 +148,7 @@ def init(
         list[Path] | None, Option(metavar="PATH", help="a file or folder of text; may be repeated (DIR/text)")
     ] = None,
     size: Annotated[
-        SizeName | None, Option(help="of the model: for a CPU or for a GPU (what this machine has)")
+        Literal["cpu", "gpu"] | None, Option(help="of the model: for a CPU or for a GPU (what this machine has)")
     ] = None,
 ) -> None:
     """Make a project of your own: a commented experiment, a Snakefile, a Makefile, profiles."""
@@ -192,24 +188,32 @@ def configs(experiment: Experiment, settings: Settings = None, *, results: Resul
     Settings are laid over the experiment: training.steps=100 arms.ssd.switching.tau=0.9. Values are YAML; null drops
     an arm.
     """
+    from ssd_lit.pipeline import data
+
     return data.configs(experiment, results, settings or [])
 
 
 @stage
 def prepare(data_dir: DataDir) -> str:
     """Read, clean, deduplicate and split the text."""
+    from ssd_lit.pipeline import data
+
     return data.prepare(data_dir)
 
 
 @stage
 def tokenizer(data_dir: DataDir) -> str:
     """Train the tokenizer on the training documents."""
+    from ssd_lit.pipeline import data
+
     return data.tokenizer(data_dir)
 
 
 @stage
 def encode(data_dir: DataDir) -> str:
     """Encode all documents into blocks of tokens."""
+    from ssd_lit.pipeline import data
+
     return data.encode(data_dir)
 
 
@@ -232,6 +236,8 @@ def train(
     Settings such as training.steps=100 are written into the run's config.yaml, and what was made from other settings is
     made anew. They stay until `ssd-lit configs` or snakemake writes the experiment's again.
     """
+    from ssd_lit.pipeline import train as training
+
     return training.train(run_dir, settings=settings or [], until=until, start=start, threads=threads)
 
 
@@ -251,18 +257,24 @@ def status(
 @stage
 def evaluate(run_dir: RunDir, threads: Threads = None) -> str:
     """Measure the final model of a run into evaluation.json."""
+    from ssd_lit.pipeline import train as training
+
     return training.measure_run(run_dir, "evaluate", threads=threads)
 
 
 @stage
 def analyse(run_dir: RunDir, threads: Threads = None) -> str:
     """Compare a run's snapshots and watch its experts, into analysis/."""
+    from ssd_lit.pipeline import train as training
+
     return training.measure_run(run_dir, "analyse", threads=threads)
 
 
 @stage
 def downstream(run_dir: RunDir, threads: Threads = None) -> str:
     """Fine-tune on GLUE, score BLiMP: a run's final model on other tasks."""
+    from ssd_lit.pipeline import train as training
+
     return training.measure_run(run_dir, "downstream", threads=threads)
 
 
@@ -273,7 +285,7 @@ def moefy(
     top_k: Annotated[int, Option(min=1, max=MOST, metavar="K", help="experts a token, unless told otherwise")],
     out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
     construction: Annotated[Construction, Option(help="how neurons are grouped")] = "kmeans",
-    router: Annotated[exchange.Router, Option(help="what chooses experts")] = "center",
+    router: Annotated[UntrainedRouter, Option(help="what chooses experts")] = "center",
     seed: Annotated[int, Option(metavar="N", help="of construction and router")] = 0,
     text: Annotated[
         Path | None,
@@ -283,6 +295,8 @@ def moefy(
     threads: Threads = None,
 ) -> str:
     """Group the neurons of a checkpoint folder's model into experts (MoEfication)."""
+    from ssd_lit.pipeline import exchange
+
     return exchange.moefy(
         model=model,
         experts=experts,
@@ -300,42 +314,56 @@ def moefy(
 @stage
 def summarise(exp_dir: ExpDir) -> str:
     """Write summary.csv, one row a run."""
+    from ssd_lit.pipeline import publish
+
     return publish.summarise(exp_dir)
 
 
 @stage
 def figures(exp_dir: ExpDir) -> str:
     """Draw the figures of an experiment."""
+    from ssd_lit.pipeline import publish
+
     return publish.figures(exp_dir)
 
 
 @stage
 def report(exp_dir: ExpDir) -> str:
     """Write report.html; keep it and the figures in MLflow."""
+    from ssd_lit.pipeline import publish
+
     return publish.report(exp_dir)
 
 
 @stage
 def verify(folder: Place) -> str:
     """Say whether results still match their inputs; exit status 1 if something does not."""
+    from ssd_lit.pipeline import publish
+
     return publish.verify(folder)
 
 
 @stage
 def store(results: Annotated[Path, Argument(metavar="RESULTS", help="the results folder")]) -> str:
     """Make the MLflow store, once, before jobs share it."""
+    from ssd_lit.pipeline import publish
+
     return publish.store(results)
 
 
 @stage
 def send(place: Place) -> str:
     """Send MLflow the points that it has not got, and the report."""
+    from ssd_lit.pipeline import publish
+
     return publish.send(place)
 
 
 @stage
 def export(run_dir: RunDir, out: Annotated[Path, Option(metavar="DIR", help="the new folder")]) -> str:
     """Write a run's final model as a Hugging Face checkpoint folder."""
+    from ssd_lit.pipeline import exchange
+
     return exchange.export(run_dir, out)
 
 
@@ -343,7 +371,7 @@ def export(run_dir: RunDir, out: Annotated[Path, Option(metavar="DIR", help="the
 def generate(
     model: Annotated[Path, Option(metavar="DIR", help="a folder that moefy or export wrote, with a tokenizer")],
     prompt: Annotated[str, Option(metavar="TEXT", help="what the text begins with")],
-    mode: Annotated[exchange.Mode, Option(help="how FFNs are computed")] = "dense",
+    mode: Annotated[Mode, Option(help="how FFNs are computed")] = "dense",
     top_k: Annotated[
         int | None, Option(min=1, max=MOST, metavar="K", help="experts a token, else what the folder says")
     ] = None,
@@ -354,6 +382,8 @@ def generate(
     threads: Threads = None,
 ) -> str:
     """Continue a text with a folder's model, in either mode, and print it as it comes."""
+    from ssd_lit.pipeline import exchange
+
     return exchange.generate(
         model=model,
         prompt=prompt,
@@ -373,6 +403,8 @@ def ui(
     results: Results = Path("results"),
 ) -> str:
     """Serve the MLflow UI on 127.0.0.1."""
+    from ssd_lit.pipeline import publish
+
     return publish.ui(results, port)
 
 
@@ -382,6 +414,8 @@ def schema(
     page: Annotated[Path, Option(metavar="FILE", help="the reference page")] = Path("docs/settings.md"),
 ) -> str:
     """Write the JSON schema of an experiment's YAML, and the reference page of all settings."""
+    from ssd_lit.pipeline import data
+
     return data.schema(out, page)
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ssd_lit.config import RunConfig
 from ssd_lit.paths import checkpoint_path, phase_dir, phase_name, stage_path
 from ssd_lit.support.files import (
     archive_digest,
@@ -21,32 +20,6 @@ from ssd_lit.support.signals import Preempted
 
 FIRST_MODE = {"dense": "dense", "ssd": "dense", "sparse": "moefy", "upcycle": "moefy", "posthoc": "moefy"}
 """Mode of the first phase of each method."""
-_STAGES = {
-    "dense": ("dense",),
-    "ssd": ("warmup", "moefy", "sparse_phases"),
-    "sparse": ("moefy", "sparse_phases"),
-    "upcycle": ("moefy", "sparse_phases"),
-    "posthoc": ("moefy",),
-}
-MEASUREMENTS = {
-    "evaluate": ("evaluation.yaml", "evaluation.json"),
-    "analyse": ("analysis.yaml", "analysis/analysis.json"),
-    "downstream": ("downstream.yaml", "downstream/downstream.json"),
-}
-"""The stages after the training, in order: settings file, without which a stage is left out, and result of each."""
-ALL_STAGES = ("warmup", "moefy", "sparse_phases", "dense", "route", *MEASUREMENTS)
-"""Every stage that a run may have, in order."""
-
-
-def training_stages(config: RunConfig) -> tuple[str, ...]:
-    """The stages that make a run's final model, in order."""
-    return (*_STAGES[config.method], *(["route"] if config.moe.posthoc_router else []))
-
-
-def stage_of(method: str, index: int, mode: str) -> str:
-    """The training stage that a phase belongs to."""
-    stages = _STAGES[method]
-    return "route" if mode == "router" else stages[min(index, len(stages) - 1)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Self
 from ssd_lit.config import RunConfig, load_run
 from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.paths import checkpoint_path, data_dir, results_of, stage_path
-from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, read_chain, read_phases, training_stages
+from ssd_lit.records import PhaseRecord, StageRecord, read_chain, read_phases
+from ssd_lit.stages import MEASUREMENTS, training_stages
 from ssd_lit.support.files import read_json_checked, sha256, size_of
 
 Inputs = dict[str, str | None]

@@ -14,7 +14,7 @@ from ssd_lit.evaluation.blimp import score_on_blimp
 from ssd_lit.evaluation.glue import score_on_glue
 from ssd_lit.evaluation.resumable import ResumableResults
 from ssd_lit.models.family import family
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.moe.names import Mode
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 

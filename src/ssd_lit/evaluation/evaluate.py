@@ -14,7 +14,8 @@ from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.evaluation.samples import samples
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.ffn import ExpertFFN, Mode
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.names import Mode
 from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model

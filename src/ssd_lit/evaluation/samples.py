@@ -8,7 +8,7 @@ from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.models.generation import Generator
 from ssd_lit.models.language_model import LanguageModel, attend_beside_padding
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.moe.names import Mode
 from ssd_lit.run import Run
 
 PROMPTS = 3

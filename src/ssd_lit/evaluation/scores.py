@@ -2,8 +2,8 @@
 
 from ssd_lit.evaluation.downstream import means
 from ssd_lit.evaluation.metrics import perplexity
-from ssd_lit.records import MEASUREMENTS
 from ssd_lit.run import Run
+from ssd_lit.stages import MEASUREMENTS
 from ssd_lit.support.files import read_json_checked
 
 

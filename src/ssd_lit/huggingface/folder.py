@@ -18,7 +18,8 @@ from ssd_lit.huggingface.experts import TOKENIZER_FILES, Experts, copy_files, fi
 from ssd_lit.huggingface.saving import INDEX, keep_experts
 from ssd_lit.models.family import Family, family, swap_ffns
 from ssd_lit.moe.backends import NAMES
-from ssd_lit.moe.ffn import ExpertFFN, Mode
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.names import Mode
 from ssd_lit.support.files import read_json, write_json
 
 

@@ -15,7 +15,8 @@ from ssd_lit.config import ModelConfig, MoEConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch
 from ssd_lit.models.family import family, swap_ffns
-from ssd_lit.moe.ffn import ExpertFFN, Mode
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.names import Mode
 
 WHOLE_BLOCKS = "whole_blocks"
 

@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
-from ssd_lit.moe.names import allowed_experts
+from ssd_lit.moe.names import Mode, allowed_experts
 from ssd_lit.moe.routers import Router, expert_choices, gate_losses
 from ssd_lit.moe.routing import Routing, experts_above, top_k_experts, top_k_products
-
-Mode = Literal["dense", "sparse"]
 
 
 class ExpertFFN(nn.Module):

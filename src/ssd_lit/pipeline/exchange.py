@@ -3,15 +3,11 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ssd_lit.config import ConfigError, MoEConfig
-from ssd_lit.moe.names import Construction, PosthocRouter
+from ssd_lit.moe.names import Construction, Mode, PosthocRouter, UntrainedRouter
 from ssd_lit.run import Run
-
-Mode = Literal["dense", "sparse"]
-Router = Literal["center", "random", PosthocRouter]
-"""What can choose the experts of a model that is not trained on."""
 
 
 def export(folder: Path, out: Path) -> str:
@@ -32,7 +28,7 @@ def moefy(
     top_k: int,
     out: Path,
     construction: Construction = "kmeans",
-    router: Router = "center",
+    router: UntrainedRouter = "center",
     seed: int = 0,
     text: Path | None = None,
     calibration_tokens: int = 8192,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from ssd_lit.config import load_analysis, load_downstream, load_evaluation
 from ssd_lit.pipeline.tracking import tracker_of
-from ssd_lit.records import MEASUREMENTS
 from ssd_lit.run import Run
+from ssd_lit.stages import MEASUREMENTS
 from ssd_lit.support.files import sha256, write_json_checked
 
 

@@ -18,8 +18,8 @@ from ssd_lit.data.benchmarks import check_downstream
 from ssd_lit.data.sources import check_sources, is_other_text
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
 from ssd_lit.pipeline.resources import Resources, of_job
-from ssd_lit.records import MEASUREMENTS, training_stages
 from ssd_lit.run import Run
+from ssd_lit.stages import MEASUREMENTS, training_stages
 from ssd_lit.support.files import read_json_checked
 
 CONFIG_KEYS = ("experiment", "results", "jobs", "gpu_share", "set")

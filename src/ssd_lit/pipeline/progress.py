@@ -11,7 +11,8 @@ from typing import Any, Literal
 from ssd_lit.config import Experiment, RunConfig, load_resolved
 from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.paths import data_dir, phase_name, results_of, stage_path
-from ssd_lit.records import FIRST_MODE, MEASUREMENTS, Ending, PhaseRecord, read_phases, training_stages
+from ssd_lit.records import FIRST_MODE, Ending, PhaseRecord, read_phases
+from ssd_lit.stages import MEASUREMENTS, training_stages
 from ssd_lit.support.files import read_json_checked
 from ssd_lit.support.locks import holder_of
 from ssd_lit.tracking.metrics_log import last_points

@@ -17,7 +17,7 @@ from ssd_lit.evaluation.blimp import log_likelihoods
 from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.models.generation import Generator
 from ssd_lit.models.language_model import attend_beside_padding
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.moe.names import Mode
 from ssd_lit.run import Run
 from ssd_lit.support.files import read_json
 from ssd_lit.training.checkpoint import final_model

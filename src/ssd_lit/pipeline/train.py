@@ -12,8 +12,9 @@ from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, 
 from ssd_lit.pipeline.measure import measure
 from ssd_lit.pipeline.resources import on_all_devices
 from ssd_lit.pipeline.tracking import charts_of, tracker_of
-from ssd_lit.records import MEASUREMENTS, PhaseRecord, StageRecord, close_stage, noting_end, stage_of
+from ssd_lit.records import PhaseRecord, StageRecord, close_stage, noting_end
 from ssd_lit.run import Run
+from ssd_lit.stages import MEASUREMENTS, stage_of
 from ssd_lit.support import signals
 from ssd_lit.support.devices import reserve_gpus
 from ssd_lit.support.files import read_json_checked, remove, whole_file, write_if_changed, write_json_checked

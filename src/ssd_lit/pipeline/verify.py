@@ -11,9 +11,10 @@ from ssd_lit.data.index import load_index
 from ssd_lit.data.sources import described_files
 from ssd_lit.data.tokenizer import check_tokenizer
 from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
-from ssd_lit.records import MEASUREMENTS, PhaseRecord
+from ssd_lit.records import PhaseRecord
 from ssd_lit.report.tables import check_summary
 from ssd_lit.run import Run
+from ssd_lit.stages import MEASUREMENTS
 from ssd_lit.support.files import archive_digest, check_checksum, check_digests, read_json_checked, sha256
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import check_checkpoint

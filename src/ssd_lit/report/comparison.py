@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ssd_lit.records import MEASUREMENTS
 from ssd_lit.report.arms import Arm, Measure, cell, reference_arm
 from ssd_lit.report.formatting import change, duration, number, percent, scaled
 from ssd_lit.report.results import RunResult
 from ssd_lit.report.tables import over_reference
+from ssd_lit.stages import MEASUREMENTS
 from ssd_lit.support.files import read_json_checked
 
 MOST_ROWS = 24

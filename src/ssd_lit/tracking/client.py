@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ssd_lit.config import RunConfig
-from ssd_lit.records import ALL_STAGES
+from ssd_lit.stages import ALL_STAGES
 from ssd_lit.support.signals import Preempted
 from ssd_lit.tracking.delivery import Delivery
 from ssd_lit.tracking.metrics_log import MetricsLog, drop_points_after

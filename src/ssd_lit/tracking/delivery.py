@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ssd_lit.config import RunConfig, load_run
-from ssd_lit.records import MEASUREMENTS
+from ssd_lit.stages import MEASUREMENTS
 from ssd_lit.tracking.metrics_log import points_from
 from ssd_lit.tracking.models import log_models
 from ssd_lit.tracking.spool import Spool

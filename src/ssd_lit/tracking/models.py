@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ssd_lit.config import RunConfig
 from ssd_lit.paths import stage_path
-from ssd_lit.records import StageRecord, training_stages
+from ssd_lit.records import StageRecord
+from ssd_lit.stages import training_stages
 from ssd_lit.support.files import write_json
 from ssd_lit.tracking.view import shown_as
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ssd_lit.records import stage_of
+from ssd_lit.stages import stage_of
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase

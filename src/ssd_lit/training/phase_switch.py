@@ -11,8 +11,9 @@ from torch import Tensor
 from ssd_lit.models.flops import Costs
 from ssd_lit.moe.permutation import whole
 from ssd_lit.moe.similarity import PatternTracker
-from ssd_lit.records import PhaseRecord, Totals, stage_of
+from ssd_lit.records import PhaseRecord, Totals
 from ssd_lit.run import Run
+from ssd_lit.stages import stage_of
 from ssd_lit.support.provenance import timed
 from ssd_lit.training.checkpoint import SWITCH_STATE
 from ssd_lit.training.checkpointing import Checkpoints

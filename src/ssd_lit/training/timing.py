@@ -12,7 +12,7 @@ from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.memory import largest_micro_batch
-from ssd_lit.moe.ffn import Mode
+from ssd_lit.moe.names import Mode
 from ssd_lit.training.checkpoint import build_model
 from ssd_lit.training.optim import build_optimizer
 
