@@ -53,7 +53,7 @@ KINDS = {"warmup": "train", "sparse_phases": "train", "dense": "train", "run": "
 """Kind of stage of the jobs that have another name, the nearest for those that are not measured themselves."""
 CHILD = """
 import sys
-from ssd_lit import cli
+from ssd_lit import cli, command
 
 def begun(*_, **__):
     import json, os, time
@@ -68,7 +68,7 @@ def main():
     setattr(reduce(getattr, path, import_module(sys.argv[1])), last, begun)
     return real(sys.argv[3:])
 
-real, cli.main = cli.main, main
+real, command.main = command.main, main
 cli.run()
 """
 """Calls the command line as the console script does, and tells the time where the stage would begin its work."""

@@ -7,8 +7,8 @@ import pytest
 
 SOURCES = Path(__file__).parents[1] / "src/ssd_lit"
 LAYERS = (
-    "stages", "support", "moe", "config", "paths", "records", "tracking", "data", "run", "models", "training", "huggingface",
-    "evaluation", "report", "pipeline", "cli",
+    "stages", "support", "moe", "config", "paths", "records", "tracking", "data", "run", "models", "training",
+    "huggingface", "evaluation", "report", "pipeline", "command", "cli",
 )  # fmt: skip
 """From the lowest: each may import those before it."""
 OTHER_LIBRARIES = {"lightning", "transformers", "mlflow", "snakemake"}

@@ -3,26 +3,16 @@
 Every command imports what it needs: the settings take a quarter of a second, other libraries seconds.
 """
 
-import atexit
-import gc
-import inspect
-import logging
-import os
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
-from typer import Argument, Exit, Option, Typer
+from typer import Argument, Option
 
-from ssd_lit import __version__
+from ssd_lit.command import Threads, app, main, run, shown, stage
 from ssd_lit.moe.names import Construction, Mode, UntrainedRouter
 from ssd_lit.stages import ALL_STAGES
-from ssd_lit.support import signals
-from ssd_lit.support.processes import this_process
+
+__all__ = ["app", "main", "run"]
 
 Experiment = Annotated[str, Argument(metavar="EXPERIMENT", help="a YAML file, or a name that `ssd-lit list` shows")]
 DataDir = Annotated[Path, Argument(metavar="DATA_DIR", help="a folder under results/data, which holds config.yaml")]
@@ -33,112 +23,7 @@ Results = Annotated[Path, Option(help="the results folder")]
 Settings = Annotated[
     list[str] | None, Argument(metavar="KEY=VALUE", help="settings to change, such as training.steps=100")
 ]
-Threads = Annotated[
-    int | None, Option(min=1, max=1024, metavar="N", help="CPU threads (of a run what its config says, else all)")
-]
 MOST = 10**9
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"ssd-lit {__version__}")
-        raise Exit
-
-
-Version = Annotated[bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
-
-app = Typer(
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"max_content_width": 100},
-    help="Switchable Sparse-Dense Learning, stage by stage. `snakemake` runs them all.",
-    epilog="An experiment, in order: configs, prepare, tokenizer, encode; train for each run; then summarise, figures, "
-    "report. `ssd-lit COMMAND --help` tells more.",
-)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed with a message, 2 called wrongly, 75 stopped."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        app(arguments, prog_name="ssd-lit")
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
-
-
-@app.callback()
-def _options(version: Version = False) -> None:
-    """Hold the options that stand before a command."""
-
-
-def stage(function: Callable[..., str]) -> Callable[..., None]:
-    """Make a command of a function that returns in a line what it came to.
-
-    The command tells when it begins and ends, and has the option --threads beside those of the function.
-    """
-    signature = inspect.signature(function)
-
-    @wraps(function)
-    def command(threads: int | None, **given: Any) -> None:
-        _set_threads(threads or os.cpu_count() or 1)
-        if not sys.stderr.isatty():
-            # Ours too are for a terminal only.
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        if "threads" in signature.parameters:
-            given["threads"] = threads
-        place = next(iter(given.values()))
-        title = f"{function.__name__} {place}" if isinstance(place, Path | str) else function.__name__
-        raise Exit(_run(title, lambda: function(**given)))
-
-    option = inspect.Parameter("threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Threads)
-    parameters = [one for name, one in signature.parameters.items() if name != "threads"]
-    command.__signature__ = signature.replace(parameters=[*parameters, option])  # type: ignore[attr-defined]
-    command.__annotations__ = {**function.__annotations__, "threads": Threads}
-    app.command(function.__name__)(command)
-    return command
-
-
-def shown(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function that prints what it was asked for, and does not tell when it begins and ends."""
-
-    name = function.__name__.rstrip("_")
-
-    @wraps(function)
-    def command(**given: Any) -> None:
-        try:
-            function(**given)
-        except (ValueError, OSError) as error:
-            _say(f"{name}: failed: {error}")
-            raise Exit(1) from None
-        except (signals.Preempted, KeyboardInterrupt):
-            raise Exit(130) from None
-
-    app.command(name)(command)
-    return command
-
-
-def _run(title: str, function: Callable[[], str]) -> int:
-    """Run a stage, tell how it went, and return the exit status."""
-    began, place = time.monotonic(), this_process()
-    if place.is_first:
-        _say(f"{title}: begins")
-    else:
-        title = f"{title}, process {place.rank}"
-    try:
-        outcome = function()
-    except (ValueError, OSError) as error:
-        _say(f"{title}: failed: {error}")
-        return 1
-    except signals.Preempted as asked:
-        _say(f"{title}: stopped by {asked}; start it again to go on")
-        return signals.STATUS
-    except KeyboardInterrupt:
-        _say(f"{title}: interrupted")
-        return 130
-    if place.is_first:
-        _say(f"{title}: done in {time.monotonic() - began:.1f} s; {outcome}")
-    return 0
 
 
 @shown
@@ -417,30 +302,3 @@ def schema(
     from ssd_lit.pipeline import data
 
     return data.schema(out, page)
-
-
-def _set_threads(threads: int) -> None:
-    # Read by the libraries when they are imported: OpenMP and BLAS, and the tokenizer's own pool.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-
-def _say(text: str) -> None:
-    # Whoever listened may be gone: a killed workflow's, or stopped by the same signal.
-    with suppress(BrokenPipeError):
-        print(f"[{time.strftime('%H:%M:%S')}] ssd-lit {text}", file=sys.stderr, flush=True)
-
-
-def run() -> NoReturn:
-    """Entry point of the console script."""
-    # The libraries make a million objects that live to the end. Traced seldom while they are imported, and not taken
-    # apart one by one as the interpreter ends, they cost two seconds less a stage.
-    gc.set_threshold(100_000, 50, 50)
-    signals.raise_on_signal()
-    status = main()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
-            stream.flush()
-    os._exit(status)
