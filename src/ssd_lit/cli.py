@@ -230,7 +230,7 @@ def verify(folder: Place) -> str:
 
 @stage
 def store(results: Annotated[Path, Argument(metavar="RESULTS", help="the results folder")]) -> str:
-    """Make the MLflow store, once, before jobs share it."""
+    """Make the MLflow store, once, before jobs share it; of one that was moved, find the artifacts again."""
     from ssd_lit.pipeline import publish
 
     return publish.store(results)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ssd_lit.cli import main
 from tests.checkpoint_folders import save_model
 from tests.pages import PAGES, blocks
 from tests.workflow.running import ENVIRONMENT
@@ -35,6 +36,7 @@ def here(quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the pages call DIR, a checkpoint folder, and the results of the quick experiment."""
     folder = tmp_path_factory.mktemp("here")
     shutil.copytree(quick, folder / "results", symlinks=True)
+    assert main(["store", str(folder / "results")]) == 0  # MLflow finds the artifacts at their new place
     save_model(folder / "DIR", "gpt2")
     return folder
 

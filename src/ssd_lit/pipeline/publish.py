@@ -100,9 +100,10 @@ def verify(folder: Path) -> str:
 
 
 def store(results: Path) -> str:
-    from ssd_lit.tracking.store import ensure_store, masked, tracking_uri
+    from ssd_lit.tracking.store import ensure_store, follow_results, masked, tracking_uri
 
     ensure_store(results)
+    follow_results(results)
     return masked(tracking_uri(results))
 
 

@@ -93,8 +93,7 @@ def connect(results: Path) -> "MlflowClient":
 
 def _store_uri(results: Path) -> str:
     """The tracking URI, after updating the artifact locations of a local store."""
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        follow_results(results)
+    follow_results(results)
     return tracking_uri(results)
 
 
@@ -136,7 +135,7 @@ def follow_results(results: Path) -> None:
     MLflow stores absolute paths. After a move they point nowhere, and in a copy to the original.
     """
     store, here = results.resolve() / "mlflow.db", results.resolve().as_uri()
-    if not store.exists():
+    if os.environ.get("MLFLOW_TRACKING_URI") or not store.exists():
         return
     with closing(sqlite3.connect(store, timeout=60)) as connection, connection:
         experiments = connection.execute("SELECT experiment_id, name, artifact_location FROM experiments").fetchall()
