@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from ssd_lit.tracking.store import follow_results
 from tests.workflow.running import snakemake
 
 
@@ -18,4 +19,5 @@ def quick(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             made.with_suffix(".part").rename(made)
         results = tmp_path_factory.mktemp("quick")
         shutil.copytree(made, results, symlinks=True, dirs_exist_ok=True)
+    follow_results(results)
     return results

@@ -1,9 +1,13 @@
 """Snakemake as a person calls it."""
 
+import atexit
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+from tests.preloaded import Server
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -17,9 +21,17 @@ def command(experiment: str | Path, results: Path, *arguments: str, jobs: str = 
     ]  # fmt: skip
 
 
+@cache
+def prepared() -> dict[str, str]:
+    """ENVIRONMENT, but with an `ssd-lit` whose libraries are there already (`tests.preloaded`)."""
+    server = Server()
+    atexit.register(server.close)
+    return {**ENVIRONMENT, "PATH": f"{server.path}{os.pathsep}{ENVIRONMENT['PATH']}"}
+
+
 def snakemake(experiment: str | Path, results: Path, *arguments: str, jobs: str = "stages") -> str:
     done = subprocess.run(
-        command(experiment, results, *arguments, jobs=jobs), cwd=ROOT, env=ENVIRONMENT, text=True,
+        command(experiment, results, *arguments, jobs=jobs), cwd=ROOT, env=prepared(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -10,7 +10,7 @@ import pytest
 from ssd_lit.cli import main
 from tests.checkpoint_folders import save_model
 from tests.pages import PAGES, blocks
-from tests.workflow.running import ENVIRONMENT
+from tests.workflow.running import prepared
 
 pytestmark = pytest.mark.whole_run
 
@@ -44,5 +44,5 @@ def here(quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", [page for page in PAGES if page != TUTORIAL and examples(page)])
 def test_the_examples_of_a_page_run_one_after_the_other(page: str, here: Path) -> None:
     for command, code in examples(page):
-        done = subprocess.run([*command, code], cwd=here, env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run([*command, code], cwd=here, env=prepared(), capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
