@@ -13,6 +13,7 @@ from ssd_lit.support.shipped import CONFIGS
 
 MOST_BYTES = 1_000_000
 MOST_VALUES = 100_000
+MOST_DEPTH = 50
 """More is no config. Values are counted with every alias written out."""
 
 
@@ -43,9 +44,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str) -> Any:
     """The value that a text holds as YAML. Raises ConfigError if it is not valid."""
     try:
+        _check_depth(text)
         return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ConfigError("not valid YAML: nested too deeply") from None
     except ConfigError:
         raise
     except Exception as error:  # beside YAMLError, what the constructors of dates and numbers raise
@@ -139,7 +139,7 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """YAML that reads 3e-4 as a number, and refuses a key given twice and aliases that never end or unfold too far."""
 
     def get_single_node(self) -> yaml.Node | None:
@@ -155,6 +155,15 @@ class _Loader(yaml.SafeLoader):
                 raise ConfigError(f"line {key.start_mark.line + 1}: key {key.value!r} is given more than once")
             seen.add((key.tag, str(key.value)))
         return super().construct_mapping(node, deep)
+
+
+def _check_depth(text: str) -> None:
+    """Raise ConfigError for mappings and lists that lie too deep in each other: libyaml's composer recurses in C."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise ConfigError("not valid YAML: nested too deeply")
 
 
 def _values(node: yaml.Node, known: dict[int, int]) -> int:

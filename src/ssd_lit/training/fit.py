@@ -1,5 +1,6 @@
 """The training of a run: one Lightning `fit` for all its phases."""
 
+import atexit
 import gc
 import logging
 import multiprocessing
@@ -38,6 +39,9 @@ from ssd_lit.training.sharding import Shards
 from ssd_lit.training.switch_loss import SwitchLossLogger
 from ssd_lit.training.throughput import Progress, ThroughputLogger
 
+# The libraries' objects, half a million, live to the end: no collection looks at them from here on.
+gc.freeze()
+atexit.register(gc.unfreeze)
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 

@@ -253,6 +253,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     svg, png = (stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png"))
     with whole_file(svg) as part:
         figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # the picture is laid out as the drawing was
     with whole_file(png) as part:
         figure.savefig(part, format="png", dpi=150, metadata={"Software": None})
     return [svg, png]
