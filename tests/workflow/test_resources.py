@@ -12,7 +12,7 @@ from ssd_lit.pipeline.resources import NAMES, launcher, of_job
 from ssd_lit.records import PhaseRecord
 from tests.conftest import tiny_experiment
 from tests.labelled import write_blimp
-from tests.workflow.running import ENVIRONMENT, ROOT, command
+from tests.workflow.running import ROOT, command, prepared
 
 ARMS = {"a": {"method": "dense"}, "b": {"method": "dense", "optim": {"lr": 5e-3}}}
 
@@ -21,7 +21,7 @@ def call(gpus: str, config: Path, results: Path, *targets: Path, options: tuple[
     """What snakemake says, on a machine with these GPUs."""
     words = [*command(config, results, *map(str, targets), *options), f"gpu_share={share}"]
     done = subprocess.run(
-        words, cwd=ROOT, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": gpus}, text=True, check=False,
+        words, cwd=ROOT, env={**prepared(), "CUDA_VISIBLE_DEVICES": gpus}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
