@@ -35,6 +35,7 @@ RESULT = RESULTS / "startup.json"
 
 STAGES = {
     # Kind of stage: the module that must be imported first, and where its own work begins.
+    "--help": ("ssd_lit.command", "app"),
     "configs": ("ssd_lit.pipeline.data", "write_configs"),
     "prepare": ("ssd_lit.data.documents", "prepare_documents"),
     "tokenizer": ("ssd_lit.data.tokenizer", "train_tokenizer"),
@@ -73,7 +74,7 @@ cli.run()
 """
 """Calls the command line as the console script does, and tells the time where the stage would begin its work."""
 
-LIMITS = {"train": 6.0, "route": 6.0}
+LIMITS = {"--help": 0.2, "train": 6.0, "route": 6.0}
 OTHERS = 3.0
 ALLOWED_SHARE = 0.05
 
@@ -145,6 +146,7 @@ def prepare(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
         stage([name, str(data)])
     stage(["store", str(results)])
     calls: dict[str, list[str]] = {
+        "--help": ["--help"],
         "configs": ["configs", str(experiment), "--results", str(results)],
         "store": ["store", str(results)],
         **{name: [name, str(data)] for name in ("prepare", "tokenizer", "encode")},
