@@ -11,21 +11,27 @@ from ssd_lit.data.index import VocabInfo
 from ssd_lit.models.family import Family, FFNSite, Weight
 
 
+def shape_of(config: ModelConfig, vocab: VocabInfo, context: int) -> dict[str, Any]:
+    """What LLaMA's config class and those modelled on it are told of a fresh model."""
+    return {
+        "vocab_size": vocab.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "intermediate_size": config.d_ff,
+        "hidden_act": config.activation,
+        "max_position_embeddings": context,
+        "bos_token_id": vocab.eos_id,
+        "eos_token_id": vocab.eos_id,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+
+
 def config_of(config: ModelConfig, vocab: VocabInfo, context: int) -> LlamaConfig:
     """A LLaMA language model with fresh weights and its own FFNs: ReGLU with relu, SwiGLU with silu."""
-    return LlamaConfig(
-        vocab_size=vocab.vocab_size,
-        hidden_size=config.d_model,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        intermediate_size=config.d_ff,
-        hidden_act=config.activation,
-        max_position_embeddings=context,
-        bos_token_id=vocab.eos_id,
-        eos_token_id=vocab.eos_id,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    return LlamaConfig(**shape_of(config, vocab, context))
 
 
 WEIGHTS = {
