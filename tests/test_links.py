@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.pages import PAGES, ROOT
+
 PACKAGE = ROOT / "src/ssd_lit"
 FOLDERS = ("benchmarks", "configs", "docs", "src", "tests", "workflow")
 LINKS_ONLY = ("config/README.md", "docs/settings.md")
 """The paths of the first are those of a deployed copy; the second tells settings, whose names are like paths."""
-DOCS = (f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
-PAGES = ("README.md", "CONTRIBUTING.md", *(page for page in DOCS if page not in LINKS_ONLY))
+NAMING = [page for page in PAGES if page not in LINKS_ONLY]
 
 FENCE = re.compile(r"^ *```.*?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`]+)`")
@@ -117,12 +117,12 @@ def names_of_tests() -> frozenset[str]:
     return frozenset(name for path in files for name in (path.stem, *defined_in(path)))
 
 
-@pytest.mark.parametrize("page", [*PAGES, *LINKS_ONLY])
+@pytest.mark.parametrize("page", [*NAMING, *LINKS_ONLY])
 def test_links_lead_somewhere(page: str) -> None:
     assert [*broken_links(page, (ROOT / page).read_text())] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", NAMING)
 def test_paths_are_there(page: str) -> None:
     assert [*broken_paths((ROOT / page).read_text())] == []
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ssd_lit.cli import app
-
-ROOT = Path(__file__).parents[1]
+from tests.pages import ROOT
 
 
 @pytest.fixture(scope="module")

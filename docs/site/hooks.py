@@ -1,5 +1,6 @@
 """Hooks of MkDocs: pages from the repository's root, links that leave docs/, and the help of all commands."""
 
+import posixpath
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,7 +36,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if re.match(r"[a-z]+:|#", target):
             return match.group()
         path, _, anchor = target.partition("#")
-        inside = _normal(folder / path)
+        inside = posixpath.normpath(folder / path)
         if inside in PAGES:
             inside = f"docs/{PAGES[inside]}"
         if not inside.startswith("docs/") or inside.startswith("docs/data"):
@@ -56,14 +57,3 @@ def commands() -> str:
             with command.make_context(name, [], parent=above, resilient_parsing=True, **settings) as context:
                 sections.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
     return "\n".join(sections)
-
-
-def _normal(path: PurePosixPath) -> str:
-    """The path without `..`."""
-    parts: list[str] = []
-    for part in path.parts:
-        if part == "..":
-            parts.pop()
-        else:
-            parts.append(part)
-    return "/".join(parts)
