@@ -144,7 +144,7 @@ class ExpertFFN(nn.Module):
         return Routing(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "sparse" and not self._chooses_all:
+        if self.mode == "sparse" and not self.chooses_all:
             y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
         elif self.upcycled:
             raise ValueError("experts that are copies of one FFN have no dense mode")
@@ -154,7 +154,7 @@ class ExpertFFN(nn.Module):
         return out
 
     @property
-    def _chooses_all(self) -> bool:
+    def chooses_all(self) -> bool:
         """Whether all experts run with equal weights, which is the dense FFN."""
         return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.upcycled
 

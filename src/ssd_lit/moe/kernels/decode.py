@@ -1,67 +1,232 @@
-"""The sparse FFN for a few tokens: every program reads one piece of one chosen expert's weights, once.
+"""The FFN of one token in two kernels, for generation: only the chosen experts' weights are read, in place and once.
 
-Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token.
+A step of generation is a chain of small kernels; its time is that of reading weights, and of waiting for each other. So
+each kernel lets the next one start early (programmatic dependent launch), which reads what does not change in a step
+before it waits for what this one computes. Whatever an earlier kernel of the chain wrote is read past the L1 cache, and
+as much of it at once as possible: a load behind a sum begins only when the sum is there.
+
+Shape letters: D model width, E experts, H neurons of one expert, S slots: places for chosen experts. DP and EP are D
+and E padded to powers of two.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssd_lit.moe.kernels.activations import activate
 
 
 @triton.jit
-def up_few(
-    x, chosen, weights, w_in, w_gate, b_in, hidden,
-    D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, WEIGHTED: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """hidden [T, K, H] in float32: the chosen experts' activations, times the expert's weight for the token."""
-    pair = tl.program_id(0)
-    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
-    expert = tl.load(chosen + pair)
-    # A token with fewer experts has E in its other places: no neurons for those.
-    inside = neuron < tl.where(expert < E, H, 0)
-    inner = tl.arange(0, INNER)
-    weight_at = (expert * H + neuron).to(tl.int64)[:, None] * D + inner[None, :]
-    product = tl.zeros([NEURONS], tl.float32)
-    gate = tl.zeros([NEURONS], tl.float32)
-    for d in range(0, D, INNER):
-        mask = inside[:, None] & (inner < D - d)[None, :]
-        values = tl.load(x + (pair // K).to(tl.int64) * D + d + inner, mask=inner < D - d, other=0.0).to(tl.float32)
-        product += tl.sum(tl.load(w_in + weight_at + d, mask=mask, other=0.0).to(tl.float32) * values[None, :], axis=1)
-        if GATED:
-            rows = tl.load(w_gate + weight_at + d, mask=mask, other=0.0).to(tl.float32)
-            gate += tl.sum(rows * values[None, :], axis=1)
-    if BIAS:
-        product += tl.load(b_in + expert * H + neuron, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        value = activate(gate, ACTIVATION) * product
-    else:
-        value = activate(product, ACTIVATION)
-    if WEIGHTED:
-        value *= tl.load(weights + pair).to(tl.float32)
-    tl.store(hidden + pair * H + neuron, tl.where(inside, value, 0.0), mask=neuron < H)
+def load_stats(stats, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+    """Means and squared deviations of a row's blocks, stats [BLOCKS, 2], as `store_stats` wrote them."""
+    block = tl.arange(0, PADDED)
+    means = tl.load(stats + 2 * block, mask=block < BLOCKS, other=0.0, cache_modifier=".cg")
+    return means, tl.load(stats + 2 * block + 1, mask=block < BLOCKS, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def down_few(
-    hidden, chosen, w_out, out,
-    D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+def norm_factors(means, deviations, eps, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr):
+    """Mean and reciprocal standard deviation of a row of BLOCKS blocks of SIZE.
+
+    Deviations from each block's own mean add up without cancellation.
+    """
+    mean = tl.sum(means, axis=0) / BLOCKS
+    between = tl.sum(tl.where(tl.arange(0, PADDED) < BLOCKS, (means - mean) * (means - mean), 0.0), axis=0)
+    return mean, 1.0 / tl.sqrt((tl.sum(deviations, axis=0) + SIZE * between) / (BLOCKS * SIZE) + eps)
+
+
+@triton.jit
+def store_stats(stats, block, values, SIZE: tl.constexpr):
+    """Mean and squared deviations of one block of a row."""
+    mean = tl.sum(values, axis=0) / SIZE
+    tl.store(stats + 2 * block, mean)
+    tl.store(stats + 2 * block + 1, tl.sum((values - mean) * (values - mean), axis=0))
+
+
+@triton.jit
+def last_to_arrive(counter, expected):
+    """Whether this is the last of so many programs to come here; it then sees what the others stored before."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _chosen_by_score(
+    score, slot,
+    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """out [T, K, D] in float32: the output of each chosen expert."""
-    pair = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    expert = tl.load(chosen + pair)
-    neurons = tl.where(expert < E, H, 0)
-    neuron = tl.arange(0, NEURONS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for h in range(0, H, NEURONS):
-        inside = neuron < neurons - h
-        rows = tl.load(
-            w_out + (expert * H + h + neuron).to(tl.int64)[:, None] * D + column[None, :],
-            mask=inside[:, None] & (column < D)[None, :],
-            other=0.0,
-        )
-        values = tl.load(hidden + pair * H + h + neuron, mask=inside, other=0.0)
-        total += tl.sum(rows.to(tl.float32) * values[:, None], axis=0)
-    tl.store(out + pair * D + column, total, mask=column < D)
+    """The slot's expert by scores [EP], E if there is none, and its weight.
+
+    Chosen are the K best, or, with a THRESHOLD, all whose softplus is at least that share of the best one's. With a
+    TOTAL, that times the softmax over the chosen weighs them.
+    """
+    expert = tl.arange(0, EP)
+    score = tl.where(expert < E, score, float("-inf"))
+    best = tl.max(score, axis=0)
+    if THRESHOLD > 0:
+        taken = (expert < E) & (_softplus(score) >= THRESHOLD * _softplus(best))
+    else:
+        # As in `kernels.routing`, of equal scores the lower expert comes first.
+        ahead, earlier = score[None, :] > score[:, None], expert[None, :] < expert[:, None]
+        ahead = ahead | ((score[None, :] == score[:, None]) & earlier)
+        taken = (expert < E) & (tl.sum(ahead.to(tl.int32), axis=1) < K)
+    count = taken.to(tl.int32)
+    mine = taken & (tl.cumsum(count, axis=0) - 1 == slot)
+    weight = 1.0
+    if TOTAL > 0:
+        share = tl.where(taken, tl.exp(score - best), 0.0)
+        weight = tl.sum(tl.where(mine, share, 0.0), axis=0) * (TOTAL / tl.sum(share, axis=0))
+    return tl.where(slot < tl.sum(count, axis=0), tl.sum(tl.where(mine, expert, 0), axis=0), E), weight
+
+
+@triton.jit
+def _score(
+    products, shift, offset, means, deviations, eps,
+    E: tl.constexpr, EP: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """[EP]: the dot products of the router's directions with a normalised row.
+
+    products [BLOCKS, E] are those of the row's blocks before it is normalised, with the norm's gain in the directions;
+    shift and offset [E] are the directions' products with the gain and with the norm's bias.
+    """
+    expert, block = tl.arange(0, EP), tl.arange(0, PADDED)
+    parts = tl.load(
+        products + block[:, None] * E + expert[None, :],
+        mask=(block < BLOCKS)[:, None] & (expert < E)[None, :], other=0.0, cache_modifier=".cg",
+    )  # fmt: skip
+    mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
+    return (tl.sum(parts, axis=0) - mean * shift) * scale + offset
+
+
+@triton.jit
+def up(
+    x, stats, gain, bias, eps, products, shift, offset, chosen, weights, w_in, w_gate, b_in, hidden,
+    D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, NEURONS: tl.constexpr,
+    CHOICE: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr, TOTAL: tl.constexpr, WEIGHTED: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """hidden [S, H] in float32: activations of the slots' neurons, times the token's weight of the expert.
+
+    x [D] is normalised if NORM. By CHOICE slots are "all" experts, those "given" in chosen [S], or those of the best
+    "scores" (`_score`).
+    """
+    pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
+    slot = tl.program_id(0) // pieces
+    neuron = tl.program_id(0) % pieces * NEURONS + tl.arange(0, NEURONS)
+    place, expert_place = tl.arange(0, DP), tl.arange(0, EP)
+    if NORM:
+        factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
+        added = tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
+    if CHOICE == "scores":
+        shifts = tl.load(shift + expert_place, mask=expert_place < E, other=0.0)
+        offsets = tl.load(offset + expert_place, mask=expert_place < E, other=0.0)
+    weight = 1.0
+    expert = slot
+    if CHOICE != "all":
+        # Only then is the choice there; and the next kernel reads it before it waits.
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if NORM:
+            means, deviations = load_stats(stats, BLOCKS, PADDED)
+        if CHOICE == "scores":
+            score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
+            expert, weight = _chosen_by_score(score, slot, E, EP, K, THRESHOLD, TOTAL)
+        else:
+            expert = tl.load(chosen + slot).to(tl.int32)
+            if WEIGHTED:
+                weight = tl.load(weights + slot).to(tl.float32)
+        if expert >= E:
+            return
+    inside = neuron < H
+    mask = inside[:, None] & (place < D)[None, :]
+    row_at = (expert * H + neuron).to(tl.int64)
+    tile = tl.load(w_in + row_at[:, None] * D + place[None, :], mask=mask, other=0.0)
+    if GATED:
+        gate_tile = tl.load(w_gate + row_at[:, None] * D + place[None, :], mask=mask, other=0.0)
+    if BIAS:
+        before = tl.load(b_in + row_at, mask=inside, other=0.0).to(tl.float32)
+    if CHOICE == "all":
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
+        row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+        if NORM:
+            means, deviations = load_stats(stats, BLOCKS, PADDED)
+    if NORM:
+        mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
+        row = (row - mean) * scale * factor + added
+    value = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
+    if BIAS:
+        value += before
+    if GATED:
+        value *= activate(tl.sum(gate_tile.to(tl.float32) * row[None, :], axis=1), ACTIVATION)
+    else:
+        value = activate(value, ACTIVATION)
+    tl.store(hidden + slot * H + neuron, value * weight, mask=inside)
+
+
+@triton.jit
+def down(
+    hidden, stats_before, eps, products, shift, offset, chosen, w_out, b_out, parts, counters, y, stats,
+    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr, COLUMNS: tl.constexpr, CHOICE: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y [D]: the slots' hidden neurons [S, H] times w_out. With RESIDUAL it is added to y, whose new stats are written.
+
+    A program takes ROWS neurons of a slot and COLUMNS columns; the last one of its columns adds up the PARTS.
+    """
+    pieces: tl.constexpr = (H + ROWS - 1) // ROWS
+    part = tl.program_id(1)
+    slot = part // pieces
+    expert = slot
+    if CHOICE == "scores":
+        place = tl.arange(0, EP)
+        shifts = tl.load(shift + place, mask=place < E, other=0.0)
+        offsets = tl.load(offset + place, mask=place < E, other=0.0)
+        means, deviations = load_stats(stats_before, BLOCKS, PADDED)
+        score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
+        expert, _ = _chosen_by_score(score, slot, E, EP, K, THRESHOLD, 0)
+    elif CHOICE == "given":
+        expert = tl.load(chosen + slot).to(tl.int32)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = part % pieces * ROWS + tl.arange(0, ROWS)
+    inside = row < tl.where(expert < E, H, 0)
+    within = column < D
+    tile = tl.load(
+        w_out + (expert * H + row).to(tl.int64)[:, None] * D + column[None, :],
+        mask=inside[:, None] & within[None, :], other=0.0,
+    )  # fmt: skip
+    added = tl.zeros([COLUMNS], tl.float32)
+    if BIAS:
+        added += tl.load(b_out + column, mask=within, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    values = tl.load(hidden + slot * H + row, mask=inside, other=0.0, cache_modifier=".cg")
+    if RESIDUAL:
+        added += tl.load(y + column, mask=within, other=0.0, cache_modifier=".cg")
+    total = tl.sum(tile.to(tl.float32) * values[:, None], axis=0)
+    tl.store(parts + part * D + column, total, mask=within)
+    if last_to_arrive(counters + tl.program_id(0), PARTS):
+        every = tl.arange(0, PARTS_PADDED)
+        sums = tl.load(
+            parts + every[:, None] * D + column[None, :],
+            mask=(every < PARTS)[:, None] & within[None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        value = tl.sum(sums, axis=0) + added
+        tl.store(y + column, value.to(y.dtype.element_ty), mask=within)
+        if RESIDUAL:
+            store_stats(stats, tl.program_id(0), value, COLUMNS)
