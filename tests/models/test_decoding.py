@@ -15,7 +15,7 @@ from ssd_lit.models.family import family, swap_ffns
 
 pytest.importorskip("triton")
 
-E, K, PLACES = 6, 2, 150
+E, K, PLACES = 6, 2, 300
 
 
 def model(router: str = "center", activation: str = "relu") -> Any:
@@ -51,9 +51,10 @@ def logits_of_both(gpt2: Any, read: int, steps: int) -> tuple[list[Tensor], list
     step.refresh()
     found = []
     for number in range(read, read + steps):
-        last.copy_(tokens[:, number:number + 1])
+        last.copy_(tokens[:, number : number + 1])
         position.fill_(number)
         found.append(step().clone())
+        assert step.likeliest.item() == found[-1].argmax()
     return list(expected.unbind(1)), found
 
 
@@ -64,7 +65,8 @@ def logits_of_both(gpt2: Any, read: int, steps: int) -> tuple[list[Tensor], list
 def test_logits_are_those_of_transformers(mode: Any, router: str, activation: str) -> None:
     gpt2 = model(router, activation)
     set_mode(gpt2, mode)
-    for expected, found in zip(*logits_of_both(gpt2, read=63, steps=3), strict=True):
+    # The second token behind 255 begins another piece of the cache.
+    for expected, found in zip(*logits_of_both(gpt2, read=255, steps=3), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

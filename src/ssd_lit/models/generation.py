@@ -214,7 +214,8 @@ class Generator:
 
     def _step(self) -> None:
         logits = self._logits() if self._kernels is None else self._kernels()
-        self._last.copy_(self._choose(logits)[:, None])
+        greedy = self._kernels is not None and self._choose.temperature == 0
+        self._last.copy_((self._kernels.likeliest if greedy else self._choose(logits))[:, None])
         self._position.add_(1)
         self._tokens.index_copy_(1, self._position, self._last)
 

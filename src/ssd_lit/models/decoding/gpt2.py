@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ssd_lit.models.decoding import kernels
-from ssd_lit.moe.backends.decode_gpu import COLUMNS, Choice, Norm, down, rows_of_tile, up
+from ssd_lit.moe.backends.decode_gpu import COLUMNS, Choice, Norm, columns_of, down, rows_of_tile, up
 from ssd_lit.moe.backends.interface import Experts
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels import early_launch, power_of_two
 
 BLOCK, WARPS = 32, 8
 """Columns of an attention's map in a program, and its warps."""
-CHUNK, MOST_CHUNKS = 64, 32
-"""Places of the cache that a program attends to: so many, or as many as make the most programs of a head."""
+CHUNK, CHUNK_WARPS = 256, 8
+"""Places of the cache that a program attends to, and its warps."""
 
 
 class _Layer:
@@ -74,11 +74,13 @@ class GPT2Step:
             return keys.new_zeros(*shape, dtype=torch.float32)
 
         self._x, self._query, self._attended = floats(d), floats(d), floats(d)
-        self._outer, self._inner = floats(d // COLUMNS, 2), floats(d // BLOCK, 2)
-        self._chunk = max(CHUNK, power_of_two(-(-places // MOST_CHUNKS)))
-        self._parts = floats(heads, -(-places // self._chunk), width + 2)
+        self._embedded, self._inner = floats(d // COLUMNS, 2), floats(d // BLOCK, 2)
+        self._parts = floats(heads, -(-places // CHUNK), width + 2)
         self._counters = torch.zeros(max(heads, d // COLUMNS), dtype=torch.int32, device=keys.device)
-        self._logits = floats(1, len(model.lm_head.weight))
+        entries, self._rows = len(model.lm_head.weight), rows_of_tile(d, model.lm_head.weight)
+        self._logits, self._best = floats(1, entries), floats(-(-entries // self._rows))
+        self.likeliest = torch.zeros(1, dtype=torch.long, device=keys.device)
+        """[1], the token with the largest logit of the last call."""
         self._early = early_launch(keys)
 
     def refresh(self) -> None:
@@ -90,23 +92,24 @@ class GPT2Step:
         """Logits [1, V] in float32, in a buffer that the next call overwrites."""
         base, d = self._model.transformer, len(self._x)
         kernels.embed[(d // COLUMNS,)](
-            self._last, self._position, base.wte.weight, base.wpe.weight, self._x, self._outer, D=d, SIZE=COLUMNS
+            self._last, self._position, base.wte.weight, base.wpe.weight, self._x, self._embedded, D=d, SIZE=COLUMNS
         )
+        stats = self._embedded
         for layer in self._layers:
-            self._attention(layer)
-            self._ffn(layer)
-        weight, norm = self._model.lm_head.weight, _norm(base.ln_f, self._outer)
-        rows = rows_of_tile(d, weight)
-        kernels.unembed[(-(-len(weight) // rows),)](
-            self._x, *norm, weight, self._logits,
-            D=d, DP=power_of_two(d), V=len(weight), ROWS=rows, **norm.sizes(d), **self._early,
+            self._attention(layer, stats)
+            stats = self._ffn(layer)
+        weight, norm, parts = self._model.lm_head.weight, _norm(base.ln_f, stats), len(self._best)
+        kernels.unembed[(parts,)](
+            self._x, *norm, weight, self._logits, self._best, self._counters, self.likeliest,
+            D=d, DP=power_of_two(d), V=len(weight), ROWS=self._rows, PARTS=parts, PARTS_PADDED=power_of_two(parts),
+            **norm.sizes(d), **self._early,
         )  # fmt: skip
         return self._logits
 
-    def _attention(self, layer: _Layer) -> None:
+    def _attention(self, layer: _Layer, stats: Tensor) -> None:
         attention, d = layer.block.attn, len(self._x)
         _, heads, places, width = layer.keys.shape
-        norm, chunks = _norm(layer.block.ln_1, self._outer), self._parts.shape[1]
+        norm, chunks = _norm(layer.block.ln_1, stats), self._parts.shape[1]
         kernels.project[(3 * d // BLOCK,)](
             self._x, *norm, attention.c_attn.weight, attention.c_attn.bias, self._position,
             self._query, layer.keys, layer.values,
@@ -115,11 +118,12 @@ class GPT2Step:
         kernels.attend[(heads, chunks)](
             self._query, layer.keys, layer.values, self._position, self._parts, self._counters, self._attended,
             attention.scaling,
-            W=width, WP=power_of_two(width), N=places, CHUNK=self._chunk, CHUNKS=chunks,
-            CHUNKS_PADDED=power_of_two(chunks), **self._early,
+            W=width, WP=power_of_two(width), N=places, CHUNK=min(CHUNK, power_of_two(places)), CHUNKS=chunks,
+            CHUNKS_PADDED=power_of_two(chunks), num_warps=CHUNK_WARPS, **self._early,
         )  # fmt: skip
 
-    def _ffn(self, layer: _Layer) -> None:
+    def _ffn(self, layer: _Layer) -> Tensor:
+        """Returns the new row's statistics."""
         attention, ffn, d = layer.block.attn, layer.ffn, len(self._x)
         norm, experts = _norm(layer.block.ln_2, self._inner), layer.experts
         products = self._x.new_empty(d // BLOCK, ffn.experts)
@@ -131,7 +135,11 @@ class GPT2Step:
         )  # fmt: skip
         choice = layer.choice(products)
         hidden = up(self._x, experts, ffn.activation, choice, norm)
-        down(hidden, experts, choice, self._x, self._counters, norm=norm, b_out=ffn.b_out, stats=self._outer)
+        stats = self._x.new_empty(d // columns_of(choice), 2)
+        down(
+            hidden, experts, choice, self._x, norm=norm, b_out=ffn.b_out, stats=stats, counters=self._counters
+        )  # fmt: skip
+        return stats
 
 
 def _norm(norm: Any, stats: Tensor) -> Norm:

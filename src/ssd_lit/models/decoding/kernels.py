@@ -89,23 +89,26 @@ def attend(
     score = tl.where(place <= at, tl.sum(key * asked[None, :], axis=1), float("-inf"))
     most = tl.max(score, axis=0)
     weight = tl.exp(score - most)
-    part_at = parts + (head * CHUNKS + chunk) * (W + 2)
-    tl.store(part_at + width, tl.sum(weight[:, None] * value, axis=0), mask=inside)
-    tl.store(part_at + W, most)
-    tl.store(part_at + W + 1, tl.sum(weight, axis=0))
-    chunks = at // CHUNK + 1
-    if last_to_arrive(counters + head, chunks):
-        every = tl.arange(0, CHUNKS_PADDED)
-        there = every < chunks
-        every_at = parts + (head * CHUNKS + every) * (W + 2)
-        highest = tl.load(every_at + W, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(every_at + W + 1, mask=there, other=0.0, cache_modifier=".cg")
-        totals = tl.load(
-            every_at[:, None] + width[None, :], mask=there[:, None] & inside[None, :], other=0.0, cache_modifier=".cg"
-        )
-        factor = tl.exp(highest - tl.max(highest, axis=0))
-        mean = tl.sum(totals * factor[:, None], axis=0) / tl.sum(sums * factor, axis=0)
-        tl.store(y + head * W + width, mean, mask=inside)
+    total, sums = tl.sum(weight[:, None] * value, axis=0), tl.sum(weight, axis=0)
+    if CHUNKS == 1:
+        tl.store(y + head * W + width, total / sums, mask=inside)
+    else:
+        part_at = parts + (head * CHUNKS + chunk) * (W + 2)
+        tl.store(part_at + width, total, mask=inside)
+        tl.store(part_at + W, most)
+        tl.store(part_at + W + 1, sums)
+        chunks = at // CHUNK + 1
+        if last_to_arrive(counters + head, chunks):
+            every = tl.arange(0, CHUNKS_PADDED)
+            there = every < chunks
+            every_at = parts + (head * CHUNKS + every) * (W + 2)
+            mask = there[:, None] & inside[None, :]
+            highest = tl.load(every_at + W, mask=there, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(every_at + W + 1, mask=there, other=0.0, cache_modifier=".cg")
+            totals = tl.load(every_at[:, None] + width[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+            factor = tl.exp(highest - tl.max(highest, axis=0))
+            mean = tl.sum(totals * factor[:, None], axis=0) / tl.sum(sums * factor, axis=0)
+            tl.store(y + head * W + width, mean, mask=inside)
 
 
 @triton.jit
@@ -142,12 +145,16 @@ def mix(
 
 @triton.jit
 def unembed(
-    x, stats, gain, bias, eps, w, logits,
-    D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+    x, stats, gain, bias, eps, w, logits, best, counter, likeliest,
+    D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """logits [V] in float32: the normalised row times w [V, D]."""
-    entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """logits [V] in float32, the normalised row times w [V, D]; and the likeliest token, the first of equals.
+
+    A program takes ROWS tokens; the last one to be done finds the best of all by the best logit of each.
+    """
+    part = tl.program_id(0)
+    entry = part * ROWS + tl.arange(0, ROWS)
     place = tl.arange(0, DP)
     factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
     added = tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
@@ -160,4 +167,13 @@ def unembed(
     means, deviations = load_stats(stats, BLOCKS, PADDED)
     mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
     row = (row - mean) * scale * factor + added
-    tl.store(logits + entry, tl.sum(tile.to(tl.float32) * row[None, :], axis=1), mask=entry < V)
+    value = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
+    tl.store(logits + entry, value, mask=entry < V)
+    tl.store(best + part, tl.max(tl.where(entry < V, value, float("-inf")), axis=0))
+    if last_to_arrive(counter, PARTS):
+        every = tl.arange(0, PARTS_PADDED)
+        tops = tl.load(best + every, mask=every < PARTS, other=float("-inf"), cache_modifier=".cg")
+        top = tl.max(tops, axis=0)
+        entry = tl.min(tl.where(tops == top, every, PARTS), axis=0) * ROWS + tl.arange(0, ROWS)
+        value = tl.load(logits + entry, mask=entry < V, other=float("-inf"), cache_modifier=".cg")
+        tl.store(likeliest, tl.min(tl.where(value == top, entry, V), axis=0).to(tl.int64))

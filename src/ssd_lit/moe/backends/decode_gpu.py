@@ -17,7 +17,7 @@ from ssd_lit.moe.routing import Routing
 TILE_BYTES = 2**15
 """Of one token's program's weights: enough programs for all multiprocessors, and enough loads in flight in each."""
 COLUMNS = 64
-"""Columns of w_out in a program."""
+"""Columns of w_out in a program that takes a part of its rows, a quarter of that where it takes all."""
 
 
 def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
@@ -40,10 +40,8 @@ def _forward(
     x, chosen, experts = x.contiguous(), chosen.contiguous(), Experts(w_in, w_out, b_in, w_gate)
     if len(x) > 1:
         return _several(x, chosen, weights, experts, activation)
-    y = torch.empty_like(x)
-    counters = torch.zeros(-(-x.shape[1] // COLUMNS), dtype=torch.int32, device=x.device)
-    choice = Choice("given", chosen.shape[1], chosen=chosen, weights=weights)
-    down(up(x[0], experts, activation, choice), experts, choice, y[0], counters)
+    y, choice = torch.empty_like(x), Choice("given", chosen.shape[1], chosen=chosen, weights=weights)
+    down(up(x[0], experts, activation, choice), experts, choice, y[0])
     return y
 
 
@@ -62,14 +60,9 @@ def _several(x: Tensor, chosen: Tensor, weights: Tensor | None, experts: Experts
     slots, gated = min(b * k, e), experts.w_gate is not None
     matrix = x.new_empty(b, e, dtype=torch.float32)
     hidden, parts = x.new_empty(b, slots, h), x.new_empty(slots, b, d, dtype=torch.float32)
-    sizes = {
-        "E": e, "EP": power_of_two(e), "TOKENS": max(16, power_of_two(b)), "PRECISION": precision(),
-        "num_warps": 4, "num_stages": 4, **early_launch(x),
-    }  # fmt: skip
-    early = early_launch(x)
-    few.spread[(b,)](
-        chosen, weights, matrix, K=k, E=e, EP=power_of_two(e), WEIGHTED=weights is not None, num_warps=1, **early
-    )
+    early = {"E": e, "EP": power_of_two(e), **early_launch(x)}
+    sizes = {**early, "TOKENS": max(16, power_of_two(b)), "PRECISION": precision(), "num_warps": 4, "num_stages": 4}
+    few.spread[(b,)](chosen, weights, matrix, K=k, WEIGHTED=weights is not None, num_warps=1, **early)
     neurons = min(32, max(16, power_of_two(h)))
     few.up[(slots * -(-h // neurons),)](
         x, matrix, experts.w_in, experts.w_gate, experts.b_in, hidden,
@@ -140,23 +133,37 @@ def up(x: Tensor, experts: Experts, activation: str, choice: Choice, norm: Norm 
 
 
 def down(
-    hidden: Tensor, experts: Experts, choice: Choice, y: Tensor, counters: Tensor, *,
-    norm: Norm | None = None, b_out: Tensor | None = None, stats: Tensor | None = None,
+    hidden: Tensor, experts: Experts, choice: Choice, y: Tensor, *,
+    norm: Norm | None = None, b_out: Tensor | None = None, stats: Tensor | None = None, counters: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the sum of the slots' outputs to y [D]; with `stats` add it to y, and write the new row's statistics.
 
-    `counters` are zeros, and left so; `norm` is that of `up`.
+    `norm` is that of `up`. `counters`, for `all` experts, are zeros, and left so.
     """
     (slots, h), (e, _, d), w_out = hidden.shape, experts.w_in.shape, experts.w_out
-    rows = min(TILE_BYTES // (COLUMNS * w_out.element_size()), power_of_two(h))
-    parts = slots * -(-h // rows)
-    kept = hidden.new_empty(parts, d)
-    decode.down[(-(-d // COLUMNS), parts)](
+    columns = columns_of(choice)
+    kinds = {"BIAS": b_out is not None, "RESIDUAL": stats is not None, **early_launch(y)}
+    if choice.kind == "all":
+        rows = TILE_BYTES // (columns * w_out.element_size())
+        parts = -(-slots * h // rows)
+        kept = hidden.new_empty(parts, d)
+        decode.down_in_parts[(-(-d // columns), parts)](
+            hidden, w_out, b_out, kept, counters, y, stats,
+            D=d, F=slots * h, ROWS=rows, PARTS=parts, PADDED=power_of_two(parts), COLUMNS=columns, **kinds,
+        )  # fmt: skip
+        return
+    decode.down[(-(-d // columns),)](
         hidden, None if norm is None else norm.stats, 0.0 if norm is None else norm.eps,
-        choice.products, choice.shift, choice.offset, choice.chosen, w_out, b_out, kept, counters, y, stats,
-        D=d, E=e, EP=power_of_two(e), H=h, ROWS=rows, PARTS=parts, PARTS_PADDED=power_of_two(parts), COLUMNS=COLUMNS,
-        **choice.sizes, BIAS=b_out is not None, RESIDUAL=stats is not None, **_blocks(norm, d), **early_launch(y),
+        choice.products, choice.shift, choice.offset, choice.chosen, w_out, b_out, y, stats,
+        D=d, E=e, EP=power_of_two(e), H=h, SLOTS=slots, COLUMNS=columns, num_warps=8,
+        ROWS=min(2 * TILE_BYTES // (columns * w_out.element_size()), power_of_two(slots * h)),
+        **choice.sizes, **_blocks(norm, d), **kinds,
     )  # fmt: skip
+
+
+def columns_of(choice: Choice) -> int:
+    """Columns of a program of `down`, and of the blocks of which it writes statistics."""
+    return COLUMNS if choice.kind == "all" else COLUMNS // 4
 
 
 def _blocks(norm: Norm | None, d_model: int) -> dict[str, int]:

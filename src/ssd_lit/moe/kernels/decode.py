@@ -59,32 +59,22 @@ def _softplus(x):
 
 
 @triton.jit
-def _chosen_by_score(
-    score, slot,
-    E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr, TOTAL: tl.constexpr,
-):  # fmt: skip
-    """The slot's expert by scores [EP], E if there is none, and its weight.
+def _choose(score, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr):
+    """By scores [EP]: which experts are chosen, and the slots of those, [EP].
 
-    Chosen are the K best, or, with a THRESHOLD, all whose softplus is at least that share of the best one's. With a
-    TOTAL, that times the softmax over the chosen weighs them.
+    Chosen are the K best, or, with a THRESHOLD, all whose softplus is at least that share of the best one's.
     """
     expert = tl.arange(0, EP)
-    score = tl.where(expert < E, score, float("-inf"))
-    best = tl.max(score, axis=0)
+    there = expert < E
+    score = tl.where(there, score, float("-inf"))
     if THRESHOLD > 0:
-        taken = (expert < E) & (_softplus(score) >= THRESHOLD * _softplus(best))
+        taken = there & (_softplus(score) >= THRESHOLD * _softplus(tl.max(score, axis=0)))
     else:
         # As in `kernels.routing`, of equal scores the lower expert comes first.
         ahead, earlier = score[None, :] > score[:, None], expert[None, :] < expert[:, None]
         ahead = ahead | ((score[None, :] == score[:, None]) & earlier)
-        taken = (expert < E) & (tl.sum(ahead.to(tl.int32), axis=1) < K)
-    count = taken.to(tl.int32)
-    mine = taken & (tl.cumsum(count, axis=0) - 1 == slot)
-    weight = 1.0
-    if TOTAL > 0:
-        share = tl.where(taken, tl.exp(score - best), 0.0)
-        weight = tl.sum(tl.where(mine, share, 0.0), axis=0) * (TOTAL / tl.sum(share, axis=0))
-    return tl.where(slot < tl.sum(count, axis=0), tl.sum(tl.where(mine, expert, 0), axis=0), E), weight
+        taken = there & (tl.sum(ahead.to(tl.int32), axis=1) < K)
+    return taken, tl.cumsum(taken.to(tl.int32), axis=0) - 1
 
 
 @triton.jit
@@ -141,7 +131,12 @@ def up(
             means, deviations = load_stats(stats, BLOCKS, PADDED)
         if CHOICE == "scores":
             score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
-            expert, weight = _chosen_by_score(score, slot, E, EP, K, THRESHOLD, TOTAL)
+            taken, slots = _choose(score, E, EP, K, THRESHOLD)
+            mine = taken & (slots == slot)
+            expert = tl.min(tl.where(mine, expert_place, E), axis=0)
+            if TOTAL > 0:
+                share = tl.where(taken, tl.exp(score - tl.max(tl.where(taken, score, float("-inf")), axis=0)), 0.0)
+                weight = tl.sum(tl.where(mine, share, 0.0), axis=0) * (TOTAL / tl.sum(share, axis=0))
         else:
             expert = tl.load(chosen + slot).to(tl.int32)
             if WEIGHTED:
@@ -177,51 +172,93 @@ def up(
 
 
 @triton.jit
+def _rows_of_slots(
+    row, w_out, column, taken, slots, chosen,
+    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr, CHOICE: tl.constexpr,
+):  # fmt: skip
+    """The weights [ROWS, COLUMNS] of the slots' neurons by their number, and which of them there are."""
+    if CHOICE == "scores":
+        place = tl.arange(0, EP)
+        mine = taken[None, :] & (slots[None, :] == (row // H)[:, None])
+        expert = tl.min(tl.where(mine, place[None, :], E), axis=1)
+    else:
+        expert = tl.load(chosen + row // H, mask=row < SLOTS * H, other=E).to(tl.int32)
+    inside = row < tl.where(expert < E, SLOTS * H, 0)
+    tile = tl.load(
+        w_out + (expert * H + row % H).to(tl.int64)[:, None] * D + column[None, :],
+        mask=inside[:, None] & (column < D)[None, :], other=0.0,
+    )  # fmt: skip
+    return tile.to(tl.float32), inside
+
+
+@triton.jit
 def down(
-    hidden, stats_before, eps, products, shift, offset, chosen, w_out, b_out, parts, counters, y, stats,
-    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr, COLUMNS: tl.constexpr, CHOICE: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr,
+    hidden, stats_before, eps, products, shift, offset, chosen, w_out, b_out, y, stats,
+    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHOICE: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [D]: the slots' hidden neurons [S, H] times w_out. With RESIDUAL it is added to y, whose new stats are written.
 
-    A program takes ROWS neurons of a slot and COLUMNS columns; the last one of its columns adds up the PARTS.
+    A program takes COLUMNS columns, and ROWS neurons at a time, the first of which it reads before it waits.
     """
-    pieces: tl.constexpr = (H + ROWS - 1) // ROWS
-    part = tl.program_id(1)
-    slot = part // pieces
-    expert = slot
+    taken, slots = 0, 0
     if CHOICE == "scores":
         place = tl.arange(0, EP)
         shifts = tl.load(shift + place, mask=place < E, other=0.0)
         offsets = tl.load(offset + place, mask=place < E, other=0.0)
         means, deviations = load_stats(stats_before, BLOCKS, PADDED)
         score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
-        expert, _ = _chosen_by_score(score, slot, E, EP, K, THRESHOLD, 0)
-    elif CHOICE == "given":
-        expert = tl.load(chosen + slot).to(tl.int32)
+        taken, slots = _choose(score, E, EP, K, THRESHOLD)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = part % pieces * ROWS + tl.arange(0, ROWS)
-    inside = row < tl.where(expert < E, H, 0)
-    within = column < D
+    row = tl.arange(0, ROWS)
+    tile, inside = _rows_of_slots(row, w_out, column, taken, slots, chosen, D, E, EP, H, SLOTS, CHOICE)
+    value = tl.zeros([COLUMNS], tl.float32)
+    if BIAS:
+        value += tl.load(b_out + column, mask=column < D, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    neurons = tl.load(hidden + row, mask=inside, other=0.0, cache_modifier=".cg")
+    if RESIDUAL:
+        value += tl.load(y + column, mask=column < D, other=0.0, cache_modifier=".cg")
+    value += tl.sum(tile * neurons[:, None], axis=0)
+    for first in tl.static_range(ROWS, SLOTS * H, ROWS):
+        tile, inside = _rows_of_slots(first + row, w_out, column, taken, slots, chosen, D, E, EP, H, SLOTS, CHOICE)
+        neurons = tl.load(hidden + first + row, mask=inside, other=0.0, cache_modifier=".cg")
+        value += tl.sum(tile * neurons[:, None], axis=0)
+    tl.store(y + column, value.to(y.dtype.element_ty), mask=column < D)
+    if RESIDUAL:
+        store_stats(stats, tl.program_id(0), value, COLUMNS)
+
+
+@triton.jit
+def down_in_parts(
+    hidden, w_out, b_out, parts, counters, y, stats,
+    D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `down`, of all F neurons in dense mode: a program takes ROWS of them, the last one adds up PARTS of a column."""
+    part = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = part * ROWS + tl.arange(0, ROWS)
+    inside, within = row < F, column < D
     tile = tl.load(
-        w_out + (expert * H + row).to(tl.int64)[:, None] * D + column[None, :],
-        mask=inside[:, None] & within[None, :], other=0.0,
-    )  # fmt: skip
+        w_out + row.to(tl.int64)[:, None] * D + column[None, :], mask=inside[:, None] & within[None, :], other=0.0
+    )
     added = tl.zeros([COLUMNS], tl.float32)
     if BIAS:
         added += tl.load(b_out + column, mask=within, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    values = tl.load(hidden + slot * H + row, mask=inside, other=0.0, cache_modifier=".cg")
+    values = tl.load(hidden + row, mask=inside, other=0.0, cache_modifier=".cg")
     if RESIDUAL:
         added += tl.load(y + column, mask=within, other=0.0, cache_modifier=".cg")
-    total = tl.sum(tile.to(tl.float32) * values[:, None], axis=0)
-    tl.store(parts + part * D + column, total, mask=within)
+    tl.store(parts + part * D + column, tl.sum(tile.to(tl.float32) * values[:, None], axis=0), mask=within)
     if last_to_arrive(counters + tl.program_id(0), PARTS):
-        every = tl.arange(0, PARTS_PADDED)
+        every = tl.arange(0, PADDED)
         sums = tl.load(
             parts + every[:, None] * D + column[None, :],
             mask=(every < PARTS)[:, None] & within[None, :], other=0.0, cache_modifier=".cg",

@@ -69,7 +69,9 @@ def up(
     gate = tl.zeros([TOKENS, NEURONS] if GATED else [1, 1], tl.float32)
     for d in range(0, D, INNER):
         left = inner < D - d
-        rows = tl.load(x + token[:, None] * D + d + inner[None, :], mask=(token < B)[:, None] & left[None, :], other=0.0)
+        rows = tl.load(
+            x + token[:, None] * D + d + inner[None, :], mask=(token < B)[:, None] & left[None, :], other=0.0
+        )
         at = row_at[None, :] * D + d + inner[:, None]
         mask = inside[None, :] & left[:, None]
         value = tl.dot(rows, tl.load(w_in + at, mask=mask, other=0.0), value, input_precision=PRECISION)
@@ -113,5 +115,7 @@ def down(
         )  # fmt: skip
         total = tl.dot(values, rows, total, input_precision=PRECISION)
     tl.store(
-        parts + (slot * B + token)[:, None] * D + column[None, :], total, mask=(token < B)[:, None] & (column < D)[None, :]
+        parts + (slot * B + token)[:, None] * D + column[None, :],
+        total,
+        mask=(token < B)[:, None] & (column < D)[None, :],
     )
