@@ -65,12 +65,11 @@ def top_k_products(x: Tensor, directions: Tensor, k: int) -> Tensor:
 def experts_above(scores: Tensor, share: float) -> Tensor:
     """The experts whose score is at least `share` of the token's largest one: [T, E] -> [T, E].
 
-    Scores must not be negative; the best expert is always chosen. The chosen come first, in order of their number, and
-    E fills the places behind them (dynamic k, D2DMoE, arXiv 2310.04361, section 3.3).
+    Scores must not be negative; the best expert is always chosen. The chosen come first, and E fills the places behind
+    them (dynamic k, D2DMoE, arXiv 2310.04361, section 3.3).
     """
-    n_experts = scores.shape[-1]
-    above = scores >= share * scores.amax(dim=-1, keepdim=True)
-    return torch.where(above, torch.arange(n_experts, device=scores.device), n_experts).sort(dim=-1).values
+    largest, experts = scores.sort(dim=-1, descending=True)
+    return experts.masked_fill_(largest < share * largest[:, :1], scores.shape[-1])
 
 
 @torch.no_grad()
@@ -82,8 +81,8 @@ def scores_above(scores: Tensor, share: float, tally: Tensor | None = None) -> T
         return select_above(scores, share, tally)
     chosen = experts_above(scores, share)
     if tally is not None:
-        tally[0] += (chosen < scores.shape[-1]).sum()
-        tally[1] += len(chosen)
+        tally[0].add_((chosen < scores.shape[-1]).sum())
+        tally[1].add_(len(chosen))
     return chosen
 
 
