@@ -21,6 +21,7 @@ from ssd_lit.models.sampling import Sampling
 from ssd_lit.models.text import stream
 from ssd_lit.moe.backends import Activation
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.statistics import mean_k
 
 BLOCKS = 32
 """Blocks into which a matrix is cut."""
@@ -137,6 +138,14 @@ class Generator:
         """The prompts and their continuations so far."""
         return self._tokens[:, : self._length + 1].clone()
 
+    @property
+    def mean_k(self) -> float | None:
+        """With dynamic k: experts a token, averaged over FFNs and over the tokens read since the prompts.
+
+        None without dynamic k, or before `advance`. Waits for the device.
+        """
+        return mean_k(self._ffns) if self._ffns else None
+
     @torch.inference_mode()
     def start(self, prompt: Tensor, new_tokens: int) -> None:
         """Read prompts [B, S], find the first token after them and make space for `new_tokens`."""
@@ -162,6 +171,9 @@ class Generator:
     @torch.inference_mode()
     def rewind(self, length: int) -> None:
         """Go back to texts of `length` + 1 tokens."""
+        for ffn in self._ffns:
+            if ffn.threshold is not None:
+                ffn.tally.zero_()
         self._last.copy_(self._tokens[:, length, None])
         self._position.fill_(length)
         self._length = length
@@ -183,7 +195,7 @@ class Generator:
 
     def _prepare(self, prompt: Tensor, places: int) -> None:
         """Make buffers of fixed addresses, and graphs over them."""
-        key = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.backend) for ffn in self._ffns))
+        key = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.threshold, ffn.backend) for ffn in self._ffns))
         if key == self._prepared_for:
             return
         self._prepared_for = key
