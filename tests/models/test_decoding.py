@@ -58,6 +58,10 @@ def logits_of_both(gpt2: Any, read: int, steps: int) -> tuple[list[Tensor], list
     return list(expected.unbind(1)), found
 
 
+def tallies_of(gpt2: Any) -> Tensor:
+    return torch.stack([layer.mlp.tally for layer in gpt2.transformer.h])
+
+
 @pytest.mark.parametrize(
     ("mode", "router", "activation"),
     [("dense", "center", "gelu_new"), ("sparse", "center", "relu"), ("sparse", "gate", "relu"), ("sparse", "centers", "silu")],
@@ -72,8 +76,16 @@ def test_logits_are_those_of_transformers(mode: Any, router: str, activation: st
 
 def test_a_threshold_chooses_as_many_experts_as_reach_it() -> None:
     gpt2 = model("centers")
-    set_mode(gpt2, "sparse")
-    for layer in gpt2.transformer.h:
-        layer.mlp.threshold = 0.6
-    for expected, found in zip(*logits_of_both(gpt2, read=5, steps=2), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    set_mode(gpt2, "sparse", threshold=0.6)
+    expected, found = logits_of_both(gpt2, read=5, steps=2)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    # Counted: the two passes of Transformers over 7 and 5 tokens, and two steps.
+    before = tallies_of(gpt2)
+    assert before[:, 1].tolist() == [7 + 5 + 2] * 2
+    tokens = torch.randint(97, (1, 7), generator=torch.Generator().manual_seed(1))
+    gpt2(tokens)
+    whole = tallies_of(gpt2) - before
+    gpt2(tokens[:, :5])
+    read = tallies_of(gpt2) - before - whole
+    assert torch.equal(before, whole + read + (whole - read))

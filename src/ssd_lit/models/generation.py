@@ -87,9 +87,10 @@ def _dense(ffn: ExpertFFN, x: Tensor) -> Tensor:
 class Generator:
     """Continues prompts, with the likeliest tokens unless `sampling` says otherwise.
 
-    `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, a step that has no
-    kernels of its own goes through torch.compile first. Graphs are made once for a shape of prompt and a mode, then reused. End-of-text does
-    not stop tokens; with a `tokenizer`, of Transformers or of tokenizers, it takes and gives text, which ends there.
+    `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, a step that has
+    no kernels of its own goes through torch.compile first. Graphs are made once for a shape of prompt and a mode, then
+    reused. End-of-text does not stop tokens; with a `tokenizer`, of Transformers or of tokenizers, it takes and gives
+    text, which ends there.
     """
 
     def __init__(
@@ -226,8 +227,11 @@ class Generator:
 
     def _step(self) -> None:
         logits = self._logits() if self._kernels is None else self._kernels()
-        greedy = self._kernels is not None and self._choose.temperature == 0
-        self._last.copy_((self._kernels.likeliest if greedy else self._choose(logits))[:, None])
+        if self._kernels is not None and self._choose.temperature == 0:
+            token = self._kernels.likeliest
+        else:
+            token = self._choose(logits)
+        self._last.copy_(token[:, None])
         self._position.add_(1)
         self._tokens.index_copy_(1, self._position, self._last)
 

@@ -5,7 +5,6 @@ from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routers import TrainedCenterRouter
 
 WIDTHS, HEAD_WIDTHS = 64, 16
 """What the model's width, and the width of a head, must be multiples of."""
@@ -23,7 +22,5 @@ def can_step(model: nn.Module) -> bool:
 
 def _is_known(ffn: ExpertFFN) -> bool:
     chooses = ffn.backend in ("auto", "decode_gpu") and not ffn.oracle and ffn.router.expert_vectors() is not None
-    if ffn.threshold is not None:
-        chooses &= isinstance(ffn.router, TrainedCenterRouter)
     in_float = ffn.w_in.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return in_float and ffn.b_gate is None and not ffn.upcycled and (ffn.mode == "dense" or chooses)

@@ -43,7 +43,9 @@ class _Layer:
             return Choice("all", ffn.experts)
         slots = ffn.top_k if ffn.threshold is None else ffn.experts
         total = ffn.top_k if ffn.router.weighted else 0
-        return Choice("scores", slots, ffn.top_k, ffn.threshold or 0.0, total, products, self.shift, self.offset)
+        return Choice(
+            "scores", slots, ffn.top_k, ffn.threshold, ffn.tally, total, products, self.shift, self.offset
+        )  # fmt: skip
 
     def refresh(self) -> None:
         """The products of the router's directions with the norm's gain and bias, if those were changed."""

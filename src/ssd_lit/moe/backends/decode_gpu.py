@@ -100,7 +100,10 @@ class Choice:
     slots: int
     """Experts at most."""
     k: int = 1
-    threshold: float = 0.0
+    threshold: float | None = None
+    """Of dynamic k, instead of the k best."""
+    tally: Tensor | None = None
+    """[2] int64, to which experts and tokens are added with dynamic k."""
     total: int = 0
     """What the weights of the chosen add up to; 0: all are 1."""
     products: Tensor | None = None
@@ -113,7 +116,7 @@ class Choice:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"CHOICE": self.kind, "K": self.k, "THRESHOLD": self.threshold}
+        return {"CHOICE": self.kind, "K": self.k, "THRESHOLD": -1.0 if self.threshold is None else self.threshold}
 
 
 def up(x: Tensor, experts: Experts, activation: str, choice: Choice, norm: Norm | None = None) -> Tensor:
@@ -124,7 +127,7 @@ def up(x: Tensor, experts: Experts, activation: str, choice: Choice, norm: Norm 
     stats, gain, bias, eps = norm or (None, None, None, 0.0)
     decode.up[(choice.slots * -(-h // neurons),)](
         x, stats, gain, bias, eps, choice.products, choice.shift, choice.offset, choice.chosen, choice.weights,
-        experts.w_in, experts.w_gate, experts.b_in, hidden,
+        experts.w_in, experts.w_gate, experts.b_in, hidden, choice.tally,
         D=d, DP=power_of_two(d), E=e, EP=power_of_two(e), H=h, NEURONS=neurons, **choice.sizes, TOTAL=choice.total,
         WEIGHTED=choice.weights is not None, ACTIVATION=activation, GATED=gated, BIAS=experts.b_in is not None,
         NORM=norm is not None, **_blocks(norm, d), **early_launch(x),

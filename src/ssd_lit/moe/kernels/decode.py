@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ssd_lit.moe.kernels.activations import activate
+from ssd_lit.moe.kernels.activations import activate, softplus
 
 
 @triton.jit
@@ -54,21 +54,16 @@ def last_to_arrive(counter, expected):
 
 
 @triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
 def _choose(score, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr):
     """By scores [EP]: which experts are chosen, and the slots of those, [EP].
 
-    Chosen are the K best, or, with a THRESHOLD, all whose softplus is at least that share of the best one's.
+    Chosen are the K best, or, with a THRESHOLD of 0 or more, all whose softplus is at least that share of the best's.
     """
     expert = tl.arange(0, EP)
     there = expert < E
     score = tl.where(there, score, float("-inf"))
-    if THRESHOLD > 0:
-        taken = there & (_softplus(score) >= THRESHOLD * _softplus(tl.max(score, axis=0)))
+    if THRESHOLD >= 0:
+        taken = there & (softplus(score) >= THRESHOLD * softplus(tl.max(score, axis=0)))
     else:
         # As in `kernels.routing`, of equal scores the lower expert comes first.
         ahead, earlier = score[None, :] > score[:, None], expert[None, :] < expert[:, None]
@@ -98,7 +93,7 @@ def _score(
 
 @triton.jit
 def up(
-    x, stats, gain, bias, eps, products, shift, offset, chosen, weights, w_in, w_gate, b_in, hidden,
+    x, stats, gain, bias, eps, products, shift, offset, chosen, weights, w_in, w_gate, b_in, hidden, tally,
     D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, NEURONS: tl.constexpr,
     CHOICE: tl.constexpr, K: tl.constexpr, THRESHOLD: tl.constexpr, TOTAL: tl.constexpr, WEIGHTED: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
@@ -107,7 +102,7 @@ def up(
     """hidden [S, H] in float32: activations of the slots' neurons, times the token's weight of the expert.
 
     x [D] is normalised if NORM. By CHOICE slots are "all" experts, those "given" in chosen [S], or those of the best
-    "scores" (`_score`).
+    "scores" (`_score`). With a THRESHOLD the numbers of chosen experts and of tokens are added to tally [2].
     """
     pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
     slot = tl.program_id(0) // pieces
@@ -132,6 +127,10 @@ def up(
         if CHOICE == "scores":
             score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
             taken, slots = _choose(score, E, EP, K, THRESHOLD)
+            if THRESHOLD >= 0:
+                if tl.program_id(0) == 0:
+                    tl.atomic_add(tally, tl.sum(taken.to(tl.int64), axis=0))
+                    tl.atomic_add(tally + 1, 1)
             mine = taken & (slots == slot)
             expert = tl.min(tl.where(mine, expert_place, E), axis=0)
             if TOTAL > 0:

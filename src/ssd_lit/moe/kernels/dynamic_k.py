@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssd_lit.moe.kernels.activations import softplus
 from ssd_lit.moe.kernels.routing import FEW, _scores
 
 
@@ -81,7 +82,7 @@ def _above(
     at = token.to(tl.int64)[:, None] * E
     mine = tl.load(scores + at + expert[None, :], mask=there, other=float("-inf"))
     if SOFTPLUS:
-        mine = _softplus(mine)
+        mine = softplus(mine)
     best = tl.maximum(tl.max(mine, axis=1), 0.0)  # zero behind the last token
     above = there & (mine >= share * best[:, None])
     number = tl.sum(above.to(tl.int32), axis=1)
@@ -92,12 +93,3 @@ def _above(
     if COUNTED:
         tl.atomic_add(tally, tl.sum(number, axis=0).to(tl.int64))
         tl.atomic_add(tally + 1, tl.sum((token < n_tokens).to(tl.int64), axis=0))
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)); exact too where exp(x) is lost beside 1."""
-    power = tl.exp(tl.minimum(x, 20.0))
-    one_more = 1.0 + power
-    log = tl.where(one_more == 1.0, power, tl.log(one_more) * (power / tl.maximum(one_more - 1.0, 1e-30)))
-    return tl.where(x > 20.0, x, log)
