@@ -64,8 +64,13 @@ def tallies_of(gpt2: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("mode", "router", "activation"),
-    [("dense", "center", "gelu_new"), ("sparse", "center", "relu"), ("sparse", "gate", "relu"), ("sparse", "centers", "silu")],
-)  # fmt: skip
+    [
+        ("dense", "center", "gelu_new"),
+        ("sparse", "center", "relu"),
+        ("sparse", "gate", "relu"),
+        ("sparse", "centers", "silu"),
+    ],
+)
 def test_logits_are_those_of_transformers(mode: Any, router: str, activation: str) -> None:
     gpt2 = model(router, activation)
     set_mode(gpt2, mode)

@@ -52,8 +52,10 @@ class _Layer:
         norm, directions = self.block.ln_2, self.ffn.router.expert_vectors()
         if not self.sparse or directions is None:
             return
-        versions = [tensor._version for tensor in (directions, norm.weight, norm.bias)]
-        if versions != self._versions:
+        sources = (directions, norm.weight, norm.bias)
+        # Tensors made in inference mode count no versions.
+        versions = [0 if source.is_inference() else source._version for source in sources]
+        if versions != self._versions or any(source.is_inference() for source in sources):
             self._versions = versions
             self.shift.copy_(directions.float() @ norm.weight.float())
             self.offset.copy_(directions.float() @ norm.bias.float())
