@@ -238,7 +238,7 @@ def down_in_parts(
     D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
     COLUMNS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As `down`, of all F neurons in dense mode: a program takes ROWS of them, the last one adds up PARTS of a column."""
+    """As `down`, of all F neurons: a program takes ROWS of them, the last one adds up the PARTS of its columns."""
     part = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = part * ROWS + tl.arange(0, ROWS)
