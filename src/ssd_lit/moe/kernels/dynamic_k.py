@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssd_lit.moe.kernels import early_launch
 from ssd_lit.moe.kernels.activations import softplus
 from ssd_lit.moe.kernels.routing import FEW, _scores
 
@@ -42,7 +43,8 @@ def _few_products(x: Tensor, directions: Tensor) -> Tensor:
     x = x.contiguous()
     (tokens, d), experts = x.shape, len(directions)
     scores = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
-    _scores[(tokens, experts)](x, directions, scores, D=d, E=experts, INNER=min(4096, triton.next_power_of_2(d)))
+    inner = min(4096, triton.next_power_of_2(d))
+    _scores[(tokens, experts)](x, directions, scores, D=d, E=experts, INNER=inner, **early_launch(x))
     return scores
 
 
