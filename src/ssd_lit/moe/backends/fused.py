@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.kernels import products
-from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradients
+from ssd_lit.moe.kernels.descriptors import can_describe, describe
+from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradient
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
 from ssd_lit.moe.routing import Routing
 
@@ -151,11 +153,14 @@ def _forward(
     gate = x.new_empty(n if w_gate is not None else 0, h)
     out = x.new_empty(n, shape.d_model)
     most = len(groups.tiles) - 1
-    products.up[(most * triton.cdiv(h, sizes.up["NEURONS"]),)](
-        x, w_in, w_gate, b_in, weights, groups.pairs, groups.tiles, hidden, pre, gate, w_out, out, most,
+    described = can_describe(w_in, w_out, w_gate)
+    rows, inner, columns = sizes.up["NEURONS"], sizes.up["INNER"], sizes.up["COLUMNS"]
+    products.up[(most * triton.cdiv(h, rows),)](
+        x, _tiles(w_in, rows, inner, described), _tiles(w_gate, rows, inner, described), b_in, weights,
+        groups.pairs, groups.tiles, hidden, pre, gate, _tiles(w_out, rows, columns, described), out, most,
         D=shape.d_model, H=h, K=shape.k, ACTIVATION=activation, GATED=w_gate is not None, BIAS=b_in is not None,
         WEIGHTED=weights is not None, KEEP=keep, DOWN=sizes.whole,
-        ROWS=sizes.tile_rows, PRECISION=_precision(x), **sizes.up,
+        ROWS=sizes.tile_rows, PRECISION=_precision(x), DESCRIBED=described, **sizes.up,
     )  # fmt: skip
     if not sizes.whole:
         _down(hidden, w_out, None, None, groups, out, sizes)
@@ -205,26 +210,37 @@ def _backward(
     out, dx = x.new_empty(n, d), torch.empty_like(x)
     # Pairs without an expert have no gradient and are in no tile.
     dweights = x.new_zeros(pieces, n, dtype=torch.float32) if weighted else None
-    products.up_backward[(most * pieces,)](
-        dy, w_out, weights, pairs, tiles, pre if len(pre) else hidden, gate, dpre, dgate, dweights, db_tiles,
-        w_in, w_gate, out, most, shape.n_tokens,
-        D=d, H=h, K=shape.k, ACTIVATION=activation, GATED=gated, BIAS=b_in is not None,
-        WEIGHTED=weighted, DOWN=sizes.whole,
-        ROWS=sizes.tile_rows, PRECISION=_precision(x), **sizes.up,
-    )  # fmt: skip
-    if not sizes.whole:
-        _down(dpre, w_in, dgate, w_gate, groups, out, sizes)
-    # Adding up is bound by memory, weight gradients by compute: in parallel they take little more than one.
+    described = can_describe(w_in, w_out, w_gate)
+    rows, inner, columns = sizes.up["NEURONS"], sizes.up["INNER"], sizes.up["COLUMNS"]
+    # Weight gradients run beside the rest: each fills what the other leaves of the device.
     side = _side_stream(x.device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
-    factors = [(hidden, dy), (dpre, x), *([(dgate, x)] if dgate is not None else [])]
-    dw_out, dw_in, *dw_gate = weight_gradients(
-        factors, w_in, pairs, bounds, shape.k,
-        part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=_precision(x),
-    )  # fmt: skip
     with torch.cuda.stream(side):
+        products.up_backward[(most * pieces,)](
+            dy, _tiles(w_out, rows, inner, described), weights, pairs, tiles, pre if len(pre) else hidden, gate,
+            dpre, dgate, dweights, db_tiles, _tiles(w_in, rows, columns, described),
+            _tiles(w_gate, rows, columns, described), out, most, shape.n_tokens,
+            D=d, H=h, K=shape.k, ACTIVATION=activation, GATED=gated, BIAS=b_in is not None,
+            WEIGHTED=weighted, DOWN=sizes.whole,
+            ROWS=sizes.tile_rows, PRECISION=_precision(x), DESCRIBED=described, **sizes.up,
+        )  # fmt: skip
+        known = None if side is None else side.record_event()
+        if not sizes.whole:
+            _down(dpre, w_in, dgate, w_gate, groups, out, sizes)
         _add_pairs(out, chosen, dx, shape, ragged)
+
+    def gradient(a: Tensor, b: Tensor) -> Tensor:
+        return weight_gradient(
+            a, b, w_in, pairs, bounds, shape.k,
+            part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=_precision(x),
+        )  # fmt: skip
+
+    dw_out = gradient(hidden, dy)
+    if known is not None:
+        torch.cuda.current_stream().wait_event(known)
+    dw_in = gradient(dpre, x)
+    dw_gate = gradient(dgate, x) if dgate is not None else x.new_empty(0)
     db_in = torch.empty_like(b_in) if b_in is not None else None
     if db_in is not None:
         bias_gradient[(shape.n_experts, triton.cdiv(h, 32))](
@@ -238,7 +254,7 @@ def _backward(
         dw_in,
         dw_out,
         x.new_empty(0) if db_in is None else db_in,
-        dw_gate[0] if dw_gate else x.new_empty(0),
+        dw_gate,
     )
 
 
@@ -254,15 +270,25 @@ def _(
     return like(x), like(weights), like(w_in), like(w_out), like(b_in), like(w_gate)
 
 
+def _tiles(w: Tensor | None, rows: int, columns: int, described: bool) -> Tensor | TensorDescriptor | None:
+    """The weights of all experts [E, H, D] as a kernel takes them, for tiles of one expert's rows and columns."""
+    return describe(w, [1, rows, columns]) if w is not None and described else w
+
+
 def _down(
     a: Tensor, w: Tensor, a_gate: Tensor | None, w_gate: Tensor | None, groups: Groups, out: Tensor, sizes: Plan
 ) -> None:
     """Write each pair's product with its expert's rows of w, [N, H] -> out [N, D]."""
     d = out.shape[1]
     most = len(groups.tiles) - 1
-    products.down[(most * triton.cdiv(d, sizes.down["COLUMNS"]),)](
-        a, w, a_gate, w_gate, groups.pairs, groups.tiles, out, most,
-        D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=_precision(a), **sizes.down,
+    described = can_describe(a, w, a_gate, w_gate)
+    inner, columns = sizes.down["INNER"], sizes.down["COLUMNS"]
+    rows, rows_gate = (describe(t, [sizes.tile_rows, inner]) if described and t is not None else t for t in (a, a_gate))
+    products.down[(most * triton.cdiv(d, columns),)](
+        rows, _tiles(w, inner, columns, described), rows_gate, _tiles(w_gate, inner, columns, described),
+        groups.pairs, groups.tiles, out, most,
+        D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=_precision(a),
+        DESCRIBED=described, **sizes.down,
     )  # fmt: skip
 
 

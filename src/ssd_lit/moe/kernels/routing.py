@@ -28,10 +28,11 @@ def route(x: Tensor, directions: Tensor, k: int) -> Tensor:
         _scores[(n_tokens, experts)](x, directions, scores, D=d, E=experts, INNER=inner)
         _select[(n_tokens,)](scores, chosen, E=experts, K=k, PADDED=triton.next_power_of_2(experts), num_warps=1)
         return chosen
-    padded, inner = max(16, triton.next_power_of_2(experts)), min(64, max(16, triton.next_power_of_2(d)))
-    _route[(triton.cdiv(n_tokens, 64),)](
+    padded, tokens = max(16, triton.next_power_of_2(experts)), 16 if n_tokens <= 2048 else 64
+    inner = min(64, max(16, triton.next_power_of_2(d)))
+    _route[(triton.cdiv(n_tokens, tokens),)](
         x, directions, chosen, n_tokens,
-        D=d, E=experts, K=k, PADDED=padded, TOKENS=64, INNER=inner, BFLOAT=x.dtype == torch.bfloat16,
+        D=d, E=experts, K=k, PADDED=padded, TOKENS=tokens, INNER=inner, BFLOAT=x.dtype == torch.bfloat16,
     )  # fmt: skip
     return chosen
 
