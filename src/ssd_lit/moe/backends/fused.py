@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import products
+from ssd_lit.moe.kernels import early_launch, products
 from ssd_lit.moe.kernels.descriptors import can_describe, describe
 from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradient
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
@@ -160,12 +160,12 @@ def _forward(
         groups.pairs, groups.tiles, hidden, pre, gate, _tiles(w_out, rows, columns, described), out, most,
         D=shape.d_model, H=h, K=shape.k, ACTIVATION=activation, GATED=w_gate is not None, BIAS=b_in is not None,
         WEIGHTED=weights is not None, KEEP=keep, DOWN=sizes.whole,
-        ROWS=sizes.tile_rows, PRECISION=_precision(x), DESCRIBED=described, **sizes.up,
+        ROWS=sizes.tile_rows, PRECISION=_precision(x), DESCRIBED=described, **early_launch(x), **sizes.up,
     )  # fmt: skip
     if not sizes.whole:
-        _down(hidden, w_out, None, None, groups, out, sizes)
+        _down(hidden, w_out, None, None, groups, out, sizes, early_launch(x))
     y = torch.empty_like(x)
-    _add_pairs(out, chosen, y, shape, ragged)
+    _add_pairs(out, chosen, y, shape, ragged, early_launch(x))
     return y, hidden, pre, gate, *groups
 
 
@@ -212,7 +212,9 @@ def _backward(
     dweights = x.new_zeros(pieces, n, dtype=torch.float32) if weighted else None
     described = can_describe(w_in, w_out, w_gate)
     rows, inner, columns = sizes.up["NEURONS"], sizes.up["INNER"], sizes.up["COLUMNS"]
-    # Weight gradients run beside the rest: each fills what the other leaves of the device.
+    # Weight gradients run beside the rest: each fills what the other leaves of the device. A kernel that waits for
+    # another would take room from them.
+    launch = {"PDL": False}
     side = _side_stream(x.device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
@@ -227,8 +229,8 @@ def _backward(
         )  # fmt: skip
         known = None if side is None else side.record_event()
         if not sizes.whole:
-            _down(dpre, w_in, dgate, w_gate, groups, out, sizes)
-        _add_pairs(out, chosen, dx, shape, ragged)
+            _down(dpre, w_in, dgate, w_gate, groups, out, sizes, launch)
+        _add_pairs(out, chosen, dx, shape, ragged, launch)
 
     def gradient(a: Tensor, b: Tensor) -> Tensor:
         return weight_gradient(
@@ -276,7 +278,14 @@ def _tiles(w: Tensor | None, rows: int, columns: int, described: bool) -> Tensor
 
 
 def _down(
-    a: Tensor, w: Tensor, a_gate: Tensor | None, w_gate: Tensor | None, groups: Groups, out: Tensor, sizes: Plan
+    a: Tensor,
+    w: Tensor,
+    a_gate: Tensor | None,
+    w_gate: Tensor | None,
+    groups: Groups,
+    out: Tensor,
+    sizes: Plan,
+    launch: dict[str, bool],
 ) -> None:
     """Write each pair's product with its expert's rows of w, [N, H] -> out [N, D]."""
     d = out.shape[1]
@@ -288,16 +297,16 @@ def _down(
         rows, _tiles(w, inner, columns, described), rows_gate, _tiles(w_gate, inner, columns, described),
         groups.pairs, groups.tiles, out, most,
         D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=_precision(a),
-        DESCRIBED=described, **sizes.down,
+        DESCRIBED=described, **launch, **sizes.down,
     )  # fmt: skip
 
 
-def _add_pairs(out: Tensor, chosen: Tensor, y: Tensor, shape: _Shape, ragged: bool) -> None:
+def _add_pairs(out: Tensor, chosen: Tensor, y: Tensor, shape: _Shape, ragged: bool, launch: dict[str, bool]) -> None:
     """Add up each token's pairs: out [N, D] -> y [T, D]."""
     tokens, columns = 2, min(1024, _padded(shape.d_model))
     products.add_pairs[(triton.cdiv(shape.n_tokens, tokens), triton.cdiv(shape.d_model, columns))](
         out, chosen, y, shape.n_tokens, shape.n_experts,
-        D=shape.d_model, K=shape.k, RAGGED=ragged, TOKENS=tokens, COLUMNS=columns,
+        D=shape.d_model, K=shape.k, RAGGED=ragged, TOKENS=tokens, COLUMNS=columns, **launch,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 # Triton comes with torch for CUDA, but not with torch for the CPU.
@@ -13,3 +14,9 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def runs_on(x: Tensor) -> bool:
     """Whether kernels can work on this tensor."""
     return _INSTALLED and (x.is_cuda or _INTERPRETED)
+
+
+def early_launch(x: Tensor) -> dict[str, bool]:
+    """Arguments of a kernel on x that may start before the one before it is done (programmatic dependent launch)."""
+    able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ssd_lit.moe.kernels import early_launch
 
 FEW_PAIRS = 8192
 """Up to so many pairs, one kernel does all: every program reads all pairs, and places those of its expert."""
@@ -46,16 +49,18 @@ def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: 
         _group_few[(n_experts + ragged,)](
             chosen, pairs, bounds, tiles, n, most, n_experts, window,
             PADDED=padded, ROWS=tile_rows, PAIRS=max(32, triton.next_power_of_2(n)), BLOCK=64, num_warps=8,
+            **early_launch(chosen),
         )  # fmt: skip
         return Groups(pairs, bounds, tiles)
     # Many blocks keep the device busy, but each reads the counts of all.
     block = CHUNK if n <= 256 * CHUNK else 4 * CHUNK
     blocks = triton.cdiv(n, block)
     counts = torch.empty(blocks, padded, dtype=torch.int32, device=chosen.device)
-    _count[(blocks,)](chosen, counts, n, PADDED=padded, BLOCK=block)
+    _count[(blocks,)](chosen, counts, n, PADDED=padded, BLOCK=block, **early_launch(chosen))
     _place_and_cut[(n_experts + blocks,)](
         chosen, counts, pairs, bounds, tiles, n, blocks, most, n_experts, window,
         PADDED=padded, ROWS=tile_rows, BLOCK=block, CHUNK=CHUNK, COUNTS=128, TILES=64,
+        **early_launch(chosen),
     )  # fmt: skip
     return Groups(pairs, bounds, tiles)
 
@@ -69,8 +74,12 @@ def most_tiles(n_pairs: int, n_experts: int, tile_rows: int) -> int:
 def _group_few(
     chosen, pairs, bounds, tiles, n, most, n_experts, window,
     PADDED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Everything about one expert's pairs, or about the pairs without one."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     me = tl.program_id(0)
     pair = tl.arange(0, PAIRS)
     there = pair < n
@@ -86,8 +95,11 @@ def _group_few(
 
 
 @triton.jit
-def _count(chosen, counts, n, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def _count(chosen, counts, n, PADDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """counts [blocks, PADDED]: the pairs of each expert in a block."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(chosen + place, mask=place < n, other=0).to(tl.int32)
@@ -99,9 +111,12 @@ def _count(chosen, counts, n, PADDED: tl.constexpr, BLOCK: tl.constexpr):
 def _place_and_cut(
     chosen, counts, pairs, bounds, tiles, n, blocks, most, n_experts, window,
     PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    COUNTS: tl.constexpr, TILES: tl.constexpr,
+    COUNTS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first programs cut one expert's rows into tiles each, the others place a block of pairs each."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     me = tl.program_id(0)
     block = me - n_experts
     experts = tl.arange(0, PADDED)

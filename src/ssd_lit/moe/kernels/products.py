@@ -9,6 +9,7 @@ Shape letters: T tokens, D model width, E experts, H neurons of one expert, K ex
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssd_lit.moe.kernels.activations import activate, derivative
 from ssd_lit.moe.kernels.gradients import bias_slot
@@ -97,12 +98,15 @@ def up(
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr, DOWN: tl.constexpr,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIBED: tl.constexpr,
+    DESCRIBED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden [N, H]: activations of each pair's expert, times the pair's weight; KEEP also writes their inputs.
 
     DOWN, with all H neurons in one piece, also writes the pairs' outputs out [N, D], as `down` does.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
     expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
     if first >= end:
@@ -218,8 +222,12 @@ def down(
     hidden, w, hidden_gate, w_gate, pairs, tiles, out, most_tiles,
     D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, D], at the pair's own place: hidden [N, H] @ w[expert] [H, D], and the gate's product added to it."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     pieces: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
     if first >= end:
@@ -245,8 +253,12 @@ def down(
 def add_pairs(
     out, chosen, y, n_tokens, n_experts,
     D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = (token < n_tokens)[:, None] & (column < D)[None, :]
