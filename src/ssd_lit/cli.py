@@ -23,6 +23,10 @@ Results = Annotated[Path, Option(help="the results folder")]
 Settings = Annotated[
     list[str] | None, Argument(metavar="KEY=VALUE", help="settings to change, such as training.steps=100")
 ]
+Threshold = Annotated[
+    float | None,
+    Option(min=0, max=1, metavar="S", help="dynamic k: experts with at least this share of a token's best score"),
+]
 MOST = 10**9
 
 
@@ -177,6 +181,7 @@ def moefy(
         Option(metavar="FILE", help="what kmeans_activations, coactivation and trained routers look at"),
     ] = None,
     calibration_tokens: Annotated[int, Option(min=1, max=MOST, metavar="T", help="tokens of it that are read")] = 8192,
+    threshold: Threshold = None,
     threads: Threads = None,
 ) -> str:
     """Group the neurons of a checkpoint folder's model into experts (MoEfication)."""
@@ -192,6 +197,7 @@ def moefy(
         seed=seed,
         text=text,
         calibration_tokens=calibration_tokens,
+        threshold=threshold,
         threads=threads,
     )
 
@@ -245,11 +251,15 @@ def send(place: Place) -> str:
 
 
 @stage
-def export(run_dir: RunDir, out: Annotated[Path, Option(metavar="DIR", help="the new folder")]) -> str:
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, Option(metavar="DIR", help="the new folder")],
+    threshold: Threshold = None,
+) -> str:
     """Write a run's final model as a Hugging Face checkpoint folder."""
     from ssd_lit.pipeline import exchange
 
-    return exchange.export(run_dir, out)
+    return exchange.export(run_dir, out, threshold)
 
 
 @stage
@@ -260,6 +270,7 @@ def generate(
     top_k: Annotated[
         int | None, Option(min=1, max=MOST, metavar="K", help="experts a token, else what the folder says")
     ] = None,
+    threshold: Threshold = None,
     new_tokens: Annotated[int, Option(min=1, max=MOST, metavar="N", help="tokens to add at most")] = 100,
     temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token; above, tokens are drawn")] = 0.0,
     top_p: Annotated[float, Option(help="draw from the likeliest tokens that have this probability together")] = 1.0,
@@ -274,6 +285,7 @@ def generate(
         prompt=prompt,
         mode=mode,
         top_k=top_k,
+        threshold=threshold,
         new_tokens=new_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -8,6 +8,7 @@ from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.samples import samples
+from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.support.files import read_json
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
@@ -77,6 +78,15 @@ def test_dynamic_k_goes_from_all_experts_to_one_as_the_threshold_rises(done: Ben
     assert best["mean_k"] == pytest.approx(1, abs=0.2)
     assert best["loss"] == pytest.approx(found["curve"][0]["loss"], rel=1e-2)
     assert read_json(done.dir("ssd") / "evaluation.json")["threshold_curve"] == []
+    model = final_model(done.open("routed")).eval()
+    model.set_mode("sparse", threshold=0.5)
+    blocks = TokenBlocks(done.data / "tokens", "validation")
+    near = []
+    for i in range(8):
+        for ffn, x in zip(model.ffns, ffn_inputs(model, {name: v[None] for name, v in blocks[i].items()}), strict=True):
+            scores = ffn.router(x)
+            near.append((scores >= 0.5 * scores.amax(dim=1, keepdim=True)).sum() / len(x))
+    assert some["mean_k"] == pytest.approx(torch.stack(near).mean().item(), rel=1e-5)
 
 
 def test_posthoc_is_the_dense_model_and_a_dense_model_has_no_sparse_mode(done: Bench) -> None:

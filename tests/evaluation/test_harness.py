@@ -13,7 +13,10 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'ssd-lit[harness]'")
 
+from lm_eval.api.instance import Instance
+
 from ssd_lit.evaluation.downstream import means
+from ssd_lit.evaluation.harness import FolderLM
 from ssd_lit.support.files import read_json_checked
 from tests.conftest import Bench
 
@@ -30,6 +33,10 @@ doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 NAMES = ("order", "words")
+ARMS: dict[str, Any] = {
+    "ssd": {"method": "ssd"},
+    "routed": {"method": "posthoc", "parent_arm": "ssd", "moe": {"posthoc_router": "centers", "router_steps": 3}},
+}
 
 
 def write_tasks(folder: Path) -> Path:
@@ -64,7 +71,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, dict[str, Any
     training = {"steps": 16, "batch_size": 4, "log_every": 4, "validate_every": 8, "validation_blocks": 6,
                 "checkpoint_every": 8}  # fmt: skip
     bench = Bench(
-        folder, training=training, switching={"switch_points": [4, 12]}, arms={"ssd": {"method": "ssd"}},
+        folder, training=training, switching={"switch_points": [4, 12]}, arms=ARMS,
         downstream=downstream,
     )  # fmt: skip
     bench.phases("ssd")
@@ -92,6 +99,21 @@ def test_its_scores_stand_in_the_table(done: tuple[Bench, dict[str, Any]]) -> No
     rows = table[table["benchmark"] == "harness"]
     found = {(row.mode, row.task, row.metric): row.value for row in rows.itertuples()}
     assert found == {(one["mode"], one["task"], one["metric"]): one["value"] for one in content["harness"]["scores"]}
+
+
+def test_dynamic_k_is_an_argument_and_its_mean_k_is_recorded(
+    done: tuple[Bench, dict[str, Any]], tmp_path: Path
+) -> None:
+    bench, _ = done
+    bench.phases("routed")
+    bench.stage("export", bench.dir("routed"), "--out", tmp_path / "out")
+    found = {}
+    for threshold in (0.0, 1.0):
+        arguments = f"path={tmp_path / 'out'},mode=sparse,threshold={threshold}"
+        scorer = FolderLM.create_from_arg_string(arguments, {"device": "cpu"})
+        scorer.loglikelihood([Instance("loglikelihood", {}, ("the old", " bird"), 0)])
+        found[threshold] = scorer.get_model_info()["mean_k"]
+    assert found == {0.0: bench.runs["routed"].moe.experts, 1.0: 1}
 
 
 @pytest.mark.whole_run

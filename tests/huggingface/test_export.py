@@ -16,6 +16,7 @@ from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.data.objectives import Batch, build_objective
 from ssd_lit.models.family import family
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.statistics import mean_k
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import final_model
@@ -95,6 +96,23 @@ def test_an_exported_run_is_the_run_in_every_mode(gpt2: Bench, tmp_path: Path, a
     if arm != "dense":
         router = {"ssd": "center", "gate": "gate", "norm_mlp": "norm_mlp"}[arm]
         assert read_json(tmp_path / "out/experts.json")["router"] == router
+
+
+@torch.no_grad()
+def test_a_threshold_is_exported_where_the_router_allows_it(
+    gpt2: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpt2.stage("export", gpt2.dir("norm_mlp"), "--out", tmp_path / "out", "--threshold", "0.6")
+    ours, model = ssd_lit.load(tmp_path / "out", mode="sparse"), final(gpt2, "norm_mlp")
+    model.set_mode("sparse", threshold=0.6)
+    batch = some_batch(gpt2, model)
+    torch.testing.assert_close(logits(ours, batch), model(batch), rtol=1e-5, atol=1e-6)
+    assert ssd_lit.mean_k(ours) == mean_k(model.ffns)
+    for arm, message in (("ssd", "can be negative"), ("dense", "has no experts among which threshold 0.6")):
+        out = ["--out", str(tmp_path / arm), "--threshold", "0.6"]
+        assert main(["export", str(gpt2.dir(arm)), *out]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / arm).exists()
 
 
 def test_the_card_tells_data_settings_scores_and_limits(gpt2: Bench, tmp_path: Path) -> None:

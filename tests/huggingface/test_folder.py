@@ -16,9 +16,11 @@ from torch.nn import functional
 import ssd_lit
 from ssd_lit.config import MoEConfig
 from ssd_lit.huggingface.moefy import moefy_folder
+from ssd_lit.models.hooks import capture_inputs
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.support.files import read_json, write_json
 from tests.checkpoint_folders import BERT, MODELS, F, outputs, save_model
+from tests.huggingface.test_moefy import add_tokenizer, write_text
 
 E, K = 8, 3
 MOE = MoEConfig(experts=E, top_k=K)
@@ -190,9 +192,59 @@ def test_a_mode_that_a_folder_does_not_have_is_refused_before_it_is_read(tmp_pat
         ({"top_k": 0}, "top_k 0: allowed are 1 to 8"),
         ({"mode": "quick"}, "mode 'quick': allowed are dense, sparse"),
         ({"backend": "magic"}, "backend 'magic': allowed are auto, masked"),
+        ({"mode": "sparse", "threshold": 0.1}, "threshold 0.1: .* can be negative; .*centers"),
+        ({"threshold": 0.1, "top_k": 2}, "top_k 2 and threshold 0.1: give one of them"),
     ):
         with pytest.raises(ValueError, match=message):
             ssd_lit.load(folder, **arguments)
+
+
+def routed(folder: Path, **how: Any) -> Path:
+    """A folder whose routers were trained on a text."""
+    save_model(folder / "dense", "gpt2")
+    add_tokenizer(folder / "dense")
+    write_text(folder / "text.txt", [25] * 10)
+    moe = MoEConfig(experts=E, top_k=K, posthoc_router="centers", router_steps=5)
+    moefy_folder(folder / "dense", folder / "experts", moe, text=folder / "text.txt", **how)
+    return folder / "experts"
+
+
+def test_dynamic_k_is_chosen_at_opening_and_reported(tmp_path: Path, tokens: torch.Tensor) -> None:
+    folder = routed(tmp_path)
+    assert "threshold" not in read_json(folder / "experts.json")
+    model = ssd_lit.load(folder, mode="sparse", threshold=0.9)
+    assert ssd_lit.mean_k(model) is None
+    with capture_inputs(experts_of(model)) as inputs:
+        found = outputs(model, tokens)
+    scores = torch.cat([ffn.router(x).detach() for ffn, x in inputs.items()])  # type: ignore[operator]
+    taken = int((scores >= 0.9 * scores.amax(dim=1, keepdim=True)).sum())
+    assert ssd_lit.mean_k(model) == taken / len(scores)
+    for ffn in experts_of(model):
+        ffn.backend = "masked"
+    torch.testing.assert_close(outputs(model, tokens), found, rtol=0, atol=1e-12)
+    ssd_lit.set_mode(model, "sparse", threshold=0.0)
+    dense = outputs(ssd_lit.load(folder), tokens)
+    torch.testing.assert_close(outputs(model, tokens), dense, rtol=0, atol=1e-12)
+    assert ssd_lit.mean_k(model) == E
+    assert (found - dense).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="has no FFNs with experts"):
+        ssd_lit.mean_k(transformers.AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_a_folder_may_name_a_threshold(tmp_path: Path, tokens: torch.Tensor) -> None:
+    folder = routed(tmp_path, threshold=0.9)
+    assert "those whose score is at least 0.9 of the best one's" in (folder / "README.md").read_text()
+    model, wanted = ssd_lit.load(folder, mode="sparse"), ssd_lit.load(folder, mode="sparse", threshold=0.9)
+    assert torch.equal(outputs(model, tokens), outputs(wanted, tokens))
+    fixed = ssd_lit.load(folder, mode="sparse", top_k=K)
+    assert all(ffn.threshold is None for ffn in experts_of(fixed))
+    model.save_pretrained(tmp_path / "again")
+    again = ssd_lit.load(tmp_path / "again")
+    ssd_lit.set_mode(again, "sparse")
+    assert torch.equal(outputs(again, tokens), outputs(wanted, tokens))
+    with pytest.raises(ValueError, match=r"threshold 0.9: .*can be negative"):
+        moefy_folder(tmp_path / "dense", tmp_path / "refused", MOE, threshold=0.9)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_folders_that_are_no_moefied_model_are_told_apart(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from ssd_lit.config import MoEConfig
 from ssd_lit.huggingface.folder import set_mode
 from ssd_lit.models.family import family, swap_ffns
 from ssd_lit.models.generation import Generator, linear, product, row_products
+from ssd_lit.models.hooks import capture_inputs
+from ssd_lit.moe.ffn import ExpertFFN
 from tests.checkpoint_folders import MODELS
 
 E, K, PROMPT, NEW = 8, 3, 5, 12
@@ -29,16 +31,21 @@ BATCHES = [
 ]
 
 
-def sparse_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
+def sparse_model(name: str, dtype: torch.dtype = torch.float64, router: str = "center") -> Any:
     torch.manual_seed(0)
     class_name, config, _ = MODELS[name]
     model = getattr(transformers, class_name)(copy.deepcopy(config)).to(dtype).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
-    for ffn in swap_ffns(model, family(name), MoEConfig(experts=E, top_k=K), router="center"):
+    for ffn in swap_ffns(model, family(name), MoEConfig(experts=E, top_k=K), router=router):
         ffn.router.on_permuted(ffn.gating_weight)
+        ffn.router.init_trainable(ffn.gating_weight)
     model.generation_config.eos_token_id = None
     return model
+
+
+def experts_of(model: Any) -> list[ExpertFFN]:
+    return [module for module in model.modules() if isinstance(module, ExpertFFN)]
 
 
 @pytest.mark.parametrize(("name", "batch"), BATCHES)
@@ -56,6 +63,35 @@ def test_tokens_are_those_of_transformers_in_both_modes(name: str, batch: int) -
         assert torch.equal(generator(prompt, NEW), expected)
         found[mode] = generator(prompt[:1].expand(batch, -1), 1)
         assert found[mode].shape == (batch, PROMPT + 1)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("gpt2", 1), ("llama", 3)])
+def test_with_dynamic_k_tokens_and_mean_k_are_those_of_whole_forward_passes(name: str, batch: int) -> None:
+    model = sparse_model(name, router="centers").to(torch.float64)
+    generator = Generator(model)
+    prompt = torch.randint(50, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    assert generator.mean_k is None
+    texts, ks = [], []
+    for threshold in (0.3, 0.6, 0.9):  # the generator follows a change of threshold
+        set_mode(model, "sparse", threshold=threshold)
+        expected, taken = prompt, 0
+        for step in range(NEW):
+            with torch.no_grad(), capture_inputs(experts_of(model)) as inputs:
+                logits = model(input_ids=expected, use_cache=False).logits[:, -1]
+            if step:  # the first token comes from reading the prompt
+                for ffn, x in inputs.items():
+                    scores = ffn.router(x).unflatten(0, expected.shape)[:, -1]  # type: ignore[operator]
+                    taken += int((scores >= threshold * scores.amax(-1, keepdim=True)).sum())
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(generator(prompt, NEW), expected)
+        assert generator.mean_k == pytest.approx(taken / (2 * batch * (NEW - 1)))
+        texts.append(expected)
+        ks.append(generator.mean_k)
+    assert E > ks[0] > ks[1] > ks[2] >= 1
+    assert any(not torch.equal(text, texts[0]) for text in texts)
+    set_mode(model, "dense")
+    generator(prompt, NEW)
+    assert generator.mean_k is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "gpt_neox"])

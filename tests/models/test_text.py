@@ -98,6 +98,27 @@ def test_a_seed_repeats_a_drawn_text() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_the_command_reports_the_mean_k_of_dynamic_k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "dense", "gpt2", dtype=torch.float32)
+    byte_tokenizer().save(str(tmp_path / "dense/tokenizer.json"))
+    (tmp_path / "text.txt").write_text("abc, the cafe. " * 20)
+    folder = tmp_path / "experts"
+    made = ["moefy", "--model", str(tmp_path / "dense"), "--experts", "8", "--top-k", "3", "--router", "centers"]
+    assert main([*made, "--text", str(tmp_path / "text.txt"), "--threshold", "0.9", "--out", str(folder)]) == 0
+    given = ["generate", "--model", str(folder), "--prompt", "abc", "--new-tokens", "12", "--threads", "1"]
+    for more, threshold in (([], 0.9), (["--threshold", "0.5"], 0.5)):
+        capsys.readouterr()
+        assert main([*given, "--mode", "sparse", *more]) == 0
+        told = capsys.readouterr()
+        generator = Generator(ssd_lit.load(folder, mode="sparse", threshold=threshold), byte_tokenizer())
+        assert told.out.removesuffix("\n") == generator("abc", 12)
+        assert f"in sparse mode, on average {generator.mean_k:.2f} experts a token" in told.err
+    assert main([*given, "--mode", "sparse", "--top-k", "3"]) == 0
+    assert "on average" not in capsys.readouterr().err
+    assert main([*given, "--mode", "sparse", "--top-k", "3", "--threshold", "0.5"]) == 1
+    assert "top_k 3 and threshold 0.5: give one of them" in capsys.readouterr().err
+
+
 def test_the_command_prints_a_text_in_either_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(tmp_path / "dense", "gpt2", dtype=torch.float32)
     byte_tokenizer().save(str(tmp_path / "dense/tokenizer.json"))

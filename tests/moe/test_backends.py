@@ -4,10 +4,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from ssd_lit.moe.backends import BACKENDS, Activation, Experts, choose_backend
+from ssd_lit.moe.backends import BACKENDS, Activation, Experts, choose_backend, fastest_backend
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter, build_router
 from ssd_lit.moe.routing import Routing
@@ -191,3 +192,13 @@ def test_kernels_refuse_the_bias_of_a_gate_that_they_do_not_know(monkeypatch: py
     for name in ("fused", "decode_gpu"):
         with pytest.raises(ValueError, match=f"{name}.*bias of a gate"):
             choose_backend(name, torch.zeros(4, 8), Activation("silu"), gate_bias=True)
+
+
+def test_on_a_gpu_no_backend_of_dynamic_k_waits_for_the_host() -> None:
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        x, few = (torch.empty(tokens, 64, dtype=torch.bfloat16, device="cuda") for tokens in (300, 4))
+    with torch.no_grad():
+        for gate_bias, ragged, name in ((True, False, "grouped"), (True, True, "masked"), (False, True, "fused")):
+            assert fastest_backend(x, Activation("relu"), gate_bias=gate_bias, ragged=ragged) == name
+        assert fastest_backend(few, Activation("relu"), ragged=True) == "decode_gpu"

@@ -12,10 +12,12 @@ from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, fused
 from ssd_lit.moe.backends.decode_gpu import decode_gpu
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.kernels.dynamic_k import route_above, select_above
 from ssd_lit.moe.kernels.grouping import group_by_expert
 from ssd_lit.moe.kernels.routing import route
-from ssd_lit.moe.routers import CenterRouter
-from ssd_lit.moe.routing import Routing
+from ssd_lit.moe.routers import CenterRouter, build_router
+from ssd_lit.moe.routing import Routing, experts_above
+from ssd_lit.moe.statistics import mean_k
 
 pytest.importorskip("triton")
 
@@ -153,6 +155,54 @@ def test_route_takes_the_largest_products(tokens: int, width: int, experts: int,
     found = route(x, directions, k)
     expected = (x.double() @ directions.double().T).topk(k).indices
     assert torch.equal(found.sort().values, expected.sort().values)
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (5, 33), (70, 12)])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.7, 1.0])
+def test_dynamic_k_is_chosen_and_counted(tokens: int, experts: int, share: float) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    x, directions = torch.randn(tokens, 40, generator=g), torch.randn(experts, 40, generator=g)
+    scores = torch.nn.functional.softplus(x @ directions.T)
+    # In kernels the chosen are in order of their number, and E is behind them.
+    expected = experts_above(scores, share).sort().values
+    tally = torch.tensor([3, 2])
+    assert torch.equal(select_above(scores, share, tally), expected)
+    number = int((expected < experts).sum())
+    assert tally.tolist() == [3 + number, 2 + tokens]
+    assert torch.equal(route_above(x, directions, share, tally), expected)
+    assert tally.tolist() == [3 + 2 * number, 2 + 2 * tokens]
+    torch._dynamo.reset()
+    compiled = torch.compile(route_above, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, directions, share, tally), expected)
+    assert tally.tolist() == [3 + 3 * number, 2 + 3 * tokens]
+    assert torch.equal(route_above(x, directions, share, None), expected)
+
+
+def test_small_and_large_scores_of_directions_are_softplus() -> None:
+    products = torch.tensor([[-30.0, -29.0], [-12.0, -11.9], [-1.0, 0.0], [19.0, 25.0], [90.0, 100.0]])
+    exact = torch.nn.functional.softplus(products.double())
+    ratio = exact[:, 0] / exact[:, 1]
+    for row, share in zip(products, ratio.tolist(), strict=True):
+        x, directions = torch.ones(1, 1), row[:, None]
+        assert route_above(x, directions, share * (1 - 1e-5), None).tolist() == [[0, 1]]
+        assert route_above(x, directions, share * (1 + 1e-5), None).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("backend", ["fused", "decode_gpu"])
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+def test_dynamic_k_in_kernels_is_that_of_the_masked_reference(backend: str, threshold: float) -> None:
+    torch.manual_seed(0)
+    ffn = ExpertFFN(16, 64, experts=8, top_k=2, router=build_router("centers", 16, 8, 1))
+    torch.nn.init.normal_(ffn.router.weights)
+    ffn.set_mode("sparse", threshold=threshold)
+    with torch.no_grad():
+        for tokens in (1, 30):
+            x, found = torch.randn(tokens, 16), []
+            for name in ("masked", backend):
+                ffn.backend = name
+                found.append(ffn(x))
+            torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    assert 1 < (mean_k([ffn]) or 0) < 8
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -1,11 +1,15 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.names import PosthocRouter, RouterName
 from ssd_lit.moe.permutation import upcycle_into
 from ssd_lit.moe.routers import build_router, expert_choices, gate_losses
 from ssd_lit.moe.routing import experts_above, scheduled_k, top_k_experts
+from ssd_lit.moe.statistics import mean_k
 
 
 def ffn_with(router: str, *, upcycled: bool = False, top_k: int = 2, backend: str = "masked") -> ExpertFFN:
@@ -86,20 +90,70 @@ def test_copies_with_weights_that_add_up_to_one_compute_what_the_single_ffn_did(
 
 def test_dynamic_k_takes_the_experts_near_the_best_one() -> None:
     scores = torch.tensor([[4.0, 3.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.1, 0.0]])
-    assert experts_above(scores, 0.5).tolist() == [[0, 1, 4, 4], [0, 1, 2, 3], [4, 4, 2, 4]]
+    some, all_on, best = experts_above(scores, 0.5).tolist()
+    assert (some, sorted(all_on), best) == ([0, 1, 4, 4], [0, 1, 2, 3], [2, 4, 4, 4])
     ffn = ffn_with("norm_mlp", backend="loop")
     # Tokens for which no hidden unit of the router fires shall not tie.
     torch.nn.init.normal_(ffn.router.b_out)
-    ffn.set_mode("sparse")
     x = torch.randn(30, 8, dtype=torch.double)
-    ffn.threshold = 0.0
+    ffn.set_mode("sparse", threshold=0.0)
     torch.testing.assert_close(ffn(x), ffn.set_mode("dense") or ffn(x))
-    ffn.set_mode("sparse")
-    ffn.threshold = 1.0
+    ffn.set_mode("sparse", threshold=1.0)
     few = ffn(x)
-    ffn.threshold = None
     ffn.set_mode("sparse", 1)
     torch.testing.assert_close(few, ffn(x))
+
+
+@pytest.mark.parametrize("backend", ["masked", "loop", "decode_cpu"])
+@pytest.mark.parametrize("router", ["centers", "mass_mlp"])
+@pytest.mark.parametrize("threshold", [0.1, 0.6, 0.95])
+def test_dynamic_k_computes_and_counts_what_the_formula_says(backend: str, router: str, threshold: float) -> None:
+    ffn = ffn_with(router, backend=backend)
+    for parameter in ffn.router.parameters():
+        torch.nn.init.normal_(parameter)
+    ffn.set_mode("sparse", threshold=threshold)
+    expected, taken = [], 0
+    for row in (x := torch.randn(30, 8, dtype=torch.double)):
+        scores = ffn.router(row[None])[0]
+        near = [e for e in range(4) if scores[e] >= threshold * scores.max()]
+        parts = [slice(6 * e, 6 * e + 6) for e in near]
+        y = sum(torch.relu(ffn.w_in[part] @ row + ffn.b_in[part]) @ ffn.w_out[part] for part in parts)
+        expected.append(y + ffn.b_out)
+        taken += len(near)
+    assert 30 < taken < 120
+    assert mean_k([ffn]) is None
+    torch.testing.assert_close(torch.cat([ffn(x[:7]), ffn(x[7:])]), torch.stack(expected))
+    assert mean_k([ffn]) == taken / 30
+    ffn.route(x)  # a look is not counted
+    assert mean_k([ffn, ffn]) == taken / 30
+    ffn.set_mode("sparse")
+    assert ffn.threshold == threshold
+    assert mean_k([ffn]) is None
+    ffn.set_mode("sparse", 2)
+    assert ffn.threshold is None
+    ffn(x)
+    assert mean_k([ffn]) is None
+
+
+def test_a_threshold_needs_scores_that_are_never_negative() -> None:
+    trained = get_args(PosthocRouter)
+    for name in (*get_args(RouterName), *trained):
+        ffn = ffn_with(name)
+        assert ffn.router.non_negative == (name in trained)
+        if name in trained:
+            assert (ffn.router(torch.randn(100, 8, dtype=torch.double)) >= 0).all()
+            ffn.set_mode("sparse", threshold=0.5)
+        else:
+            with pytest.raises(ValueError, match=r"threshold 0.5.*negative.* mass_mlp, norm_mlp, centers"):
+                ffn.set_mode("sparse", threshold=0.5)
+            assert (ffn.mode, ffn.threshold) == ("dense", None)
+    for arguments, message in (
+        ({"threshold": 1.5}, "threshold 1.5: allowed are 0 to 1"),
+        ({"threshold": -0.1}, "threshold -0.1: allowed are 0 to 1"),
+        ({"threshold": 0.1, "top_k": 2}, "top_k 2 and threshold 0.1: give one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ffn.set_mode("sparse", **arguments)
 
 
 def test_the_oracle_changes_what_a_gate_chooses_and_not_how_it_weighs() -> None:

@@ -18,7 +18,7 @@ class EvaluationConfig(Section):
     top_k_curve: list[Positive] = Field(default=[1, 2, 4, 6, 8, 12, 16], min_length=1)
     """Values of k at which sparse mode is scored; those above `experts` are left out."""
     thresholds: list[Fraction] = []
-    """Dynamic k: every expert whose predicted norm is at least this share of the best one's (trained routers only)."""
+    """Dynamic k: every expert whose score is at least this share of the best one's (trained routers only)."""
 
 
 class AnalysisConfig(Section):

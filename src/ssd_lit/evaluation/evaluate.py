@@ -16,7 +16,7 @@ from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.names import Mode
-from ssd_lit.moe.statistics import active_ratio, expert_load, routing_recall
+from ssd_lit.moe.statistics import active_ratio, mean_k, routing_recall
 from ssd_lit.run import Run
 from ssd_lit.training.checkpoint import final_model
 
@@ -135,9 +135,11 @@ def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, k
     }
 
 
-def _loss(model: LanguageModel, batches: Sequence[Batch], mode: Mode, k: int | None = None) -> float:
+def _loss(
+    model: LanguageModel, batches: Sequence[Batch], mode: Mode, k: int | None = None, threshold: float | None = None
+) -> float:
     """The mean over all targets; summed on the device, with one sync at the end."""
-    model.set_mode(mode, k)
+    model.set_mode(mode, k, threshold)
     total = torch.zeros((), device=batches[0]["inputs"].device)
     for batch in batches:
         total = total + model.loss(batch).float() * _targets(batch)
@@ -159,14 +161,11 @@ def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> floa
 
 
 def _by_threshold(model: LanguageModel, batches: Sequence[Batch], threshold: float) -> dict[str, float]:
-    """The loss with dynamic k at a threshold, and the mean k."""
-    for ffn in model.ffns:
-        ffn.threshold = threshold
-    loss = _loss(model, batches, "sparse")
-    loads = torch.tensor(_by_layer(model, batches, lambda ffn, x: float(expert_load(ffn, x).sum()), "sparse"))
-    for ffn in model.ffns:
-        ffn.threshold = None
-    return {"threshold": threshold, "mean_k": float(loads.mean()), "loss": loss}
+    """The loss with dynamic k at a threshold, and the mean k over the same tokens and all layers."""
+    loss = _loss(model, batches, "sparse", threshold=threshold)
+    k = mean_k(model.ffns)
+    assert k is not None, "sparse mode computed the batches"
+    return {"threshold": threshold, "mean_k": k, "loss": loss}
 
 
 def _by_layer(

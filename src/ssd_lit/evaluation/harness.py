@@ -19,21 +19,38 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ssd_lit.config import ConfigError, HarnessConfig
 from ssd_lit.huggingface.folder import open_folder
 from ssd_lit.models.language_model import LanguageModel, attend_beside_padding
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.statistics import mean_k
 
 
 @register_model("ssd_lit")
 class FolderLM(HFLM):  # type: ignore[misc]
     """The model of a folder that `ssd-lit moefy` or `ssd-lit export` wrote, in either mode.
 
-    `path` is the folder, with its tokenizer; `mode` and `top_k` are those of `ssd_lit.load`. All other arguments are
-    those of lm_eval's own type hf.
+    `path` is the folder, with its tokenizer; `mode`, `top_k` and `threshold` are those of `ssd_lit.load`. All other
+    arguments are those of lm_eval's own type hf.
     """
 
-    def __init__(self, path: str, mode: Any = "dense", top_k: int | None = None, device: str | None = None, **hf: Any):
-        model: Any = open_folder(Path(path), mode=mode, top_k=None if top_k is None else int(top_k))
+    def __init__(
+        self,
+        path: str,
+        mode: Any = "dense",
+        top_k: int | None = None,
+        threshold: float | None = None,
+        device: str | None = None,
+        **hf: Any,
+    ):
+        k, share = None if top_k is None else int(top_k), None if threshold is None else float(threshold)
+        model: Any = open_folder(Path(path), mode=mode, top_k=k, threshold=share)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         super().__init__(pretrained=model, tokenizer=tokenizer, device=device, **hf)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm_eval records of a model, and with dynamic k the mean number of experts a token (padding counts)."""
+        info: dict[str, Any] = super().get_model_info()
+        ffns = [module for module in self.model.modules() if isinstance(module, ExpertFFN)]
+        return {**info, "mean_k": mean_k(ffns) if ffns else None}
 
 
 def score_on_harness(model: LanguageModel, settings: HarnessConfig, tokenizer: Path) -> list[dict[str, Any]]:

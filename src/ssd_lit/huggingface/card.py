@@ -26,13 +26,9 @@ SPARSE_LIMITS = (
 )
 
 
-def card_of_run(run: Run, scores: str = "") -> str:
+def card_of_run(run: Run, experts: Experts | None, scores: str = "") -> str:
     """The card of a run's exported model; `scores` are tables of what was measured."""
     config = run.config
-    experts = None
-    if run.has_experts:
-        moe = config.moe
-        experts = Experts(moe.experts, moe.top_k, moe.construction, run.router, moe.router_hidden)
     total = run.chain()[-1].total
     spent = (
         f"Trained for {total.steps:,} steps on {total.tokens:,} tokens ({total.flops:.2e} FLOPs), seed {config.seed}."
@@ -93,7 +89,7 @@ def _card(
     if experts is not None:
         about = (
             f"One set of weights that runs densely or as a Mixture of Experts: {experts.experts} experts in each FFN, "
-            f"of which a token uses {experts.top_k}. Grouping: {experts.construction}; router: {experts.router}."
+            f"of which a token uses {_choice(experts)}. Grouping: {experts.construction}; router: {experts.router}."
         )
         use = 'model = ssd_lit.load("FOLDER", mode="sparse")  # or "dense"'
     bounds = [*limits, *LIMITS, *(SPARSE_LIMITS if experts else ())]
@@ -126,6 +122,12 @@ import ssd_lit
 
 {chr(10).join(f"- {bound}" for bound in bounds)}
 """
+
+
+def _choice(experts: Experts) -> str:
+    if experts.threshold is None:
+        return str(experts.top_k)
+    return f"those whose score is at least {experts.threshold} of the best one's"
 
 
 def _data(run: Run) -> str:

@@ -31,6 +31,8 @@ class Experts:
     router: str
     router_hidden: int
     """Width of a trained router."""
+    threshold: float | None = None
+    """Dynamic k by default, instead of K: see `ExpertFFN.set_mode`."""
 
     @classmethod
     def read(cls, folder: Path) -> tuple["Experts", str]:
@@ -53,7 +55,9 @@ def write_experts(folder: Path, ffns: Sequence[ExpertFFN], experts: Experts) -> 
     """Add experts.safetensors and experts.json for `ffns`, in the family's order, to a folder with their weights."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in expert_tensors(ffns).items()}
     save_file(tensors, folder / "experts.safetensors")
-    write_json(folder / "experts.json", {"format": FORMAT, **asdict(experts), "fingerprint": fingerprint(ffns)})
+    # Without a threshold, versions that know none read the folder too.
+    told = {name: value for name, value in asdict(experts).items() if value is not None}
+    write_json(folder / "experts.json", {"format": FORMAT, **told, "fingerprint": fingerprint(ffns)})
 
 
 def read_routers(path: Path, ffns: Sequence[ExpertFFN]) -> None:

@@ -17,37 +17,49 @@ from ssd_lit.config.pretrained import checkpoint_shape, model_settings, plain_na
 from ssd_lit.huggingface.experts import TOKENIZER_FILES, Experts, copy_files, fingerprint, read_routers
 from ssd_lit.huggingface.saving import INDEX, keep_experts
 from ssd_lit.models.family import Family, family, swap_ffns
+from ssd_lit.moe import statistics
 from ssd_lit.moe.backends import NAMES
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.names import Mode
+from ssd_lit.moe.names import Mode, PosthocRouter
+from ssd_lit.moe.routing import check_choice
 from ssd_lit.support.files import read_json, write_json
 
 
-def open_folder(folder: Path, *, mode: Mode = "dense", top_k: int | None = None, backend: str = "auto") -> nn.Module:
+def open_folder(
+    folder: Path,
+    *,
+    mode: Mode = "dense",
+    top_k: int | None = None,
+    threshold: float | None = None,
+    backend: str = "auto",
+) -> nn.Module:
     """Returns the Transformers model of a folder, ready for inference; with experts, every FFN is an ExpertFFN.
 
     Weights have their precision in the files, routers at least float32; a T5 in float16, of which Transformers keeps
     parts in float32, becomes float32 as a whole. Raises ValueError if the folder is no checkpoint of a supported
-    family, if its experts were made for other weights, or for a mode, top_k or backend that it does not have.
+    family, if its experts were made for other weights, or for a mode, top_k, threshold or backend that it does not
+    have.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r}: allowed are {', '.join(get_args(Mode))}")
     if backend not in NAMES:
         raise ValueError(f"backend {backend!r}: allowed are {', '.join(NAMES)}")
     if (folder / "experts.json").is_file():
-        return _open_experts(folder, mode, top_k, backend)
-    if mode == "sparse" or top_k is not None:
+        return _open_experts(folder, mode, top_k, threshold, backend)
+    if mode == "sparse" or top_k is not None or threshold is not None:
         raise ValueError(
-            f"mode {mode!r}, top_k {top_k}: no experts.json in folder {str(folder)!r}, so it is dense only; "
+            f"mode {mode!r}, top_k {top_k}, threshold {threshold}: no experts.json in folder {str(folder)!r}, "
+            "so it is dense only; "
             "`ssd-lit moefy --model` makes one with experts"
         )
     return _open_backbone(folder)
 
 
-def _open_experts(folder: Path, mode: Mode, top_k: int | None, backend: str) -> nn.Module:
+def _open_experts(folder: Path, mode: Mode, top_k: int | None, threshold: float | None, backend: str) -> nn.Module:
     experts, told = Experts.read(folder)
-    if top_k is not None and not 1 <= top_k <= experts.experts:
-        raise ValueError(f"top_k {top_k}: allowed are 1 to {experts.experts}")
+    if top_k is None and threshold is None:
+        threshold = experts.threshold
+    check_choice(experts.experts, top_k, threshold, non_negative=experts.router in get_args(PosthocRouter))
     backbone: Any = _open_backbone(folder)
     moe = MoEConfig(experts=experts.experts, top_k=experts.top_k, router_hidden=experts.router_hidden)
     ffns = swap_ffns(backbone, _family_of(folder), moe, router=experts.router)
@@ -56,7 +68,7 @@ def _open_experts(folder: Path, mode: Mode, top_k: int | None, backend: str) -> 
     read_routers(folder / "experts.safetensors", ffns)
     for ffn in ffns:
         ffn.backend = backend
-    set_mode(backbone, mode, top_k)
+    set_mode(backbone, mode, top_k, threshold)
     keep_experts(backbone, experts, folder.absolute())
     opened: nn.Module = backbone
     return opened
@@ -73,16 +85,25 @@ def _family_of(folder: Path) -> Family:
     return family(checkpoint_shape(folder)["family"])
 
 
-def set_mode(model: nn.Module, mode: Mode, top_k: int | None = None) -> None:
-    """Put every ExpertFFN of a model into dense mode, or sparse mode with `top_k` experts a token.
+def set_mode(model: nn.Module, mode: Mode, top_k: int | None = None, threshold: float | None = None) -> None:
+    """Put every ExpertFFN of a model into dense mode, or sparse mode with `top_k` experts a token or dynamic k.
 
-    With None each keeps its number. Raises ValueError if the model has no ExpertFFN.
+    With neither each keeps its choice. Raises ValueError if the model has no ExpertFFN.
     """
+    for ffn in _ffns_of(model):
+        ffn.set_mode(mode, top_k, threshold)
+
+
+def mean_k(model: nn.Module) -> float | None:
+    """`moe.statistics.mean_k` of every ExpertFFN of a model. Raises ValueError if it has none."""
+    return statistics.mean_k(_ffns_of(model))
+
+
+def _ffns_of(model: nn.Module) -> list[ExpertFFN]:
     ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
     if not ffns:
         raise ValueError(f"this {type(model).__name__} has no FFNs with experts; open its folder with ssd_lit.load")
-    for ffn in ffns:
-        ffn.set_mode(mode, top_k)
+    return ffns
 
 
 def copy_in_new_order(

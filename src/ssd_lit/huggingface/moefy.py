@@ -24,6 +24,7 @@ from ssd_lit.moe.construction import construct
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.names import NEEDS_ACTIVATIONS, allowed_experts
 from ssd_lit.moe.permutation import moefy
+from ssd_lit.moe.routing import check_choice
 from ssd_lit.support.files import check_unfilled, whole_folder, write_text
 from ssd_lit.training.routers import Example, contributions, fit_routers
 
@@ -39,15 +40,18 @@ def moefy_folder(
     seed: int = 0,
     text: Path | None = None,
     calibration_tokens: int = 8192,
+    threshold: float | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write the model of a checkpoint folder into a new one, its neurons grouped into experts.
 
     `moe` sets the number of experts, their construction and the router. Its posthoc_router is trained, and activations
-    are measured, on the first `calibration_tokens` tokens of a text file. Everything is computed in float32 (float64
+    are measured, on the first `calibration_tokens` tokens of a text file. With a `threshold`, the folder's sparse mode
+    has dynamic k unless told otherwise. Everything is computed in float32 (float64
     for a model in float64); weights keep their values and precision. Raises ValueError for arguments that cannot work,
     before any long computation.
     """
+    check_choice(moe.experts, None, threshold, non_negative=moe.posthoc_router is not None)
     check_folders(source, target, moe, text)
     kind = family(checkpoint_shape(source)["family"])
     torch.manual_seed(seed)
@@ -74,7 +78,7 @@ def moefy_folder(
 
     with whole_folder(target) as part:
         copy_in_new_order(source, part, backbone, kind, orders)
-        experts = Experts(moe.experts, moe.top_k, moe.construction, router, moe.router_hidden)
+        experts = Experts(moe.experts, moe.top_k, moe.construction, router, moe.router_hidden, threshold)
         write_text(
             part / CARD, card_of_moefied(source.resolve().name, checkpoint_shape(source)["family"], experts, seed=seed)
         )

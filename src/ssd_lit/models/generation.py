@@ -1,6 +1,7 @@
 """Generation with a causal model of Transformers in either mode, one token a step, without waiting for the host.
 
-On a GPU, reading a prompt is one CUDA graph and a step another. Shape letters: B batch, S tokens of the prompt, N
+On a GPU, reading a prompt is one CUDA graph and a step another, of kernels of our own where the family has them
+(`models.decoding`). Shape letters: B batch, S tokens of the prompt, N
 places of the cache.
 """
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from ssd_lit.models.decoding import can_step
 from ssd_lit.models.sampling import Sampling
 from ssd_lit.models.text import stream
 from ssd_lit.moe.backends import Activation
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.statistics import mean_k
 
 BLOCKS = 32
 """Blocks into which a matrix is cut."""
@@ -84,9 +87,10 @@ def _dense(ffn: ExpertFFN, x: Tensor) -> Tensor:
 class Generator:
     """Continues prompts, with the likeliest tokens unless `sampling` says otherwise.
 
-    `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, the step goes
-    through torch.compile first. Graphs are made once for a shape of prompt and a mode, then reused. End-of-text does
-    not stop tokens; with a `tokenizer`, of Transformers or of tokenizers, it takes and gives text, which ends there.
+    `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, a step that has
+    no kernels of its own goes through torch.compile first. Graphs are made once for a shape of prompt and a mode, then
+    reused. End-of-text does not stop tokens; with a `tokenizer`, of Transformers or of tokenizers, it takes and gives
+    text, which ends there.
     """
 
     def __init__(
@@ -135,6 +139,14 @@ class Generator:
         """The prompts and their continuations so far."""
         return self._tokens[:, : self._length + 1].clone()
 
+    @property
+    def mean_k(self) -> float | None:
+        """With dynamic k: experts a token, averaged over FFNs and over the tokens read since the prompts.
+
+        None without dynamic k, or before `advance`. Waits for the device.
+        """
+        return mean_k(self._ffns) if self._ffns else None
+
     @torch.inference_mode()
     def start(self, prompt: Tensor, new_tokens: int) -> None:
         """Read prompts [B, S], find the first token after them and make space for `new_tokens`."""
@@ -149,6 +161,8 @@ class Generator:
             )
         self._prepare(prompt, places)
         self._tokens[:, :length] = prompt
+        if self._kernels is not None:
+            self._kernels.refresh()
         if self._reading is not None:
             self._reading.replay()
         else:
@@ -158,6 +172,9 @@ class Generator:
     @torch.inference_mode()
     def rewind(self, length: int) -> None:
         """Go back to texts of `length` + 1 tokens."""
+        for ffn in self._ffns:
+            if ffn.threshold is not None:
+                ffn.tally.zero_()
         self._last.copy_(self._tokens[:, length, None])
         self._position.fill_(length)
         self._length = length
@@ -179,7 +196,7 @@ class Generator:
 
     def _prepare(self, prompt: Tensor, places: int) -> None:
         """Make buffers of fixed addresses, and graphs over them."""
-        key = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.backend) for ffn in self._ffns))
+        key = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.threshold, ffn.backend) for ffn in self._ffns))
         if key == self._prepared_for:
             return
         self._prepared_for = key
@@ -192,6 +209,11 @@ class Generator:
         like = self.model(input_ids=prompt[:, :1], use_cache=True).past_key_values
         self._cache = _FixedCache(like, places, self._position)
         on_gpu = device.type == "cuda"
+        self._kernels = None
+        if on_gpu and batch == 1 and can_step(self.model):
+            from ssd_lit.models.decoding.gpt2 import GPT2Step
+
+            self._kernels = GPT2Step(self.model, self._last, self._position, self._cache.places)
         self._graph = self._captured(self._step) if on_gpu else None
         self._reading = self._captured(lambda: self._read(length)) if on_gpu else None
 
@@ -204,6 +226,16 @@ class Generator:
         self._tokens[:, length] = self._choose(out.logits[:, -1])
 
     def _step(self) -> None:
+        logits = self._logits() if self._kernels is None else self._kernels()
+        if self._kernels is not None and self._choose.temperature == 0:
+            token = self._kernels.likeliest
+        else:
+            token = self._choose(logits)
+        self._last.copy_(token[:, None])
+        self._position.add_(1)
+        self._tokens.index_copy_(1, self._position, self._last)
+
+    def _logits(self) -> Tensor:
         mask = self._slots[: self._cache.visible] <= self._position
         out = self._forward(
             input_ids=self._last,
@@ -212,9 +244,8 @@ class Generator:
             past_key_values=self._cache,
             use_cache=True,
         )
-        self._last.copy_(self._choose(out.logits[:, -1])[:, None])
-        self._position.add_(1)
-        self._tokens.index_copy_(1, self._position, self._last)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()

@@ -100,10 +100,10 @@ class LanguageModel(nn.Module):
         """From now on compute the activations of each layer again in the backward pass instead of keeping them."""
         self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
-        """Put every FFN into dense mode, or sparse mode with `top_k` experts a token."""
+    def set_mode(self, mode: Mode, top_k: int | None = None, threshold: float | None = None) -> None:
+        """Put every FFN into dense mode, or sparse mode with `top_k` experts a token or dynamic k."""
         for ffn in self._ffns:
-            ffn.set_mode(mode, top_k)
+            ffn.set_mode(mode, top_k, threshold)
 
     def forward(self, batch: Batch, *, head: bool = True) -> Any:
         output = self._run(self.backbone if head else self.backbone.base_model, batch)

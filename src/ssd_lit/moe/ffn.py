@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssd_lit.moe.backends import Activation, Experts, choose_backend
 from ssd_lit.moe.names import Mode, allowed_experts
 from ssd_lit.moe.routers import Router, expert_choices, gate_losses
-from ssd_lit.moe.routing import Routing, experts_above, top_k_experts, top_k_products
+from ssd_lit.moe.routing import Routing, check_choice, scores_above, softplus_above, top_k_experts, top_k_products
 
 
 class ExpertFFN(nn.Module):
@@ -31,6 +31,8 @@ class ExpertFFN(nn.Module):
 
     neuron_ids: Tensor
     """The original place of each neuron; permuted with the neurons."""
+    tally: Tensor
+    """[2] int64: experts and tokens computed with dynamic k since `set_mode`."""
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class ExpertFFN(nn.Module):
         self.experts = experts
         self.top_k = top_k
         self.threshold: float | None = None
-        """In sparse mode, take every expert whose score is at least this share of the best one's, instead of top_k."""
+        """Dynamic k: take every expert whose score is at least this share of the best one's, instead of top_k."""
         self.oracle = False
         """In sparse mode, choose by the true activation mass, which a router can only predict."""
         self.activation = activation
@@ -79,6 +81,8 @@ class ExpertFFN(nn.Module):
         self.load: Tensor | None = None
         """That share over the whole batch, where a pass sees only a piece of it."""
         self.register_buffer("neuron_ids", torch.arange(d_ff))
+        # A tensor, so that it counts inside CUDA graphs.
+        self.register_buffer("tally", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     @property
     def d_ff(self) -> int:
@@ -93,11 +97,19 @@ class ExpertFFN(nn.Module):
         """The parameters whose first dimension counts neurons."""
         yield from (p for p in (self.w_in, self.w_gate, self.b_in, self.b_gate, self.w_out) if p is not None)
 
-    def set_mode(self, mode: Mode, top_k: int | None = None) -> None:
-        """Run densely, or sparsely with `top_k` experts a token (the number it had if None)."""
+    def set_mode(self, mode: Mode, top_k: int | None = None, threshold: float | None = None) -> None:
+        """Run densely, or sparsely with `top_k` experts a token, or with dynamic k by a threshold.
+
+        With a threshold a token takes every expert whose score is at least this share of its best one's. With neither,
+        the choice stays what it was. Raises ValueError for both, for a number that is not allowed, and for a threshold
+        if the router's scores can be negative.
+        """
         k = self.top_k if top_k is None else top_k
-        if not 1 <= k <= self.experts:
-            raise ValueError(f"top_k {k}: allowed are 1 to {self.experts}")
+        check_choice(self.experts, top_k, threshold, non_negative=self.router.non_negative)
+        if self.threshold is not None or threshold is not None:
+            self.tally.zero_()
+        if top_k is not None or threshold is not None:
+            self.threshold = threshold
         self.mode, self.top_k = mode, k
 
     def activations(self, x: Tensor) -> Tensor:
@@ -121,13 +133,17 @@ class ExpertFFN(nn.Module):
         squares: Tensor = (torch.einsum("teh,ehg->teg", hidden, gram) * hidden).sum(dim=-1)
         return squares.clamp_min(0).sqrt()
 
-    def route(self, x: Tensor) -> Routing:
-        """The experts that each token of x [T, D] runs through in sparse mode, and their weights."""
-        if self.threshold is not None:
-            return Routing(
-                experts_above(self.activation_mass(x) if self.oracle else self.router(x), self.threshold), ragged=True
-            )
+    def route(self, x: Tensor, tally: Tensor | None = None) -> Routing:
+        """The experts that each token of x [T, D] runs through in sparse mode, and their weights.
+
+        With dynamic k, the numbers of experts and of tokens are added to `tally` [2].
+        """
         directions = self.router.expert_vectors()
+        if self.threshold is not None:
+            if directions is not None and not self.oracle:
+                return Routing(softplus_above(x, directions, self.threshold, tally), ragged=True)
+            scores = self.activation_mass(x) if self.oracle else self.router(x)
+            return Routing(scores_above(scores, self.threshold, tally), ragged=True)
         if self.oracle:
             chosen = top_k_experts(self.activation_mass(x), self.top_k)
         elif directions is not None:
@@ -144,7 +160,7 @@ class ExpertFFN(nn.Module):
         return Routing(chosen, total * scores.gather(1, chosen).softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == "sparse" and not self._chooses_all:
+        if self.mode == "sparse" and not self.chooses_all:
             y = self._sparse(x.reshape(-1, x.shape[-1])).view_as(x)
         elif self.upcycled:
             raise ValueError("experts that are copies of one FFN have no dense mode")
@@ -154,7 +170,7 @@ class ExpertFFN(nn.Module):
         return out
 
     @property
-    def _chooses_all(self) -> bool:
+    def chooses_all(self) -> bool:
         """Whether all experts run with equal weights, which is the dense FFN."""
         return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.upcycled
 
@@ -167,5 +183,6 @@ class ExpertFFN(nn.Module):
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
         # The router gets the same input as the experts.
         x = x.to(dtype)
-        backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None)
-        return backend(x, self.route(x), experts, activation)
+        routing = self.route(x, self.tally)
+        backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None, ragged=routing.ragged)
+        return backend(x, routing, experts, activation)

@@ -21,9 +21,14 @@ class Router(nn.Module):
 
     weighted = False
     """Whether outputs of experts are multiplied by the softmax of their scores."""
+    non_negative = False
+    """Whether no score is negative, so that a share of the best one says something (dynamic k)."""
 
     def expert_vectors(self) -> Tensor | None:
-        """Vectors [E, D] whose dot products with a token rank the experts; None for other routers."""
+        """Vectors [E, D] whose dot products with a token rank the experts; None for other routers.
+
+        Scores are those products, or where they are `non_negative` the softplus of them.
+        """
         return None
 
     def on_permuted(self, rows: Tensor) -> None:
@@ -97,6 +102,8 @@ class PredictorRouter(Router):
     DejaVu, arXiv 2310.17157) or on the norm of their outputs (D2DMoE, arXiv 2310.04361, section 3.2).
     """
 
+    non_negative = True
+
     def __init__(self, d_model: int, experts: int, hidden: int):
         super().__init__()
         self.w_in = nn.Parameter(torch.empty(hidden, d_model))
@@ -117,6 +124,8 @@ class TrainedCenterRouter(Router):
 
     It is trained after the model, which stays fixed, on the experts' activation mass. Ours: costs the same as centres.
     """
+
+    non_negative = True
 
     def __init__(self, d_model: int, experts: int):
         super().__init__()

@@ -1,6 +1,7 @@
 """Sparsity of an FFN on given tokens, and balance of its experts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ def chosen_mask(routing: Routing, experts: int) -> Tensor:
 def expert_load(ffn: ExpertFFN, x: Tensor) -> Tensor:
     """Fraction [E] of the tokens x [T, D] that choose each expert; the sum is the mean number of experts."""
     return chosen_mask(ffn.route(x), ffn.experts).float().mean(dim=0)
+
+
+def mean_k(ffns: Sequence[ExpertFFN]) -> float | None:
+    """Experts a token, averaged over all that these FFNs computed with dynamic k since their mode was set.
+
+    None where they computed nothing so. Waits for the device.
+    """
+    experts, tokens = torch.stack([ffn.tally for ffn in ffns]).sum(dim=0).tolist()
+    return experts / tokens if tokens else None
 
 
 def entropy(load: Tensor) -> Tensor:

@@ -24,13 +24,15 @@ MANY_NUMBERS = 2**20
 """From this size of a float32 input on, the fused kernels are faster on a GPU than products with all neurons."""
 
 
-def choose_backend(name: str, x: Tensor, activation: Activation, *, gate_bias: bool = False) -> Backend:
+def choose_backend(
+    name: str, x: Tensor, activation: Activation, *, gate_bias: bool = False, ragged: bool = False
+) -> Backend:
     """Returns the backend of that name, or the fastest one for x [T, D] if the name is `auto`.
 
     Raises ValueError for kernels that cannot run here.
     """
     if name == "auto":
-        name = fastest_backend(x, activation, gate_bias=gate_bias)
+        name = fastest_backend(x, activation, gate_bias=gate_bias, ragged=ragged)
     if name in BACKENDS:
         return BACKENDS[name]
     if not kernels.runs_on(x):
@@ -43,7 +45,7 @@ def choose_backend(name: str, x: Tensor, activation: Activation, *, gate_bias: b
     return {"fused": fused, "decode_gpu": decode_gpu}[name]
 
 
-def fastest_backend(x: Tensor, activation: Activation, *, gate_bias: bool = False) -> str:
+def fastest_backend(x: Tensor, activation: Activation, *, gate_bias: bool = False, ragged: bool = False) -> str:
     """The backend of `auto` for x [T, D], by its device, dtype and number of tokens, as measured in benchmarks/.
 
     On the CPU decode_cpu for a few tokens, else the loop. On a GPU kernels, which lack dropout of activations and the
@@ -54,7 +56,8 @@ def fastest_backend(x: Tensor, activation: Activation, *, gate_bias: bool = Fals
         # decode_cpu reads the choice of experts on the host, which breaks a compiled graph.
         return "decode_cpu" if few and not torch.compiler.is_compiling() else "loop"
     if not kernels.runs_on(x) or activation.dropout or gate_bias:
-        return "grouped" if x.dtype == torch.bfloat16 else "masked"
+        # With dynamic k, grouped waits for the number of pairs, which a CUDA graph cannot.
+        return "grouped" if x.dtype == torch.bfloat16 and not ragged else "masked"
     if few:
         return "decode_gpu"
     return "masked" if x.dtype == torch.float32 and x.numel() < MANY_NUMBERS else "fused"

@@ -1,26 +1,34 @@
 """The sparse FFN of a few tokens on a GPU, for generation: reads only the chosen experts' weights.
 
-Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token.
+Shape letters: B tokens, D model width, E experts, H neurons of one expert, K experts a token, S slots: places for the
+chosen experts.
 """
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
-import triton
 from torch import Tensor
 
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import decode
+from ssd_lit.moe.kernels import decode, early_launch, few, power_of_two, precision
 from ssd_lit.moe.routing import Routing
+
+TILE_BYTES = 2**15
+"""Of one token's program's weights: enough programs for all multiprocessors, and enough loads in flight in each."""
+COLUMNS = 64
+"""Columns of w_out in a program that takes a part of its rows, a quarter of that where it takes all."""
 
 
 def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
-    """Two launches and a sum over K, without host synchronisation: can be captured in a CUDA graph.
+    """Two launches for one token, three and a sum for some, without host synchronisation: a CUDA graph can hold them.
 
     Raises ValueError if a gradient is needed.
     """
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, routing.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
-    out: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
-    return out.sum(dim=1).to(x.dtype)
+    parts: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
+    return parts.sum(dim=0).to(x.dtype) if len(x) > 1 else parts.view_as(x)
 
 
 @torch.library.custom_op("ssd_lit::few_forward", mutates_args=())
@@ -28,23 +36,13 @@ def _forward(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
     w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
-    """The output of every chosen expert, [T, K, D] in float32."""
-    x, chosen = x.contiguous(), chosen.contiguous()
-    (tokens, d), (experts, h, _), k = x.shape, w_in.shape, chosen.shape[1]
-    hidden = x.new_empty(tokens * k, h, dtype=torch.float32)
-    out = x.new_empty(tokens, k, d, dtype=torch.float32)
-    # Pieces of about 32 kB: enough programs for all multiprocessors, and enough loads in flight in each.
-    neurons, columns = 8, 64
-    decode.up_few[(tokens * k, triton.cdiv(h, neurons))](
-        x, chosen, weights, w_in, w_gate, b_in, hidden,
-        D=d, E=experts, H=h, K=k, ACTIVATION=activation, GATED=w_gate is not None, BIAS=b_in is not None,
-        WEIGHTED=weights is not None, NEURONS=neurons, INNER=min(2048, triton.next_power_of_2(d)), num_warps=4,
-    )  # fmt: skip
-    decode.down_few[(tokens * k, triton.cdiv(d, columns))](
-        hidden, chosen, w_out, out,
-        D=d, E=experts, H=h, NEURONS=min(256, triton.next_power_of_2(h)), COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
-    return out
+    """[1, D], the output of one token, or [S, B, D] in float32, the outputs of some by slot."""
+    x, chosen, experts = x.contiguous(), chosen.contiguous(), Experts(w_in, w_out, b_in, w_gate)
+    if len(x) > 1:
+        return _several(x, chosen, weights, experts, activation)
+    y, choice = torch.empty_like(x), Choice("given", chosen.shape[1], chosen=chosen, weights=weights)
+    down(up(x[0], experts, activation, choice), experts, choice, y[0])
+    return y
 
 
 @_forward.register_fake
@@ -52,4 +50,129 @@ def _(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
     w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(len(x), chosen.shape[1], x.shape[1], dtype=torch.float32)
+    if len(x) == 1:
+        return torch.empty_like(x)
+    return x.new_empty(min(chosen.numel(), len(w_in)), *x.shape, dtype=torch.float32)
+
+
+def _several(x: Tensor, chosen: Tensor, weights: Tensor | None, experts: Experts, activation: str) -> Tensor:
+    (b, d), (e, h, _), k = x.shape, experts.w_in.shape, chosen.shape[1]
+    slots, gated = min(b * k, e), experts.w_gate is not None
+    matrix = x.new_empty(b, e, dtype=torch.float32)
+    hidden, parts = x.new_empty(b, slots, h), x.new_empty(slots, b, d, dtype=torch.float32)
+    early = {"E": e, "EP": power_of_two(e), **early_launch(x)}
+    sizes = {**early, "TOKENS": max(16, power_of_two(b)), "PRECISION": precision(), "num_warps": 4, "num_stages": 4}
+    few.spread[(b,)](chosen, weights, matrix, K=k, WEIGHTED=weights is not None, num_warps=1, **early)
+    neurons = min(32, max(16, power_of_two(h)))
+    few.up[(slots * -(-h // neurons),)](
+        x, matrix, experts.w_in, experts.w_gate, experts.b_in, hidden,
+        B=b, D=d, H=h, SLOTS=slots, NEURONS=neurons, INNER=min(128, max(16, power_of_two(d))),
+        ACTIVATION=activation, GATED=gated, BIAS=experts.b_in is not None, **sizes,
+    )  # fmt: skip
+    few.down[(-(-d // COLUMNS), slots)](
+        hidden, matrix, experts.w_out, parts,
+        B=b, D=d, H=h, SLOTS=slots, INNER=min(64, max(16, power_of_two(h))), COLUMNS=COLUMNS, **sizes,
+    )  # fmt: skip
+    return parts
+
+
+class Norm(NamedTuple):
+    """A layer norm of a row whose statistics the kernel before wrote."""
+
+    stats: Tensor
+    """[blocks, 2]: mean and squared deviations of each block of the row."""
+    gain: Tensor
+    bias: Tensor
+    eps: float
+
+    def sizes(self, d_model: int) -> dict[str, int]:
+        """Blocks of a row of that width, and their size."""
+        blocks = len(self.stats)
+        return {"BLOCKS": blocks, "PADDED": power_of_two(blocks), "SIZE": d_model // blocks}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one token's experts are found."""
+
+    kind: str
+    """`all` experts, those `given`, or those of the best `scores`."""
+    slots: int
+    """Experts at most."""
+    k: int = 1
+    threshold: float | None = None
+    """Of dynamic k, instead of the k best."""
+    tally: Tensor | None = None
+    """[2] int64, to which experts and tokens are added with dynamic k."""
+    total: int = 0
+    """What the weights of the chosen add up to; 0: all are 1."""
+    products: Tensor | None = None
+    """[blocks, E], with shift and offset [E]: what the scores are made of (`kernels.decode`)."""
+    shift: Tensor | None = None
+    offset: Tensor | None = None
+    chosen: Tensor | None = None
+    """[1, S], E for none, and the weights given with them."""
+    weights: Tensor | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"CHOICE": self.kind, "K": self.k, "THRESHOLD": -1.0 if self.threshold is None else self.threshold}
+
+
+def up(x: Tensor, experts: Experts, activation: str, choice: Choice, norm: Norm | None = None) -> Tensor:
+    """Activations [S, H] of the slots' neurons for one token x [D], which is normalised first."""
+    (e, h, d), gated = experts.w_in.shape, experts.w_gate is not None
+    neurons = min(rows_of_tile(d, experts.w_in, pieces=1 + gated), power_of_two(h))
+    hidden = x.new_empty(choice.slots, h, dtype=torch.float32)
+    stats, gain, bias, eps = norm or (None, None, None, 0.0)
+    decode.up[(choice.slots * -(-h // neurons),)](
+        x, stats, gain, bias, eps, choice.products, choice.shift, choice.offset, choice.chosen, choice.weights,
+        experts.w_in, experts.w_gate, experts.b_in, hidden, choice.tally,
+        D=d, DP=power_of_two(d), E=e, EP=power_of_two(e), H=h, NEURONS=neurons, **choice.sizes, TOTAL=choice.total,
+        WEIGHTED=choice.weights is not None, ACTIVATION=activation, GATED=gated, BIAS=experts.b_in is not None,
+        NORM=norm is not None, **_blocks(norm, d), **early_launch(x),
+    )  # fmt: skip
+    return hidden
+
+
+def down(
+    hidden: Tensor, experts: Experts, choice: Choice, y: Tensor, *,
+    norm: Norm | None = None, b_out: Tensor | None = None, stats: Tensor | None = None, counters: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write the sum of the slots' outputs to y [D]; with `stats` add it to y, and write the new row's statistics.
+
+    `norm` is that of `up`. `counters`, for `all` experts, are zeros, and left so.
+    """
+    (slots, h), (e, _, d), w_out = hidden.shape, experts.w_in.shape, experts.w_out
+    columns = columns_of(choice)
+    kinds = {"BIAS": b_out is not None, "RESIDUAL": stats is not None, **early_launch(y)}
+    if choice.kind == "all":
+        rows = TILE_BYTES // (columns * w_out.element_size())
+        parts = -(-slots * h // rows)
+        kept = hidden.new_empty(parts, d)
+        decode.down_in_parts[(-(-d // columns), parts)](
+            hidden, w_out, b_out, kept, counters, y, stats,
+            D=d, F=slots * h, ROWS=rows, PARTS=parts, PADDED=power_of_two(parts), COLUMNS=columns, **kinds,
+        )  # fmt: skip
+        return
+    decode.down[(-(-d // columns),)](
+        hidden, None if norm is None else norm.stats, 0.0 if norm is None else norm.eps,
+        choice.products, choice.shift, choice.offset, choice.chosen, w_out, b_out, y, stats,
+        D=d, E=e, EP=power_of_two(e), H=h, SLOTS=slots, COLUMNS=columns, num_warps=8,
+        ROWS=min(2 * TILE_BYTES // (columns * w_out.element_size()), power_of_two(slots * h)),
+        **choice.sizes, **_blocks(norm, d), **kinds,
+    )  # fmt: skip
+
+
+def columns_of(choice: Choice) -> int:
+    """Columns of a program of `down`, and of the blocks of which it writes statistics."""
+    return COLUMNS if choice.kind == "all" else COLUMNS // 4
+
+
+def _blocks(norm: Norm | None, d_model: int) -> dict[str, int]:
+    return {"BLOCKS": 1, "PADDED": 1, "SIZE": d_model} if norm is None else norm.sizes(d_model)
+
+
+def rows_of_tile(width: int, weights: Tensor, pieces: int = 1) -> int:
+    """Rows of so many weights each that a program takes, if it takes them of so many matrices."""
+    return max(1, min(16, TILE_BYTES // (pieces * power_of_two(width) * weights.element_size())))

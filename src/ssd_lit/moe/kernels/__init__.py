@@ -16,7 +16,17 @@ def runs_on(x: Tensor) -> bool:
     return _INSTALLED and (x.is_cuda or _INTERPRETED)
 
 
+def power_of_two(size: int) -> int:
+    """The next power of two: the ranges of a kernel have no other lengths."""
+    return 1 << (size - 1).bit_length()
+
+
 def early_launch(x: Tensor) -> dict[str, bool]:
     """Arguments of a kernel on x that may start before the one before it is done (programmatic dependent launch)."""
     able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+def precision() -> str:
+    """Of products in kernels: exact float32, unless torch's setting allows TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -43,3 +43,12 @@ def derivative(x, NAME: tl.constexpr):
 @triton.jit
 def _tanh_of_gelu(x):
     return 2.0 * tl.sigmoid(2.0 * 0.7978845608028654 * (x + 0.044715 * x * x * x)) - 1.0
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)); exact too where exp(x) is lost beside 1."""
+    power = tl.exp(tl.minimum(x, 20.0))
+    one_more = 1.0 + power
+    log = tl.where(one_more == 1.0, power, tl.log(one_more) * (power / tl.maximum(one_more - 1.0, 1e-30)))
+    return tl.where(x > 20.0, x, log)

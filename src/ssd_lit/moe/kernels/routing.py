@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ssd_lit.moe.kernels import early_launch
 
 FEW = 64
 """Up to so many tokens, programs share the scores of one token instead of computing those of many."""
@@ -25,8 +28,10 @@ def route(x: Tensor, directions: Tensor, k: int) -> Tensor:
     if n_tokens <= FEW:
         scores = torch.empty(n_tokens, experts, dtype=torch.float32, device=x.device)
         inner = min(4096, triton.next_power_of_2(d))
-        _scores[(n_tokens, experts)](x, directions, scores, D=d, E=experts, INNER=inner)
-        _select[(n_tokens,)](scores, chosen, E=experts, K=k, PADDED=triton.next_power_of_2(experts), num_warps=1)
+        early = early_launch(x)
+        _scores[(n_tokens, experts)](x, directions, scores, D=d, E=experts, INNER=inner, **early)
+        padded = triton.next_power_of_2(experts)
+        _select[(n_tokens,)](scores, chosen, E=experts, K=k, PADDED=padded, num_warps=1, **early)
         return chosen
     padded, tokens = max(16, triton.next_power_of_2(experts)), 16 if n_tokens <= 2048 else 64
     inner = min(64, max(16, triton.next_power_of_2(d)))
@@ -43,24 +48,30 @@ def _(x: Tensor, directions: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
-def _scores(x, directions, scores, D: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr):
+def _scores(x, directions, scores, D: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr, PDL: tl.constexpr):
     """scores [T, E] of one token and one expert."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token, expert = tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, INNER)
     total = tl.zeros([INNER], tl.float32)
     for d in range(0, D, INNER):
         left = inner < D - d
-        values = tl.load(x + token * D + d + inner, mask=left, other=0.0).to(tl.float32)
+        values = tl.load(x + token * D + d + inner, mask=left, other=0.0, cache_modifier=".cg").to(tl.float32)
         total += values * tl.load(directions + expert * D + d + inner, mask=left, other=0.0).to(tl.float32)
     tl.store(scores + token * E + expert, tl.sum(total, axis=0))
 
 
 @triton.jit
-def _select(scores, chosen, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr):
+def _select(scores, chosen, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
     """The K largest scores of one token."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0)
     expert = tl.arange(0, PADDED)
-    mine = tl.load(scores + token * E + expert, mask=expert < E, other=float("-inf"))
+    mine = tl.load(scores + token * E + expert, mask=expert < E, other=float("-inf"), cache_modifier=".cg")
     for k in tl.static_range(K):
         best = tl.argmax(mine, axis=0)
         tl.store(chosen + token * K + k, best.to(tl.int64))

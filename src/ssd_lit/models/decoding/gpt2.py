@@ -1,0 +1,150 @@
+"""A step of generation of one text by a GPT-2 on a GPU: five kernels a layer, in either mode.
+
+Transformers' own step launches a dozen or two. Shape letters: D model width, N places of the cache, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_lit.models.decoding import kernels
+from ssd_lit.moe.backends.decode_gpu import COLUMNS, Choice, Norm, columns_of, down, rows_of_tile, up
+from ssd_lit.moe.backends.interface import Experts
+from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.kernels import early_launch, power_of_two
+
+BLOCK, WARPS = 32, 8
+"""Columns of an attention's map in a program, and its warps."""
+CHUNK, CHUNK_WARPS = 256, 8
+"""Places of the cache that a program attends to, and its warps."""
+
+
+class _Layer:
+    """What the kernels of a layer read and write."""
+
+    def __init__(self, block: Any, keys: Tensor, values: Tensor):
+        self.block, self.keys, self.values = block, keys, values
+        self.ffn: ExpertFFN = block.mlp
+        self.sparse = self.ffn.mode == "sparse" and not self.ffn.chooses_all
+        self.shift, self.offset = (keys.new_zeros(self.ffn.experts, dtype=torch.float32) for _ in range(2))
+        self._versions: list[int] = []
+
+    @property
+    def experts(self) -> Experts:
+        parts = (self.ffn.w_in, self.ffn.w_out, self.ffn.b_in, self.ffn.w_gate)
+        return Experts(*(None if p is None else p.unflatten(0, (self.ffn.experts, -1)) for p in parts))  # type: ignore[arg-type]
+
+    def choice(self, products: Tensor) -> Choice:
+        """How the experts are found; products [blocks, E] are parts of their scores."""
+        ffn = self.ffn
+        if not self.sparse:
+            return Choice("all", ffn.experts)
+        slots = ffn.top_k if ffn.threshold is None else ffn.experts
+        total = ffn.top_k if ffn.router.weighted else 0
+        return Choice(
+            "scores", slots, ffn.top_k, ffn.threshold, ffn.tally, total, products, self.shift, self.offset
+        )  # fmt: skip
+
+    def refresh(self) -> None:
+        """The products of the router's directions with the norm's gain and bias, if those were changed."""
+        norm, directions = self.block.ln_2, self.ffn.router.expert_vectors()
+        if not self.sparse or directions is None:
+            return
+        sources = (directions, norm.weight, norm.bias)
+        # Tensors made in inference mode count no versions.
+        versions = [0 if source.is_inference() else source._version for source in sources]
+        if versions != self._versions or any(source.is_inference() for source in sources):
+            self._versions = versions
+            self.shift.copy_(directions.float() @ norm.weight.float())
+            self.offset.copy_(directions.float() @ norm.bias.float())
+
+
+class GPT2Step:
+    """Adds the key and value of the text's last token to a cache, and gives the logits of the next.
+
+    `last` [1, 1] holds the token, `position` [1] its place, `cache` keys and values [1, heads, N, width] of each layer;
+    all are read at every call. The mode of the FFNs is that of the time at which the step is made.
+    """
+
+    def __init__(self, model: Any, last: Tensor, position: Tensor, cache: Sequence[tuple[Tensor, Tensor]]):
+        self._model, self._last, self._position = model, last, position
+        self._layers = [_Layer(block, *pair) for block, pair in zip(model.transformer.h, cache, strict=True)]
+        keys = cache[0][0]
+        (_, heads, places, width), d = keys.shape, model.config.n_embd
+
+        def floats(*shape: int) -> Tensor:
+            return keys.new_zeros(*shape, dtype=torch.float32)
+
+        self._x, self._query, self._attended = floats(d), floats(d), floats(d)
+        self._embedded, self._inner = floats(d // COLUMNS, 2), floats(d // BLOCK, 2)
+        self._parts = floats(heads, -(-places // CHUNK), width + 2)
+        self._counters = torch.zeros(max(heads, d // COLUMNS), dtype=torch.int32, device=keys.device)
+        entries, self._rows = len(model.lm_head.weight), rows_of_tile(d, model.lm_head.weight)
+        self._logits, self._best = floats(1, entries), floats(-(-entries // self._rows))
+        self.likeliest = torch.zeros(1, dtype=torch.long, device=keys.device)
+        """[1], the token with the largest logit of the last call."""
+        self._early = early_launch(keys)
+
+    def refresh(self) -> None:
+        """Take up weights that were changed in place."""
+        for layer in self._layers:
+            layer.refresh()
+
+    def __call__(self) -> Tensor:
+        """Logits [1, V] in float32, in a buffer that the next call overwrites."""
+        base, d = self._model.transformer, len(self._x)
+        kernels.embed[(d // COLUMNS,)](
+            self._last, self._position, base.wte.weight, base.wpe.weight, self._x, self._embedded, D=d, SIZE=COLUMNS
+        )
+        stats = self._embedded
+        for layer in self._layers:
+            self._attention(layer, stats)
+            stats = self._ffn(layer)
+        weight, norm, parts = self._model.lm_head.weight, _norm(base.ln_f, stats), len(self._best)
+        kernels.unembed[(parts,)](
+            self._x, *norm, weight, self._logits, self._best, self._counters, self.likeliest,
+            D=d, DP=power_of_two(d), V=len(weight), ROWS=self._rows, PARTS=parts, PARTS_PADDED=power_of_two(parts),
+            **norm.sizes(d), **self._early,
+        )  # fmt: skip
+        return self._logits
+
+    def _attention(self, layer: _Layer, stats: Tensor) -> None:
+        attention, d = layer.block.attn, len(self._x)
+        _, heads, places, width = layer.keys.shape
+        norm, chunks = _norm(layer.block.ln_1, stats), self._parts.shape[1]
+        kernels.project[(3 * d // BLOCK,)](
+            self._x, *norm, attention.c_attn.weight, attention.c_attn.bias, self._position,
+            self._query, layer.keys, layer.values,
+            D=d, DP=power_of_two(d), W=width, N=places, COLUMNS=BLOCK, num_warps=WARPS, **norm.sizes(d), **self._early,
+        )  # fmt: skip
+        kernels.attend[(heads, chunks)](
+            self._query, layer.keys, layer.values, self._position, self._parts, self._counters, self._attended,
+            attention.scaling,
+            W=width, WP=power_of_two(width), N=places, CHUNK=min(CHUNK, power_of_two(places)), CHUNKS=chunks,
+            CHUNKS_PADDED=power_of_two(chunks), num_warps=CHUNK_WARPS, **self._early,
+        )  # fmt: skip
+
+    def _ffn(self, layer: _Layer) -> Tensor:
+        """Returns the new row's statistics."""
+        attention, ffn, d = layer.block.attn, layer.ffn, len(self._x)
+        norm, experts = _norm(layer.block.ln_2, self._inner), layer.experts
+        products = self._x.new_empty(d // BLOCK, ffn.experts)
+        kernels.mix[(d // BLOCK,)](
+            self._attended, attention.c_proj.weight, attention.c_proj.bias, self._x, self._inner,
+            ffn.router.expert_vectors(), norm.gain, products,
+            D=d, DP=power_of_two(d), COLUMNS=BLOCK, E=ffn.experts, EP=power_of_two(ffn.experts), SPARSE=layer.sparse,
+            num_warps=WARPS, **self._early,
+        )  # fmt: skip
+        choice = layer.choice(products)
+        hidden = up(self._x, experts, ffn.activation, choice, norm)
+        stats = self._x.new_empty(d // columns_of(choice), 2)
+        down(
+            hidden, experts, choice, self._x, norm=norm, b_out=ffn.b_out, stats=stats, counters=self._counters
+        )  # fmt: skip
+        return stats
+
+
+def _norm(norm: Any, stats: Tensor) -> Norm:
+    return Norm(stats, norm.weight, norm.bias, norm.eps)
