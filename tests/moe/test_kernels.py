@@ -39,8 +39,9 @@ def problem(
         chosen = torch.arange(k).expand(tokens, k).contiguous()
     if load == "ragged":
         chosen = torch.where(torch.rand(tokens, k, generator=g) < 0.4, experts, chosen)
-    leaves = [p for p in (x, w_in, w_out, b_in, w_gate, weights) if p is not None]
-    return x, Routing(chosen, weights, load == "ragged"), Experts(w_in, w_out, b_in, w_gate), leaves
+    b_out = fresh(width) if bias else None
+    leaves = [p for p in (x, w_in, w_out, b_in, w_gate, weights, b_out) if p is not None]
+    return x, Routing(chosen, weights, load == "ragged"), Experts(w_in, w_out, b_in, w_gate, b_out=b_out), leaves
 
 
 def outcome(
@@ -55,6 +56,8 @@ def outcome(
 CASES = {
     "one token": (1, 16, 4, 8, 2),
     "odd sizes": (37, 24, 5, 12, 3),
+    "rows of no multiple of 16 bytes": (37, 18, 5, 13, 3),
+    "experts in two pieces": (20, 16, 3, 300, 2),
     "a gate and weights": (20, 16, 4, 16, 2),
     "all tokens to one expert": (40, 16, 6, 8, 1),
     "fewer experts for some": (30, 16, 4, 8, 3),
@@ -148,7 +151,10 @@ def test_parts_of_a_busy_expert_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("tokens", "width", "experts", "k"), [(1, 16, 4, 1), (70, 40, 12, 5), (5, 300, 33, 33)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "k"),
+    [(1, 16, 4, 1), (70, 40, 12, 5), (5, 300, 33, 33), (70, 300, 12, 5), (2100, 40, 12, 5)],
+)
 def test_route_takes_the_largest_products(tokens: int, width: int, experts: int, k: int) -> None:
     g = torch.Generator().manual_seed(tokens)
     x, directions = torch.randn(tokens, width, generator=g), torch.randn(experts, width, generator=g)

@@ -18,8 +18,10 @@ from ssd_lit.moe.kernels import early_launch
 
 FEW_PAIRS = 8192
 """Up to so many pairs, one kernel does all: every program reads all pairs, and places those of its expert."""
-CHUNK = 256
+CHUNK = 512
 """Pairs that a program places at a time."""
+MOST_BLOCKS = 512
+"""Each block of chunks reads the counts of all others."""
 
 
 class Groups(NamedTuple):
@@ -52,15 +54,14 @@ def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: 
             **early_launch(chosen),
         )  # fmt: skip
         return Groups(pairs, bounds, tiles)
-    # Many blocks keep the device busy, but each reads the counts of all.
-    block = CHUNK if n <= 256 * CHUNK else 4 * CHUNK
+    block = CHUNK * triton.next_power_of_2(triton.cdiv(n, MOST_BLOCKS * CHUNK))
     blocks = triton.cdiv(n, block)
     counts = torch.empty(blocks, padded, dtype=torch.int32, device=chosen.device)
     _count[(blocks,)](chosen, counts, n, PADDED=padded, BLOCK=block, **early_launch(chosen))
     _place_and_cut[(n_experts + blocks,)](
         chosen, counts, pairs, bounds, tiles, n, blocks, most, n_experts, window,
         PADDED=padded, ROWS=tile_rows, BLOCK=block, CHUNK=CHUNK, COUNTS=128, TILES=64,
-        **early_launch(chosen),
+        num_warps=8, **early_launch(chosen),
     )  # fmt: skip
     return Groups(pairs, bounds, tiles)
 

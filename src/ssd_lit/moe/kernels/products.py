@@ -251,11 +251,11 @@ def down(
 
 @triton.jit
 def add_pairs(
-    out, chosen, y, n_tokens, n_experts,
-    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    out, chosen, bias, y, n_tokens, n_experts,
+    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`."""
+    """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`, and the bias [D]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -269,5 +269,7 @@ def add_pairs(
         if RAGGED:
             mask = there & (tl.load(chosen + pair, mask=token < n_tokens, other=0) < n_experts)[:, None]
         total += tl.load(out + pair[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     at = y + token.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(at, total.to(y.dtype.element_ty), mask=there)
