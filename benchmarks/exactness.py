@@ -26,6 +26,9 @@ SHAPES = {  # tokens, width, experts, neurons of one, experts a token
     "one token": (1, 768, 32, 96, 6),
     "five tokens": (5, 2048, 32, 256, 6),
     "odd sizes": (37, 120, 7, 24, 3),
+    "rows of no multiple of 16 bytes": (700, 250, 7, 50, 3),
+    "some rows an expert": (1024, 2048, 32, 256, 6),
+    "experts of 512, wide": (3000, 2048, 4, 512, 2),
     "few rows an expert": (300, 256, 16, 64, 2),
     "many rows an expert": (4096, 768, 8, 96, 2),
     "experts of 256": (2500, 512, 4, 256, 2),
@@ -67,7 +70,7 @@ def check(shape: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """The worst relative error of one case, over outputs and gradients."""
     torch.manual_seed(0)
     x, choice, experts, activation = inputs(shape, kind, dtype)
-    double = Experts(*(None if p is None else p.double() for p in experts))
+    double = Experts(*(None if p is None else p.double() for p in experts))  # type: ignore[arg-type]
     exact_choice = choice._replace(weights=None if choice.weights is None else choice.weights.double())
     reference = outcome(BACKENDS["masked"], x.double(), exact_choice, double, activation)
     fused = choose_backend("fused", x, activation)
@@ -101,6 +104,7 @@ def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Routing, 
     experts = Experts(
         fresh(e, h, d, scale=d**-0.5), fresh(e, h, d, scale=(k * h) ** -0.5),
         fresh(e, h) if bias else None, fresh(e, h, d, scale=d**-0.5) if gated else None,
+        b_out=fresh(d) if bias else None,
     )  # fmt: skip
     return fresh(tokens, d), choice, experts, Activation(name)
 

@@ -166,7 +166,8 @@ class ExpertFFN(nn.Module):
             raise ValueError("experts that are copies of one FFN have no dense mode")
         else:
             y = self.hidden_dropout(self.activations(x)) @ self.w_out
-        out: Tensor = self.dropout(y if self.b_out is None else y + self.b_out)
+            y = y if self.b_out is None else y + self.b_out
+        out: Tensor = self.dropout(y)
         return out
 
     @property
@@ -178,8 +179,13 @@ class ExpertFFN(nn.Module):
         # Autocast covers torch's matrix products but not the backends: cast their inputs here.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
-        parts = (self.w_in, self.w_out, self.b_in, self.w_gate, self.b_gate)
-        experts = Experts(*(None if p is None else p.to(dtype).unflatten(0, (self.experts, -1)) for p in parts))  # type: ignore[arg-type]
+
+        def of_experts(p: Tensor) -> Tensor:
+            return p.to(dtype).view(self.experts, -1, *p.shape[1:])
+
+        b_in, w_gate, b_gate = (None if p is None else of_experts(p) for p in (self.b_in, self.w_gate, self.b_gate))
+        b_out = None if self.b_out is None else self.b_out.to(dtype)
+        experts = Experts(of_experts(self.w_in), of_experts(self.w_out), b_in, w_gate, b_gate, b_out)
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
         # The router gets the same input as the experts.
         x = x.to(dtype)

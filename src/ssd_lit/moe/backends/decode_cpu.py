@@ -40,7 +40,7 @@ def decode_cpu(x: Tensor, routing: Routing, experts: Experts, activation: Activa
                 hidden = hidden * routing.weights[t, k].to(x.dtype)
             y = torch.baddbmm(y, hidden, w_out[e])
         sums.append(y.sum(0))
-    return torch.cat(sums)
+    return experts.shifted(torch.cat(sums))
 
 
 def _products(row: Tensor, w: Tensor, b: Tensor | None, e: int) -> Tensor:

@@ -28,7 +28,7 @@ def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activa
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, routing.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
     parts: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
-    return parts.sum(dim=0).to(x.dtype) if len(x) > 1 else parts.view_as(x)
+    return experts.shifted(parts.sum(dim=0).to(x.dtype) if len(x) > 1 else parts.view_as(x))
 
 
 @torch.library.custom_op("ssd_lit::few_forward", mutates_args=())

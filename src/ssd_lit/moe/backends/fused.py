@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import products
-from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradients
+from ssd_lit.moe.kernels import early_launch, precision, products
+from ssd_lit.moe.kernels.descriptors import can_describe, describe
+from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradient
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
 from ssd_lit.moe.routing import Routing
 
@@ -29,7 +31,7 @@ def fused(x: Tensor, routing: Routing, experts: Experts, activation: Activation)
     if activation.dropout:
         raise ValueError("backend 'fused': dropout of activations is not supported; take 'grouped'")
     y: Tensor = _forward(
-        x, routing.experts, routing.weights, *experts.for_kernels, activation.name, routing.ragged
+        x, routing.experts, routing.weights, *experts.for_kernels, experts.b_out, activation.name, routing.ragged
     )[0]  # fmt: skip
     return y
 
@@ -53,18 +55,25 @@ class Plan(NamedTuple):
 
 
 def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype) -> Plan:
-    """Sizes that were fastest on an H100 in bfloat16, for a model width, neurons an expert and its usual rows."""
+    """Sizes that were fastest on an H200 in bfloat16, for a model width, neurons an expert and its usual rows."""
     h, d = _padded(neurons), _padded(d_model)
     if dtype.itemsize > 2:
         return _plan_of_wide_numbers(h, d)
     if rows < 512:
-        return _plan_of_few(h, d, rows)
+        return _plan_of_few(h, d, rows, gated)
     wide = min(128 if gated else 256, h)
     small = d_model <= 1024
-    up = {"NEURONS": wide, "INNER": min(64, d), "COLUMNS": min(64, d), "num_warps": 8, "num_stages": 3 if small else 4}
+    up = {"NEURONS": wide, "INNER": min(64, d), "COLUMNS": min(64, d), "num_warps": 8, "num_stages": 4}
     if wide <= 128 and not gated:
         # Few enough registers for two programs to share a multiprocessor.
-        up["maxnreg"] = 128
+        up |= {"INNER": min(32, d), "num_stages": 6, "maxnreg": 128}
+    # Reading a row's token before the row itself takes half of the stages.
+    if small:
+        gradients = {"ROWS": 64, "NEURONS": min(128, h), "COLUMNS": min(128, d), "num_warps": 4, "num_stages": 5}
+    elif h >= 256:
+        gradients = {"ROWS": 32, "NEURONS": 256, "COLUMNS": 128, "num_warps": 8, "num_stages": 9}
+    else:
+        gradients = {"ROWS": 64, "NEURONS": h, "COLUMNS": 256, "num_warps": 8, "num_stages": 5}
     return Plan(
         tile_rows=128,
         # Keeps the weights of all experts in the cache, or of only a few at a time.
@@ -72,32 +81,31 @@ def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype)
         whole=wide >= neurons,
         up=up,
         down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": 8, "num_stages": 3},
-        # Reading a row's token before the row itself takes half of the stages.
-        gradients={
-            "ROWS": 32 if small else 64, "NEURONS": min(128, h), "COLUMNS": min(128 if small else 256, d),
-            "num_warps": 4 if small else 8, "num_stages": 7 if small else 5,
-        },
+        gradients=gradients,
         # A wide model has enough tiles for all multiprocessors, and adding up parts of them costs more.
         even_parts=1 if small else 2,
     )  # fmt: skip
 
 
-def _plan_of_few(h: int, d: int, rows: int) -> Plan:
+def _plan_of_few(h: int, d: int, rows: int, gated: bool) -> Plan:
     """Small tiles, so that a few rows an expert keep all multiprocessors busy."""
-    warps = 4
+    warps = {"num_warps": 4}
+    wide = min(128 if gated else 256, h)
+    up: dict[str, int]
+    if rows < 32:
+        up = {"NEURONS": min(32, h), "INNER": min(128, d), "num_stages": 3}
+    elif rows < 128:
+        up = {"NEURONS": min(64 if gated else 128, h), "INNER": min(128, d), "num_stages": 4}
+    else:
+        up = {"NEURONS": wide, "INNER": min(64, d), "num_stages": 3}
     return Plan(
         tile_rows=16 if rows < 32 else 64,
         window=1,
-        whole=False,
-        up={
-            "NEURONS": min(32 if rows < 32 else 128, h), "INNER": min(128 if rows < 32 else 64, d), "COLUMNS": 16,
-            "num_warps": warps, "num_stages": 3,
-        },
-        down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": warps, "num_stages": 3},
-        gradients={
-            "ROWS": 32, "NEURONS": min(128, h), "COLUMNS": min(128, d), "num_warps": warps, "num_stages": 5,
-        },
-    )  # fmt: skip
+        whole=rows >= 128 and wide >= h,
+        up={**up, "COLUMNS": min(64, d), **warps},
+        down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_stages": 2 if 32 <= rows < 128 else 3, **warps},
+        gradients={"ROWS": 32, "NEURONS": min(128, h), "COLUMNS": min(128, d), "num_stages": 5, **warps},
+    )
 
 
 def _plan_of_wide_numbers(h: int, d: int) -> Plan:
@@ -137,7 +145,8 @@ def _keeps(activation: str, weights: Tensor | None, w_gate: Tensor | None) -> bo
 @torch.library.custom_op("ssd_lit::fused_forward", mutates_args=())
 def _forward(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_out: Tensor | None,
+    activation: str, ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y [T, D]; then the inputs of the backward pass: hidden, pre and gate [N, H] and the groups."""
     x, chosen = x.contiguous(), chosen.contiguous()
@@ -151,23 +160,27 @@ def _forward(
     gate = x.new_empty(n if w_gate is not None else 0, h)
     out = x.new_empty(n, shape.d_model)
     most = len(groups.tiles) - 1
-    products.up[(most * triton.cdiv(h, sizes.up["NEURONS"]),)](
-        x, w_in, w_gate, b_in, weights, groups.pairs, groups.tiles, hidden, pre, gate, w_out, out, most,
+    described = can_describe(w_in, w_out, w_gate)
+    rows, inner, columns = sizes.up["NEURONS"], sizes.up["INNER"], sizes.up["COLUMNS"]
+    products.up[(most * triton.cdiv(h, rows),)](
+        x, _tiles(w_in, rows, inner, described), _tiles(w_gate, rows, inner, described), b_in, weights,
+        groups.pairs, groups.tiles, hidden, pre, gate, _tiles(w_out, rows, columns, described), out, most,
         D=shape.d_model, H=h, K=shape.k, ACTIVATION=activation, GATED=w_gate is not None, BIAS=b_in is not None,
         WEIGHTED=weights is not None, KEEP=keep, DOWN=sizes.whole,
-        ROWS=sizes.tile_rows, PRECISION=_precision(x), **sizes.up,
+        ROWS=sizes.tile_rows, PRECISION=precision(), DESCRIBED=described, **early_launch(x), **sizes.up,
     )  # fmt: skip
     if not sizes.whole:
-        _down(hidden, w_out, None, None, groups, out, sizes)
+        _down(hidden, w_out, None, None, groups, out, sizes, early_launch(x))
     y = torch.empty_like(x)
-    _add_pairs(out, chosen, y, shape, ragged)
+    _add_pairs(out, chosen, b_out, y, shape, ragged, early_launch(x))
     return y, hidden, pre, gate, *groups
 
 
 @_forward.register_fake
 def _(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_out: Tensor | None,
+    activation: str, ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _shape(x, chosen, w_in)
     n, h = chosen.numel(), shape.neurons
@@ -187,10 +200,11 @@ def _(
 @torch.library.custom_op("ssd_lit::fused_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_out: Tensor | None,
+    activation: str, ragged: bool,
     hidden: Tensor, pre: Tensor, gate: Tensor, pairs: Tensor, bounds: Tensor, tiles: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weights, w_in, w_out, b_in and w_gate; empty where there is no such input."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weights, w_in, w_out, b_in, w_gate and b_out; empty where there is no such input."""
     dy, x, chosen = dy.contiguous(), x.contiguous(), chosen.contiguous()
     shape = _shape(x, chosen, w_in)
     n, h, d = chosen.numel(), shape.neurons, shape.d_model
@@ -205,26 +219,40 @@ def _backward(
     out, dx = x.new_empty(n, d), torch.empty_like(x)
     # Pairs without an expert have no gradient and are in no tile.
     dweights = x.new_zeros(pieces, n, dtype=torch.float32) if weighted else None
-    products.up_backward[(most * pieces,)](
-        dy, w_out, weights, pairs, tiles, pre if len(pre) else hidden, gate, dpre, dgate, dweights, db_tiles,
-        w_in, w_gate, out, most, shape.n_tokens,
-        D=d, H=h, K=shape.k, ACTIVATION=activation, GATED=gated, BIAS=b_in is not None,
-        WEIGHTED=weighted, DOWN=sizes.whole,
-        ROWS=sizes.tile_rows, PRECISION=_precision(x), **sizes.up,
-    )  # fmt: skip
-    if not sizes.whole:
-        _down(dpre, w_in, dgate, w_gate, groups, out, sizes)
-    # Adding up is bound by memory, weight gradients by compute: in parallel they take little more than one.
+    described = can_describe(w_in, w_out, w_gate)
+    rows, inner, columns = sizes.up["NEURONS"], sizes.up["INNER"], sizes.up["COLUMNS"]
+    # Weight gradients run beside the rest: each fills what the other leaves of the device. A kernel that waits for
+    # another would take room from them.
+    launch = {"PDL": False}
     side = _side_stream(x.device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
-    factors = [(hidden, dy), (dpre, x), *([(dgate, x)] if dgate is not None else [])]
-    dw_out, dw_in, *dw_gate = weight_gradients(
-        factors, w_in, pairs, bounds, shape.k,
-        part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=_precision(x),
-    )  # fmt: skip
     with torch.cuda.stream(side):
-        _add_pairs(out, chosen, dx, shape, ragged)
+        products.up_backward[(most * pieces,)](
+            dy, _tiles(w_out, rows, inner, described), weights, pairs, tiles, pre if len(pre) else hidden, gate,
+            dpre, dgate, dweights, db_tiles, _tiles(w_in, rows, columns, described),
+            _tiles(w_gate, rows, columns, described), out, most, shape.n_tokens,
+            D=d, H=h, K=shape.k, ACTIVATION=activation, GATED=gated, BIAS=b_in is not None,
+            WEIGHTED=weighted, DOWN=sizes.whole,
+            ROWS=sizes.tile_rows, PRECISION=precision(), DESCRIBED=described, **sizes.up,
+        )  # fmt: skip
+        known = None if side is None else side.record_event()
+        if not sizes.whole:
+            _down(dpre, w_in, dgate, w_gate, groups, out, sizes, launch)
+        _add_pairs(out, chosen, None, dx, shape, ragged, launch)
+
+    def gradient(a: Tensor, b: Tensor) -> Tensor:
+        return weight_gradient(
+            a, b, w_in, pairs, bounds, shape.k,
+            part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=precision(),
+        )  # fmt: skip
+
+    db_out = dy.sum(0) if b_out is not None else x.new_empty(0)
+    dw_out = gradient(hidden, dy)
+    if known is not None:
+        torch.cuda.current_stream().wait_event(known)
+    dw_in = gradient(dpre, x)
+    dw_gate = gradient(dgate, x) if dgate is not None else x.new_empty(0)
     db_in = torch.empty_like(b_in) if b_in is not None else None
     if db_in is not None:
         bias_gradient[(shape.n_experts, triton.cdiv(h, 32))](
@@ -238,40 +266,63 @@ def _backward(
         dw_in,
         dw_out,
         x.new_empty(0) if db_in is None else db_in,
-        dw_gate[0] if dw_gate else x.new_empty(0),
+        dw_gate,
+        db_out,
     )
 
 
 @_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_out: Tensor | None,
+    activation: str, ragged: bool,
     hidden: Tensor, pre: Tensor, gate: Tensor, pairs: Tensor, bounds: Tensor, tiles: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def like(value: Tensor | None) -> Tensor:
         return x.new_empty(0) if value is None else value.new_empty(value.shape)
 
-    return like(x), like(weights), like(w_in), like(w_out), like(b_in), like(w_gate)
+    return like(x), like(weights), like(w_in), like(w_out), like(b_in), like(w_gate), like(b_out)
+
+
+def _tiles(w: Tensor | None, rows: int, columns: int, described: bool) -> Tensor | TensorDescriptor | None:
+    """The weights of all experts [E, H, D] as a kernel takes them, for tiles of one expert's rows and columns."""
+    return describe(w, [1, rows, columns]) if w is not None and described else w
 
 
 def _down(
-    a: Tensor, w: Tensor, a_gate: Tensor | None, w_gate: Tensor | None, groups: Groups, out: Tensor, sizes: Plan
+    a: Tensor,
+    w: Tensor,
+    a_gate: Tensor | None,
+    w_gate: Tensor | None,
+    groups: Groups,
+    out: Tensor,
+    sizes: Plan,
+    launch: dict[str, bool],
 ) -> None:
     """Write each pair's product with its expert's rows of w, [N, H] -> out [N, D]."""
     d = out.shape[1]
     most = len(groups.tiles) - 1
-    products.down[(most * triton.cdiv(d, sizes.down["COLUMNS"]),)](
-        a, w, a_gate, w_gate, groups.pairs, groups.tiles, out, most,
-        D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=_precision(a), **sizes.down,
+    described = can_describe(a, w, a_gate, w_gate)
+    inner, columns = sizes.down["INNER"], sizes.down["COLUMNS"]
+    rows, rows_gate = (describe(t, [sizes.tile_rows, inner]) if described and t is not None else t for t in (a, a_gate))
+    products.down[(most * triton.cdiv(d, columns),)](
+        rows, _tiles(w, inner, columns, described), rows_gate, _tiles(w_gate, inner, columns, described),
+        groups.pairs, groups.tiles, out, most,
+        D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=precision(),
+        DESCRIBED=described, **launch, **sizes.down,
     )  # fmt: skip
 
 
-def _add_pairs(out: Tensor, chosen: Tensor, y: Tensor, shape: _Shape, ragged: bool) -> None:
-    """Add up each token's pairs: out [N, D] -> y [T, D]."""
-    tokens, columns = 2, min(1024, _padded(shape.d_model))
+def _add_pairs(
+    out: Tensor, chosen: Tensor, bias: Tensor | None, y: Tensor, shape: _Shape, ragged: bool, launch: dict[str, bool]
+) -> None:
+    """Add up each token's pairs, and the bias [D]: out [N, D] -> y [T, D]."""
+    columns = min(1024, _padded(shape.d_model))
+    # Of few tokens, as many programs as there can be.
+    tokens, columns = (2, columns) if shape.n_tokens > 4096 else (1, min(512, columns))
     products.add_pairs[(triton.cdiv(shape.n_tokens, tokens), triton.cdiv(shape.d_model, columns))](
-        out, chosen, y, shape.n_tokens, shape.n_experts,
-        D=shape.d_model, K=shape.k, RAGGED=ragged, TOKENS=tokens, COLUMNS=columns,
+        out, chosen, bias, y, shape.n_tokens, shape.n_experts,
+        D=shape.d_model, K=shape.k, RAGGED=ragged, BIAS=bias is not None, TOKENS=tokens, COLUMNS=columns, **launch,
     )  # fmt: skip
 
 
@@ -281,26 +332,23 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _precision(x: Tensor) -> str:
-    """Exact float32 products, unless torch's setting allows TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, chosen, weights, w_in, w_out, b_in, w_gate, ctx.activation, ctx.ragged = inputs
-    ctx.save_for_backward(x, chosen, weights, w_in, w_out, b_in, w_gate, *output[1:])
+    *tensors, ctx.activation, ctx.ragged = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     saved = ctx.saved_tensors
-    weights, b_in, w_gate = saved[2], saved[5], saved[6]
-    dx, dweights, dw_in, dw_out, db_in, dw_gate = _backward(dy, *saved[:7], ctx.activation, ctx.ragged, *saved[7:])
+    weights, b_in, w_gate, b_out = saved[2], saved[5], saved[6], saved[7]
+    dx, dweights, dw_in, dw_out, db_in, dw_gate, db_out = _backward(
+        dy, *saved[:8], ctx.activation, ctx.ragged, *saved[8:]
+    )
     return (
-        dx, None, None if weights is None else dweights, dw_in, dw_out,
-        None if b_in is None else db_in, None if w_gate is None else dw_gate, None, None,
+        dx, None, None if weights is None else dweights, dw_in, dw_out, None if b_in is None else db_in,
+        None if w_gate is None else dw_gate, None if b_out is None else db_out, None, None,
     )  # fmt: skip
 
 

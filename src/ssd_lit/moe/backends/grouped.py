@@ -128,8 +128,7 @@ def loop(x: Tensor, routing: Routing, experts: Experts, activation: Activation) 
     pre = gathered_products(x, experts.w_in, experts.b_in, token, count)
     gate = None if experts.w_gate is None else gathered_products(x, experts.w_gate, experts.b_gate, token, count)
     hidden = _weighed(activation(pre, gate), routing, place)
-    y: Tensor = scattered_products(hidden, experts.w_out, token, count, x.shape[0])
-    return y
+    return experts.shifted(scattered_products(hidden, experts.w_out, token, count, x.shape[0]))
 
 
 def grouped(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
@@ -146,7 +145,7 @@ def grouped(x: Tensor, routing: Routing, experts: Experts, activation: Activatio
     pre = products(experts.w_in, experts.b_in)
     gate = None if experts.w_gate is None else products(experts.w_gate, experts.b_gate)
     out = F.grouped_mm(activation(pre, gate), experts.w_out, offs=ends)
-    return torch.zeros_like(x).index_add(0, token, _weighed(out, routing, place))
+    return experts.shifted(torch.zeros_like(x).index_add(0, token, _weighed(out, routing, place)))
 
 
 def _sorted_by_expert(routing: Routing, n_experts: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,12 @@ class Experts(NamedTuple):
     """[E, H, D], for a gated FFN."""
     b_gate: Tensor | None = None
     """[E, H], for a gate with a bias."""
+    b_out: Tensor | None = None
+    """[D], added to every token's output once."""
+
+    def shifted(self, y: Tensor) -> Tensor:
+        """The sum of the experts' outputs y [T, D] with the bias of the output, if there is one."""
+        return y if self.b_out is None else y + self.b_out
 
     @property
     def for_kernels(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -21,4 +21,4 @@ def masked(x: Tensor, routing: Routing, experts: Experts, activation: Activation
     gate = None if experts.w_gate is None else torch.einsum("td,ehd->teh", x, experts.w_gate)
     if gate is not None and experts.b_gate is not None:
         gate = gate + experts.b_gate
-    return torch.einsum("teh,ehd->td", activation(pre, gate) * mask[:, :, None], experts.w_out)
+    return experts.shifted(torch.einsum("teh,ehd->td", activation(pre, gate) * mask[:, :, None], experts.w_out))

@@ -10,36 +10,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssd_lit.moe.kernels.descriptors import can_describe, describe
+
 ADDED = 2048
 """Weights that one program adds up over the parts of an expert."""
 
 
-def weight_gradients(
-    products: list[tuple[Tensor, Tensor]], w: Tensor, pairs: Tensor, bounds: Tensor, k: int, *,
+def weight_gradient(
+    a: Tensor, b: Tensor, w: Tensor, pairs: Tensor, bounds: Tensor, k: int, *,
     part_rows: int, sizes: dict[str, int], precision: str,
-) -> list[Tensor]:  # fmt: skip
-    """For each product (a [N, H], b [T, D]), at most three of them: dw [E, H, D] = a[pairs of e].T @ b[their tokens].
+) -> Tensor:  # fmt: skip
+    """dw [E, H, D] like w: a[pairs of e].T @ b[their tokens] for every expert e, of a [N, H] and b [T, D].
 
-    All are like w [E, H, D]. An expert of more than `part_rows` rows is computed in parts.
+    An expert of more than `part_rows` rows is computed in parts.
     """
     (experts, h, d), n = w.shape, len(pairs)
-    found = [torch.empty_like(w) for _ in products]
+    dw = torch.empty_like(w)
     # What there can be at most, whatever the load: parts at all, and parts of experts that have several.
     parts, shared = n // part_rows + experts, 2 * (n // part_rows)
-    kept = w.new_empty(len(products), shared, h, d, dtype=torch.float32)
+    kept = w.new_empty(shared, h, d, dtype=torch.float32)
     pieces = triton.cdiv(h, sizes["NEURONS"]) * triton.cdiv(d, sizes["COLUMNS"])
-    # The kernel has names for three; those that are not there are not computed.
-    (a1, b1), (a2, b2), (a3, b3) = (products * 3)[:3] if len(products) == 1 else (*products, products[-1])[:3]
-    w1, w2, w3 = (*found, found[-1], found[-1])[:3]
     padded = triton.next_power_of_2(experts)
-    _parts_of_gradients[(parts * pieces, len(products))](
-        a1, b1, w1, a2, b2, w2, a3, b3, w3, kept, pairs, bounds, shared,
-        D=d, H=h, K=k, E=experts, PADDED=padded, PART=part_rows, PRECISION=precision, **sizes,
+    described = can_describe(a)
+    _parts_of_gradient[(parts * pieces,)](
+        a, describe(a, [sizes["ROWS"], sizes["NEURONS"]]) if described else None, b, dw, kept, pairs, bounds,
+        D=d, H=h, K=k, E=experts, PADDED=padded, PART=part_rows, PRECISION=precision, DESCRIBED=described, **sizes,
     )  # fmt: skip
-    _add_parts[(experts, triton.cdiv(h * d, ADDED), len(products))](
-        w1, w2, w3, kept, bounds, shared, SIZE=h * d, E=experts, PADDED=padded, PART=part_rows, BLOCK=ADDED
+    _add_parts[(experts, triton.cdiv(h * d, ADDED))](
+        dw, kept, bounds, SIZE=h * d, E=experts, PADDED=padded, PART=part_rows, BLOCK=ADDED
     )
-    return found
+    return dw
 
 
 @triton.jit
@@ -64,12 +64,42 @@ def _first_shared(expert, experts, parts):
 
 
 @triton.jit
-def _parts_of_gradients(
-    a_first, b_first, dw_first, a_second, b_second, dw_second, a_third, b_third, dw_third, kept, pairs, bounds, shared,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
-    ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+def _add_rows(
+    product, first, end, neuron, column, a, described, b, pairs,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """An expert's gradient goes to dw if it has one part; of several, each goes to kept [products, shared, H, D]."""
+    """product + a[rows, neurons].T @ b[tokens of rows, columns], for ROWS rows from `first`.
+
+    DESCRIBED: all of the rows stand before the end.
+    """
+    row = first + tl.arange(0, ROWS)
+    there = row < end
+    columns = column + tl.arange(0, COLUMNS)
+    if DESCRIBED:
+        left = described.load([first, neuron]).T
+        token = tl.load(pairs + row) // K
+    else:
+        neurons = neuron + tl.arange(0, NEURONS)
+        token = tl.load(pairs + row, mask=there, other=0) // K
+        left_at = a + row.to(tl.int64)[None, :] * H + neurons[:, None]
+        left = tl.load(left_at, mask=there[None, :] & (neurons < H)[:, None], other=0.0)
+    # Rows behind the last meet zeros of `left`; masking only what the tile's shape asks for keeps loads wide.
+    right_at = b + token.to(tl.int64)[:, None] * D + columns[None, :]
+    if D % COLUMNS == 0:
+        right = tl.load(right_at)
+    else:
+        right = tl.load(right_at, mask=(columns < D)[None, :], other=0.0)
+    return tl.dot(left, right, product, input_precision=PRECISION)
+
+
+@triton.jit
+def _parts_of_gradient(
+    a, described, b, dw, kept, pairs, bounds,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """An expert's gradient goes to dw if it has one part; of several, each goes to kept [shared, H, D]."""
     down_pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
     across: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     piece = tl.program_id(0) % (down_pieces * across)
@@ -83,44 +113,37 @@ def _parts_of_gradients(
     part = number - _of(expert, experts, behind) + mine
     begin = _of(expert, experts, begins) + part * PART
     end = tl.minimum(begin + PART, _of(expert, experts, ends))
-    which = tl.program_id(1)
-    a, b, dw = a_first, b_first, dw_first
-    if which == 1:
-        a, b, dw = a_second, b_second, dw_second
-    elif which == 2:
-        a, b, dw = a_third, b_third, dw_third
-    neuron = piece // across * NEURONS + tl.arange(0, NEURONS)
-    column = piece % across * COLUMNS + tl.arange(0, COLUMNS)
-    inside = neuron < H
-    within = column < D
-    step = tl.arange(0, ROWS)
+    neuron = piece // across * NEURONS
+    column = piece % across * COLUMNS
     product = tl.zeros([NEURONS, COLUMNS], tl.float32)
-    for first in range(begin, end, ROWS):
-        row = first + step
-        there = row < end
-        token = tl.load(pairs + row, mask=there, other=0) // K
-        left = tl.load(
-            a + row.to(tl.int64)[None, :] * H + neuron[:, None], mask=there[None, :] & inside[:, None], other=0.0
-        )
-        # Rows behind the last meet zeros of `left`; masking only what the tile's shape asks for keeps loads wide.
-        right_at = b + token.to(tl.int64)[:, None] * D + column[None, :]
-        if D % COLUMNS == 0:
-            right = tl.load(right_at)
-        else:
-            right = tl.load(right_at, mask=within[None, :], other=0.0)
-        product = tl.dot(left, right, product, input_precision=PRECISION)
-    mask = inside[:, None] & within[None, :]
-    at = neuron[:, None] * D + column[None, :]
+    # A descriptor knows no end of an expert's rows: the last few are loaded otherwise.
+    last = begin
+    if DESCRIBED:
+        last = begin + (end - begin) // ROWS * ROWS
+        for first in range(begin, last, ROWS):
+            product = _add_rows(
+                product, first, end, neuron, column, a, described, b, pairs,
+                D, H, K, ROWS, NEURONS, COLUMNS, PRECISION, True,
+            )  # fmt: skip
+    for first in range(last, end, ROWS):
+        product = _add_rows(
+            product, first, end, neuron, column, a, described, b, pairs,
+            D, H, K, ROWS, NEURONS, COLUMNS, PRECISION, False,
+        )  # fmt: skip
+    neurons = neuron + tl.arange(0, NEURONS)
+    columns = column + tl.arange(0, COLUMNS)
+    mask = (neurons < H)[:, None] & (columns < D)[None, :]
+    at = neurons[:, None] * D + columns[None, :]
     if mine == 1:
         tl.store(dw + expert.to(tl.int64) * (H * D) + at, product.to(dw.dtype.element_ty), mask=mask)
     else:
-        slot = which * shared + _first_shared(expert, experts, parts) + part
+        slot = _first_shared(expert, experts, parts) + part
         tl.store(kept + slot.to(tl.int64) * (H * D) + at, product, mask=mask)
 
 
 @triton.jit
 def _add_parts(
-    dw_first, dw_second, dw_third, kept, bounds, shared,
+    dw, kept, bounds,
     SIZE: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of experts with several parts, SIZE = H * D weights each."""
@@ -128,14 +151,8 @@ def _add_parts(
     experts, _, _, parts = _parts(bounds, E, PADDED, PART)
     mine = _of(expert, experts, parts)
     if mine > 1:
-        which = tl.program_id(2)
-        dw = dw_first
-        if which == 1:
-            dw = dw_second
-        elif which == 2:
-            dw = dw_third
         place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        first = which * shared + _first_shared(expert, experts, parts)
+        first = _first_shared(expert, experts, parts)
         total = tl.zeros([BLOCK], tl.float32)
         for part in range(mine):
             total += tl.load(kept + (first + part).to(tl.int64) * SIZE + place, mask=place < SIZE, other=0.0)

@@ -12,8 +12,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-PAIRS_PER_BLOCK = 256
+from ssd_lit.moe.kernels import early_launch
+
+FEW_PAIRS = 8192
+"""Up to so many pairs, one kernel does all: every program reads all pairs, and places those of its expert."""
+CHUNK = 512
+"""Pairs that a program places at a time."""
+MOST_BLOCKS = 512
+"""Each block of chunks reads the counts of all others."""
 
 
 class Groups(NamedTuple):
@@ -34,19 +42,26 @@ def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: 
     the next window. A small window keeps few tokens in the cache at a time, a large one few experts.
     """
     n = chosen.numel()
-    blocks = triton.cdiv(n, PAIRS_PER_BLOCK)
-    padded = max(2, triton.next_power_of_2(n_experts + ragged))
-    counts = torch.empty(padded, blocks, dtype=torch.int32, device=chosen.device)
-    _count[(blocks,)](chosen, counts, n, blocks, PADDED=padded, BLOCK=PAIRS_PER_BLOCK)
-    # Expert after expert, and block after block within one: the running total is where the next one begins.
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
     pairs = torch.empty(n, dtype=torch.int32, device=chosen.device)
-    _place[(blocks,)](chosen, counts, ends, pairs, n, blocks, PADDED=padded, BLOCK=PAIRS_PER_BLOCK)
     bounds = torch.empty(n_experts + 1, dtype=torch.int32, device=chosen.device)
     tiles = torch.empty(most_tiles(n, n_experts, tile_rows) + 1, 3, dtype=torch.int32, device=chosen.device)
-    _cut[(n_experts,)](
-        ends, bounds, tiles, blocks, len(tiles) - 1, n_experts, window,
-        PADDED=padded, ROWS=tile_rows, BLOCK=64,
+    most = len(tiles) - 1
+    padded = max(2, triton.next_power_of_2(n_experts + ragged))
+    if n <= FEW_PAIRS:
+        _group_few[(n_experts + ragged,)](
+            chosen, pairs, bounds, tiles, n, most, n_experts, window,
+            PADDED=padded, ROWS=tile_rows, PAIRS=max(32, triton.next_power_of_2(n)), BLOCK=64, num_warps=8,
+            **early_launch(chosen),
+        )  # fmt: skip
+        return Groups(pairs, bounds, tiles)
+    block = CHUNK * triton.next_power_of_2(triton.cdiv(n, MOST_BLOCKS * CHUNK))
+    blocks = triton.cdiv(n, block)
+    counts = torch.empty(blocks, padded, dtype=torch.int32, device=chosen.device)
+    _count[(blocks,)](chosen, counts, n, PADDED=padded, BLOCK=block, **early_launch(chosen))
+    _place_and_cut[(n_experts + blocks,)](
+        chosen, counts, pairs, bounds, tiles, n, blocks, most, n_experts, window,
+        PADDED=padded, ROWS=tile_rows, BLOCK=block, CHUNK=CHUNK, COUNTS=128, TILES=64,
+        num_warps=8, **early_launch(chosen),
     )  # fmt: skip
     return Groups(pairs, bounds, tiles)
 
@@ -57,37 +72,80 @@ def most_tiles(n_pairs: int, n_experts: int, tile_rows: int) -> int:
 
 
 @triton.jit
-def _count(chosen, counts, n, blocks, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def _group_few(
+    chosen, pairs, bounds, tiles, n, most, n_experts, window,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Everything about one expert's pairs, or about the pairs without one."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    me = tl.program_id(0)
+    pair = tl.arange(0, PAIRS)
+    there = pair < n
+    expert = tl.load(chosen + pair, mask=there, other=0).to(tl.int32)
+    experts = tl.arange(0, PADDED)
+    counts = tl.histogram(expert, PADDED, mask=there)
+    end = tl.cumsum(counts, axis=0)
+    mine = (expert == me) & there
+    row = tl.sum(tl.where(experts < me, counts, 0), axis=0) + tl.cumsum(mine.to(tl.int32), axis=0) - 1
+    tl.store(pairs + row, pair, mask=mine)
+    if me < n_experts:
+        _cut(me, experts, end - counts, end, bounds, tiles, most, n_experts, window, ROWS, BLOCK)
+
+
+@triton.jit
+def _count(chosen, counts, n, PADDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """counts [blocks, PADDED]: the pairs of each expert in a block."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(chosen + place, mask=place < n, other=PADDED).to(tl.int32)
-    experts = tl.arange(0, PADDED)
-    count = tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + experts * blocks + block, count)
+    expert = tl.load(chosen + place, mask=place < n, other=0).to(tl.int32)
+    count = tl.histogram(expert, PADDED, mask=place < n)
+    tl.store(counts + block * PADDED + tl.arange(0, PADDED), count)
 
 
 @triton.jit
-def _place(chosen, counts, ends, pairs, n, blocks, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    block = tl.program_id(0)
-    pair = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(chosen + pair, mask=pair < n, other=PADDED).to(tl.int32)
-    experts = tl.arange(0, PADDED)
-    mine = (expert[:, None] == experts[None, :]).to(tl.int32)
-    begin = tl.load(ends + experts * blocks + block) - tl.load(counts + experts * blocks + block)
-    # Its row: where its expert's pairs of this block begin, and how many of them stand before it.
-    row = tl.sum(mine * (begin[None, :] + tl.cumsum(mine, axis=0) - 1), axis=1)
-    tl.store(pairs + row, pair, mask=pair < n)
-
-
-@triton.jit
-def _cut(
-    ends, bounds, tiles, blocks, most, n_experts, window,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _place_and_cut(
+    chosen, counts, pairs, bounds, tiles, n, blocks, most, n_experts, window,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    COUNTS: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """The first programs cut one expert's rows into tiles each, the others place a block of pairs each."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     me = tl.program_id(0)
+    block = me - n_experts
     experts = tl.arange(0, PADDED)
-    end = tl.load(ends + experts * blocks + blocks - 1)
-    begin = tl.load(ends + experts * blocks - 1, mask=experts > 0, other=0)
+    total = tl.zeros([PADDED], tl.int32)
+    earlier = tl.zeros([PADDED], tl.int32)
+    for first in range(0, blocks, COUNTS):
+        other = first + tl.arange(0, COUNTS)
+        count = tl.load(counts + other[:, None] * PADDED + experts[None, :], mask=(other < blocks)[:, None], other=0)
+        total += tl.sum(count, axis=0)
+        earlier += tl.sum(tl.where((other < block)[:, None], count, 0), axis=0)
+    end = tl.cumsum(total, axis=0)
+    if me < n_experts:
+        _cut(me, experts, end - total, end, bounds, tiles, most, n_experts, window, ROWS, TILES)
+    else:
+        # Where each expert's pairs of this block begin; within a chunk, as many of them stand before one.
+        row = end - total + earlier
+        for first in range(block * BLOCK, (block + 1) * BLOCK, CHUNK):
+            pair = first + tl.arange(0, CHUNK)
+            expert = tl.load(chosen + pair, mask=pair < n, other=PADDED).to(tl.int32)
+            mine = (expert[:, None] == experts[None, :]).to(tl.int32)
+            place = tl.sum(mine * (row[None, :] + tl.cumsum(mine, axis=0) - 1), axis=1)
+            tl.store(pairs + place, pair, mask=pair < n)
+            row += tl.sum(mine, axis=0)
+
+
+@triton.jit
+def _cut(me, experts, begin, end, bounds, tiles, most, n_experts, window, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Bounds and tiles of one expert, given the first rows and ends of all."""
     pieces = tl.where(experts < n_experts, (end - begin + ROWS - 1) // ROWS, 0)
     my_begin = tl.sum(tl.where(experts == me, begin, 0), axis=0)
     my_end = tl.sum(tl.where(experts == me, end, 0), axis=0)

@@ -9,43 +9,55 @@ Shape letters: T tokens, D model width, E experts, H neurons of one expert, K ex
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssd_lit.moe.kernels.activations import activate, derivative
 from ssd_lit.moe.kernels.gradients import bias_slot
 
 
 @triton.jit
-def _rows_by_neurons(
-    rows, token, w, w_gate, neurons, inside,
-    D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
-    INNER: tl.constexpr, PRECISION: tl.constexpr,
+def _weights(
+    w, expert, neuron, d,
+    D: tl.constexpr, H: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """rows[token] @ w[neurons].T [ROWS, NEURONS], and the same with w_gate where there is a gate."""
+    """Rows from `neuron` and columns from d of an expert's matrix in w [E, H, D]: [NEURONS, COLUMNS], zeros outside.
+
+    DESCRIBED: w is a tensor descriptor, which Hopper's copy engine reads.
+    """
+    if DESCRIBED:
+        return w.load([expert, neuron, d]).reshape([NEURONS, COLUMNS])
+    else:
+        row = neuron + tl.arange(0, NEURONS)
+        column = tl.arange(0, COLUMNS)
+        at = w + (expert * H + row).to(tl.int64)[:, None] * D + column[None, :] + d
+        # Loads without a mask are faster, and most sizes need none.
+        if (D % COLUMNS == 0) & (H % NEURONS == 0):
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(row < H)[:, None] & (column < D - d)[None, :], other=0.0)
+
+
+@triton.jit
+def _rows_by_neurons(
+    rows, token, w, w_gate, expert, neuron,
+    D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """rows[token] @ w[expert, neuron:].T [ROWS, NEURONS], and the same with w_gate where there is a gate."""
     inner = tl.arange(0, INNER)
     row_at = rows + token.to(tl.int64)[:, None] * D + inner[None, :]
-    weight_at = neurons.to(tl.int64)[None, :] * D + inner[:, None]
     product = tl.zeros([ROWS, NEURONS], tl.float32)
     gate = tl.zeros([ROWS, NEURONS] if GATED else [1, 1], tl.float32)
     for d in range(0, D, INNER):
-        # Loads without a mask are faster, and most sizes need none.
         if D % INNER == 0:
             a = tl.load(row_at + d)
-            mask = inside[None, :]
         else:
-            left = inner < D - d
-            a = tl.load(row_at + d, mask=left[None, :], other=0.0)
-            mask = inside[None, :] & left[:, None]
-        if (D % INNER == 0) & (H % NEURONS == 0):
-            b = tl.load(w + weight_at + d)
-        else:
-            b = tl.load(w + weight_at + d, mask=mask, other=0.0)
-        product = tl.dot(a, b, product, input_precision=PRECISION)
+            a = tl.load(row_at + d, mask=(inner < D - d)[None, :], other=0.0)
+        b = _weights(w, expert, neuron, d, D, H, NEURONS, INNER, DESCRIBED)
+        product = tl.dot(a, b.T, product, input_precision=PRECISION)
         if GATED:
-            if (D % INNER == 0) & (H % NEURONS == 0):
-                b_gate = tl.load(w_gate + weight_at + d)
-            else:
-                b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
-            gate = tl.dot(a, b_gate, gate, input_precision=PRECISION)
+            b_gate = _weights(w_gate, expert, neuron, d, D, H, NEURONS, INNER, DESCRIBED)
+            gate = tl.dot(a, b_gate.T, gate, input_precision=PRECISION)
     return product, gate
 
 
@@ -61,33 +73,23 @@ def _tile(tiles, most_tiles, number):
 
 @triton.jit
 def _spread(
-    a, w, a_gate, w_gate, neurons, inside, out, pair, there,
+    a, w, a_gate, w_gate, expert, neuron, out, pair, there,
     D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """out[pair] = a @ w[neurons] (+ a_gate @ w_gate[neurons]), for a [ROWS, NEURONS] in registers."""
+    """out[pair] = a @ w[expert, neuron:] (+ a_gate @ w_gate[expert, neuron:]), for a [ROWS, NEURONS] in registers."""
     column = tl.arange(0, COLUMNS)
-    weight_at = neurons.to(tl.int64)[:, None] * D + column[None, :]
     out_at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
     for d in range(0, D, COLUMNS):
-        if D % COLUMNS == 0:
-            mask = inside[:, None]
-            out_mask = there[:, None]
-        else:
-            mask = inside[:, None] & (column < D - d)[None, :]
-            out_mask = there[:, None] & (column < D - d)[None, :]
-        if (D % COLUMNS == 0) & (H % NEURONS == 0):
-            b = tl.load(w + weight_at + d)
-        else:
-            b = tl.load(w + weight_at + d, mask=mask, other=0.0)
+        b = _weights(w, expert, neuron, d, D, H, NEURONS, COLUMNS, DESCRIBED)
         product = tl.dot(a, b, input_precision=PRECISION)
         if GATED:
-            if (D % COLUMNS == 0) & (H % NEURONS == 0):
-                b_gate = tl.load(w_gate + weight_at + d)
-            else:
-                b_gate = tl.load(w_gate + weight_at + d, mask=mask, other=0.0)
+            b_gate = _weights(w_gate, expert, neuron, d, D, H, NEURONS, COLUMNS, DESCRIBED)
             product = tl.dot(a_gate, b_gate, product, input_precision=PRECISION)
-        tl.store(out_at + d, product.to(out.dtype.element_ty), mask=out_mask)
+        mask = there[:, None]
+        if D % COLUMNS != 0:
+            mask = mask & (column < D - d)[None, :]
+        tl.store(out_at + d, product.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -96,22 +98,27 @@ def up(
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr, DOWN: tl.constexpr,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hidden [N, H]: activations of each pair's expert, times the pair's weight; KEEP also writes their inputs.
 
     DOWN, with all H neurons in one piece, also writes the pairs' outputs out [N, D], as `down` does.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
     expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
     if first >= end:
         return
     row = first + tl.arange(0, ROWS)
     pair = tl.load(pairs + row, mask=row < end, other=0)
-    neuron = tl.program_id(0) % pieces * NEURONS + tl.arange(0, NEURONS)
-    inside = neuron < H
+    first_neuron = tl.program_id(0) % pieces * NEURONS
     product, gated = _rows_by_neurons(
-        x, pair // K, w_in, w_gate, expert * H + neuron, inside, D, H, GATED, ROWS, NEURONS, INNER, PRECISION
+        x, pair // K, w_in, w_gate, expert, first_neuron, D, H, GATED, ROWS, NEURONS, INNER, PRECISION, DESCRIBED
     )
+    neuron = first_neuron + tl.arange(0, NEURONS)
+    inside = neuron < H
     if BIAS:
         product += tl.load(b_in + expert * H + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * H + neuron[None, :]
@@ -130,8 +137,8 @@ def up(
     tl.store(hidden + at, value.to(kind), mask=mask)
     if DOWN:
         _spread(
-            value.to(kind), w_out, value.to(kind), w_out, expert * H + neuron, inside, out, pair, row < end,
-            D, H, False, NEURONS, COLUMNS, PRECISION,
+            value.to(kind), w_out, value.to(kind), w_out, expert, first_neuron, out, pair, row < end,
+            D, H, False, NEURONS, COLUMNS, PRECISION, DESCRIBED,
         )  # fmt: skip
 
 
@@ -142,6 +149,7 @@ def up_backward(
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr, DOWN: tl.constexpr,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the activations' inputs in `up`, from dy [T, D], and of the pairs' weights by piece of H.
 
@@ -155,11 +163,11 @@ def up_backward(
         return
     row = first + tl.arange(0, ROWS)
     pair = tl.load(pairs + row, mask=row < end, other=0)
+    grad, _ = _rows_by_neurons(
+        dy, pair // K, w_out, w_out, expert, piece * NEURONS, D, H, False, ROWS, NEURONS, INNER, PRECISION, DESCRIBED
+    )
     neuron = piece * NEURONS + tl.arange(0, NEURONS)
     inside = neuron < H
-    grad, _ = _rows_by_neurons(
-        dy, pair // K, w_out, w_out, expert * H + neuron, inside, D, H, False, ROWS, NEURONS, INNER, PRECISION
-    )
     at = row.to(tl.int64)[:, None] * H + neuron[None, :]
     mask = (row < end)[:, None] & inside[None, :]
     kind = dpre.dtype.element_ty
@@ -187,59 +195,70 @@ def up_backward(
         tl.store(db_tiles + bias_slot(expert, first, ROWS) * H + neuron, sums, mask=inside)
     if DOWN:
         _spread(
-            slope, w_in, slope_gate, w_gate, expert * H + neuron, inside, out, pair, row < end,
-            D, H, GATED, NEURONS, COLUMNS, PRECISION,
+            slope, w_in, slope_gate, w_gate, expert, piece * NEURONS, out, pair, row < end,
+            D, H, GATED, NEURONS, COLUMNS, PRECISION, DESCRIBED,
         )  # fmt: skip
+
+
+@triton.jit
+def _rows(
+    hidden, first, end, h, H: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, DESCRIBED: tl.constexpr
+):  # fmt: skip
+    """Rows from `first` and columns from h of hidden [N, H]: [ROWS, INNER]. Rows behind the end hold anything."""
+    if DESCRIBED:
+        return hidden.load([first, h])
+    else:
+        inner = tl.arange(0, INNER)
+        row = tl.minimum(first + tl.arange(0, ROWS), end - 1)
+        at = hidden + row.to(tl.int64)[:, None] * H + inner[None, :] + h
+        if H % INNER == 0:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(inner < H - h)[None, :], other=0.0)
 
 
 @triton.jit
 def down(
     hidden, w, hidden_gate, w_gate, pairs, tiles, out, most_tiles,
     D: tl.constexpr, H: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [N, D], at the pair's own place: hidden [N, H] @ w[expert] [H, D], and the gate's product added to it."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     pieces: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     expert, first, end = _tile(tiles, most_tiles, tl.program_id(0) // pieces)
     if first >= end:
         return
-    row = first + tl.arange(0, ROWS)
-    column = tl.program_id(0) % pieces * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < D
-    inner = tl.arange(0, INNER)
-    # Rows behind the last are computed from the last one, and not written.
-    hidden_at = tl.minimum(row, end - 1).to(tl.int64)[:, None] * H + inner[None, :]
-    weight_at = (expert * H + inner).to(tl.int64)[:, None] * D + column[None, :]
+    first_column = tl.program_id(0) % pieces * COLUMNS
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for h in range(0, H, INNER):
-        if (H % INNER == 0) & (D % COLUMNS == 0):
-            a = tl.load(hidden + hidden_at + h)
-            b = tl.load(w + weight_at + h * D)
-        else:
-            left = inner < H - h
-            weight_mask = left[:, None] & inside[None, :]
-            a = tl.load(hidden + hidden_at + h, mask=left[None, :], other=0.0)
-            b = tl.load(w + weight_at + h * D, mask=weight_mask, other=0.0)
+        a = _rows(hidden, first, end, h, H, ROWS, INNER, DESCRIBED)
+        b = _weights(w, expert, h, first_column, D, H, INNER, COLUMNS, DESCRIBED)
         product = tl.dot(a, b, product, input_precision=PRECISION)
         if GATED:
-            if (H % INNER == 0) & (D % COLUMNS == 0):
-                a_gate = tl.load(hidden_gate + hidden_at + h)
-                b_gate = tl.load(w_gate + weight_at + h * D)
-            else:
-                a_gate = tl.load(hidden_gate + hidden_at + h, mask=left[None, :], other=0.0)
-                b_gate = tl.load(w_gate + weight_at + h * D, mask=weight_mask, other=0.0)
+            a_gate = _rows(hidden_gate, first, end, h, H, ROWS, INNER, DESCRIBED)
+            b_gate = _weights(w_gate, expert, h, first_column, D, H, INNER, COLUMNS, DESCRIBED)
             product = tl.dot(a_gate, b_gate, product, input_precision=PRECISION)
+    row = first + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
     pair = tl.load(pairs + row, mask=row < end, other=0)
     at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(at, product.to(out.dtype.element_ty), mask=(row < end)[:, None] & inside[None, :])
+    tl.store(at, product.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < D)[None, :])
 
 
 @triton.jit
 def add_pairs(
-    out, chosen, y, n_tokens, n_experts,
-    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    out, chosen, bias, y, n_tokens, n_experts,
+    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`."""
+    """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`, and the bias [D]."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = (token < n_tokens)[:, None] & (column < D)[None, :]
@@ -250,5 +269,7 @@ def add_pairs(
         if RAGGED:
             mask = there & (tl.load(chosen + pair, mask=token < n_tokens, other=0) < n_experts)[:, None]
         total += tl.load(out + pair[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     at = y + token.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(at, total.to(y.dtype.element_ty), mask=there)

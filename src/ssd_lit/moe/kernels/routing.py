@@ -13,6 +13,8 @@ from ssd_lit.moe.kernels import early_launch
 
 FEW = 64
 """Up to so many tokens, programs share the scores of one token instead of computing those of many."""
+SOME = 2048
+"""Up to so many tokens, programs compute parts of the scores of 16 tokens: there are too few tokens for all of them."""
 
 
 @torch.library.custom_op("ssd_lit::route", mutates_args=())
@@ -30,14 +32,32 @@ def route(x: Tensor, directions: Tensor, k: int) -> Tensor:
         inner = min(4096, triton.next_power_of_2(d))
         early = early_launch(x)
         _scores[(n_tokens, experts)](x, directions, scores, D=d, E=experts, INNER=inner, **early)
-        padded = triton.next_power_of_2(experts)
-        _select[(n_tokens,)](scores, chosen, E=experts, K=k, PADDED=padded, num_warps=1, **early)
+        _select[(n_tokens,)](
+            scores,
+            chosen,
+            n_tokens,
+            E=experts,
+            K=k,
+            PADDED=triton.next_power_of_2(experts),
+            PARTS=1,
+            num_warps=1,
+            **early,
+        )
         return chosen
-    padded, inner = max(16, triton.next_power_of_2(experts)), min(64, max(16, triton.next_power_of_2(d)))
-    _route[(triton.cdiv(n_tokens, 64),)](
-        x, directions, chosen, n_tokens,
-        D=d, E=experts, K=k, PADDED=padded, TOKENS=64, INNER=inner, BFLOAT=x.dtype == torch.bfloat16,
+    padded, wide = max(16, triton.next_power_of_2(experts)), max(16, triton.next_power_of_2(d))
+    if n_tokens <= SOME:
+        tokens, inner, span = 16, min(128, wide), 256
+    else:
+        tokens, inner, span = 64, min(128 if d >= 2048 else 64, wide), d
+    parts, early = triton.cdiv(d, span), early_launch(x)
+    scores = torch.empty(parts if parts > 1 else 0, n_tokens, experts, dtype=torch.float32, device=x.device)
+    _route[(triton.cdiv(n_tokens, tokens), parts)](
+        x, directions, chosen, scores, n_tokens,
+        D=d, E=experts, K=k, PADDED=padded, TOKENS=tokens, INNER=inner, SPAN=span, PARTS=parts,
+        BFLOAT=x.dtype == torch.bfloat16, **early,
     )  # fmt: skip
+    if parts > 1:
+        _select[(n_tokens,)](scores, chosen, n_tokens, E=experts, K=k, PADDED=padded, PARTS=parts, num_warps=1, **early)
     return chosen
 
 
@@ -63,14 +83,20 @@ def _scores(x, directions, scores, D: tl.constexpr, E: tl.constexpr, INNER: tl.c
 
 
 @triton.jit
-def _select(scores, chosen, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
-    """The K largest scores of one token."""
+def _select(
+    scores, chosen, n_tokens,
+    E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The K largest scores of one token, of scores [PARTS, T, E] to be added up."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0)
     expert = tl.arange(0, PADDED)
-    mine = tl.load(scores + token * E + expert, mask=expert < E, other=float("-inf"), cache_modifier=".cg")
+    mine = tl.where(expert < E, 0.0, float("-inf"))
+    for part in tl.static_range(PARTS):
+        at = scores + (part * n_tokens + token) * E + expert
+        mine += tl.load(at, mask=expert < E, other=0.0, cache_modifier=".cg")
     for k in tl.static_range(K):
         best = tl.argmax(mine, axis=0)
         tl.store(chosen + token * K + k, best.to(tl.int64))
@@ -79,11 +105,17 @@ def _select(scores, chosen, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constex
 
 @triton.jit
 def _route(
-    x, directions, chosen, n_tokens,
-    D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr,
-    TOKENS: tl.constexpr, INNER: tl.constexpr, BFLOAT: tl.constexpr,
+    x, directions, chosen, parts, n_tokens,
+    D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr,
+    INNER: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr, BFLOAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Scores of TOKENS tokens and all experts, and the K largest of each token."""
+    """Scores of TOKENS tokens and all experts, and the K largest of each token.
+
+    With several PARTS, each of SPAN numbers of a token, only their scores, to parts [PARTS, T, E].
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = token < n_tokens
     expert = tl.arange(0, PADDED)
@@ -91,7 +123,8 @@ def _route(
     row_at = x + token.to(tl.int64)[:, None] * D + inner[None, :]
     direction_at = directions + expert[None, :] * D + inner[:, None]
     scores = tl.zeros([TOKENS, PADDED], tl.float32)
-    for d in range(0, D, INNER):
+    first = tl.program_id(1) * SPAN
+    for d in range(first, tl.minimum(first + SPAN, D), INNER):
         left = inner < D - d
         a = tl.load(row_at + d, mask=there[:, None] & left[None, :], other=0.0)
         b = tl.load(direction_at + d, mask=(expert < E)[None, :] & left[:, None], other=0.0).to(tl.float32)
@@ -106,8 +139,12 @@ def _route(
             scores = tl.dot(a, high, scores)
         else:
             scores = tl.dot(a.to(tl.float32), b, scores, input_precision="ieee")
-    scores = tl.where((expert < E)[None, :], scores, float("-inf"))
-    for k in tl.static_range(K):
-        best = tl.argmax(scores, axis=1)
-        tl.store(chosen + token * K + k, best.to(tl.int64), mask=there)
-        scores = tl.where(expert[None, :] == best[:, None], float("-inf"), scores)
+    if PARTS > 1:
+        at = parts + (tl.program_id(1) * n_tokens + token)[:, None] * E + expert[None, :]
+        tl.store(at, scores, mask=there[:, None] & (expert < E)[None, :])
+    else:
+        scores = tl.where((expert < E)[None, :], scores, float("-inf"))
+        for k in tl.static_range(K):
+            best = tl.argmax(scores, axis=1)
+            tl.store(chosen + token * K + k, best.to(tl.int64), mask=there)
+            scores = tl.where(expert[None, :] == best[:, None], float("-inf"), scores)
