@@ -19,11 +19,20 @@ from torch import Tensor
 
 from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, cost_spread, newton_prices
 
-KMEANS_ROUNDS = 20
-"""Rounds of plain k-means before the balanced ones; they are cheaper, and more of them gain nothing."""
+SEED_ROWS = 48
+"""Rows for each cluster among which its first centre is sought."""
 
-DRAFT_ROUNDS = 10
+KMEANS_ROUNDS = 8
+"""Rounds of plain k-means before the balanced ones, which cost more."""
+
+DRAFT_ROUNDS = 8
 """Rounds whose clusters are only nearly equal in size; each costs a fraction of an exact one."""
+
+KMEANS_STRIDE = 1.8
+"""Centres go this many times the way to the means of their rows: rows follow, so the means move on the same way."""
+
+DRAFT_STRIDE = 1.5
+"""The same in drafts, except the last."""
 
 EXACT_ROUNDS = 8
 """Balanced rounds after the drafts, at most."""
@@ -31,8 +40,12 @@ EXACT_ROUNDS = 8
 LEAST_GAIN = 1e-5
 """Exact rounds go on while each lowers the inertia by more than this share."""
 
-DRAFT_TEMPERATURES = [2e-2, 1e-3]
-"""Temperatures, one step at each, of a draft that starts from the previous draft's prices."""
+FIRST_TEMPERATURES = TEMPERATURES[:4]
+"""Temperatures of the first draft, which starts from no prices; one step at each."""
+
+DRAFT_TEMPERATURES = TEMPERATURES[1:4]
+"""Temperatures of a draft that starts from the previous draft's prices. With fewer, longer strides leave columns far
+from balance."""
 
 
 class Clustering(NamedTuple):
@@ -77,12 +90,15 @@ def balanced_kmeans_layers(
         for group in _groups(layers):
             for x in group:
                 _check(x, n_clusters)
+            rows = torch.stack([x.detach() for x in group])
+            if not rows.isfinite().all():
+                raise ValueError("x holds values that are not finite")
             warm = None
             if init is not None:
                 labels = list(itertools.islice(starts, len(group)))
                 _check_labels(labels, group, n_clusters)
                 warm = torch.stack(labels).to(group[0].device)
-            clusterings += _cluster(torch.stack([x.detach() for x in group]), n_clusters, warm, seed)
+            clusterings += _cluster(rows, n_clusters, warm, seed)
     if next(starts, None) is not None:
         raise ValueError(f"init has labels of {len(init or [])} layers, and there are {len(clusterings)}")
     return clusterings
@@ -145,9 +161,9 @@ def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iter
 def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
     """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for the result and the comparison."""
     rows = x.double()
-    centers = _centers(rows[None], labels[None], n_clusters)[0]
-    inertia = torch.stack([(rows - means[own]).square().sum() for means, own in zip(centers, labels, strict=True)])
-    return centers.to(x.dtype), inertia
+    centers = _centers(rows[None], labels[None], n_clusters)
+    inertia = _inertia(rows.square().sum()[None, None], centers, len(x))
+    return centers[0].to(x.dtype), inertia[0]
 
 
 def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
@@ -157,6 +173,7 @@ def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
     distance to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise is
     drawn on the CPU and is the same for all layers, so that a layer's result does not depend on the others.
     """
+    x = x[:, :: max(1, x.shape[1] // (SEED_ROWS * n_clusters))]
     layers, n, _ = x.shape
     trials = 2 + int(math.log(n_clusters))
     generator = torch.Generator().manual_seed(seed)
@@ -178,16 +195,12 @@ def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
-    """Lloyd's rounds from centers [L, E, D]; an empty cluster keeps its centre."""
-    before: Tensor | None = None
+    """Lloyd's rounds from centers [L, E, D], with longer strides; an empty cluster keeps its centre."""
     for _ in range(KMEANS_ROUNDS):
         labels = _costs(x, centers[:, None]).argmin(-1)
-        if before is not None and torch.equal(labels, before):
-            break
-        before = labels
         means = _centers(x, labels, centers.shape[1])[:, 0]
         empty = F.one_hot(labels[:, 0], centers.shape[1]).sum(1) == 0
-        centers = torch.where(empty[..., None], centers, means)
+        centers = torch.where(empty[..., None], centers, centers.lerp(means, KMEANS_STRIDE))
     return centers
 
 
@@ -232,20 +245,21 @@ def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
 def _draft(x: Tensor, centers: Tensor) -> Tensor:
     """Better centres [L, S, E, D] from rounds whose clusters are only nearly equal in size.
 
-    Centres hardly move between two rounds, so each round takes few steps from the previous round's prices; rows left in
+    Centres move little between two rounds, so each round takes few steps from the previous round's prices; rows left in
     the wrong cluster stay there. Nothing is read back from a GPU, so it never waits.
     """
     layers, starts, n_clusters, _ = centers.shape
     size = x.shape[1] // n_clusters
-    prices = x.new_zeros(layers * starts, n_clusters, dtype=torch.float64)
+    prices = x.new_zeros(layers * starts, n_clusters)
     capacity = torch.full_like(prices, size)
-    for temperatures in [TEMPERATURES] + [DRAFT_TEMPERATURES] * (DRAFT_ROUNDS - 1):
-        cost = centred_costs(_costs(x, centers).double().flatten(0, 1))
+    for number in range(DRAFT_ROUNDS):
+        cost = centred_costs(_costs(x, centers).flatten(0, 1))
         spread = cost_spread(cost)
-        for level in temperatures:
+        for level in DRAFT_TEMPERATURES if number else FIRST_TEMPERATURES:
             prices, _ = newton_prices(cost, size, capacity, prices, spread * level)
         labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
-        centers = _centers(x, labels, n_clusters)
+        means = _centers(x, labels, n_clusters)
+        centers = means if number == DRAFT_ROUNDS - 1 else centers.lerp(means, DRAFT_STRIDE)
     return centers
 
 
@@ -270,5 +284,3 @@ def _check(x: Tensor, n_clusters: int) -> None:
         raise ValueError(f"x must be rows by columns, given shape {tuple(x.shape)}")
     if n_clusters < 1 or len(x) % n_clusters:
         raise ValueError(f"{len(x)} rows do not divide into {n_clusters} clusters of equal size")
-    if not x.isfinite().all():
-        raise ValueError("x holds values that are not finite")
