@@ -9,6 +9,7 @@ exact: rows that they leave in the wrong column are moved by an exact method aft
 rows, E columns.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,14 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ssd_lit.moe.kernels import runs_on
+
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 TEMPERATURES = [4.0**-level for level in range(10)]
 """Entropy of the smoothed dual, from high to low, in units of the spread of the costs."""
 
-NEWTON_STEPS = [1] * 3 + [2] * 3 + [3] * 4
-"""Newton steps at each temperature of an exact assignment; a draft makes one."""
+EXACT_STEPS = [1] * 3 + [2] * 3 + [3] * 4
+"""Newton steps at each temperature of an exact assignment."""
 
 FREE_ROWS = 8
 """Rows for each column that may move in the first exact attempt, if prices leave some in the wrong column."""
@@ -51,7 +54,9 @@ def _assign(cost: Tensor) -> Tensor:
     """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
     n, n_columns = cost.shape[1:]
     cost = centred_costs(cost)
-    reduced = cost - _prices(cost)[:, None]
+    temperatures = [level for level, steps in zip(TEMPERATURES, EXACT_STEPS, strict=True) for _ in range(steps)]
+    prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), temperatures)
+    reduced = cost - prices[:, None]
     labels = reduced.argmin(-1)
     counts = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1)
     for problem in (counts != n // n_columns).any(-1).nonzero().flatten().tolist():
@@ -59,49 +64,49 @@ def _assign(cost: Tensor) -> Tensor:
     return labels
 
 
-def _prices(cost: Tensor) -> Tensor:
-    """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often."""
+def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often.
+
+    Starts from `prices` and takes a step at each of the temperatures, which are in units of the costs' spread. Centred
+    costs are expected.
+    """
     n_problems, n, n_columns = cost.shape
-    prices = cost.new_zeros(n_problems, n_columns)
+    spread = cost.std((1, 2), correction=0).clamp(min=1e-30)
+    if cost.is_cuda and runs_on(cost):
+        from ssd_lit.moe.kernels.prices import MOST_COLUMNS, newton_steps
+
+        if n_columns <= MOST_COLUMNS:
+            return newton_steps(cost, prices, spread, temperatures)
     size = n // n_columns
     capacity = torch.full_like(prices, size)
-    spread = cost_spread(cost)
-    for level, steps in zip(TEMPERATURES, NEWTON_STEPS, strict=True):
-        prices, share = newton_prices(cost, size, capacity, prices, spread * level, steps)
-        if cost.device.type == "cpu":  # on a GPU the test takes longer than a pass
+    for level, following in pairwise([*temperatures, 0.0]):
+        prices, share = newton_step(cost, size, capacity, prices, level * spread[:, None])
+        if 0 < following < level and not cost.is_cuda:  # on a GPU the test takes longer than a pass
             cost, capacity = _unsettled(cost, capacity, share)
     return prices
 
 
-def cost_spread(cost: Tensor) -> Tensor:
-    """The unit of temperatures, [P, 1] for cost [P, n, E]."""
-    return cost.std((1, 2), correction=0).clamp(min=1e-30)[:, None]
-
-
-def newton_prices(
-    cost: Tensor, size: int, capacity: Tensor, prices: Tensor, temperature: Tensor, steps: int = 1
+def newton_step(
+    cost: Tensor, size: int, capacity: Tensor, prices: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Prices [P, E] after steps at a temperature [P, 1], and the share [P, n, E] of each row in each column before the
-    last step. The columns take `capacity` [P, E] of the rows of cost [P, n, E], and `size` of all rows.
+    """Prices [P, E] after a step at a temperature [P, 1], and the share [P, n, E] of each row in each column before it.
+
+    The columns take `capacity` [P, E] of the rows of cost [P, n, E], and `size` of all rows.
     """
     n_columns = cost.shape[-1]
     # Prices are defined up to a constant, so the Hessian is singular along it.
     fix = 1e-3 * torch.eye(n_columns, dtype=cost.dtype, device=cost.device) + 1 / n_columns
-    # Costs and prices in units of the temperature.
-    scaled, p = cost / temperature[:, None], prices / temperature
-    for _ in range(steps):
-        share = torch.softmax(p[:, None] - scaled, -1)
-        gram = share.mT @ share
-        count = gram.sum(-1)  # a row's shares add up to 1
-        missing = capacity - count
-        hessian = fix - gram
-        hessian.diagonal(dim1=1, dim2=2).add_(count)
-        newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
-        # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
-        sinkhorn = -(1 - missing / size).clamp(min=1e-30).log()
-        near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
-        p = p + torch.where(near, newton.clamp(-4, 4), sinkhorn)
-    return p * temperature, share
+    share = torch.softmax((prices[:, None] - cost) / temperature[:, None], -1)
+    gram = share.mT @ share
+    count = gram.sum(-1)  # a row's shares add up to 1
+    missing = capacity - count
+    hessian = fix - gram
+    hessian.diagonal(dim1=1, dim2=2).add_(count)
+    newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
+    # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
+    sinkhorn = -(1 - missing / size).clamp(min=1e-30).log()
+    near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
+    return prices + torch.where(near, newton.clamp(-4, 4), sinkhorn) * temperature, share
 
 
 def _unsettled(cost: Tensor, capacity: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, cost_spread, newton_prices
+from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices
 
 SEED_ROWS = 48
 """Rows for each cluster among which its first centre is sought."""
@@ -249,14 +249,10 @@ def _draft(x: Tensor, centers: Tensor) -> Tensor:
     the wrong cluster stay there. Nothing is read back from a GPU, so it never waits.
     """
     layers, starts, n_clusters, _ = centers.shape
-    size = x.shape[1] // n_clusters
     prices = x.new_zeros(layers * starts, n_clusters)
-    capacity = torch.full_like(prices, size)
     for number in range(DRAFT_ROUNDS):
         cost = centred_costs(_costs(x, centers).flatten(0, 1))
-        spread = cost_spread(cost)
-        for level in DRAFT_TEMPERATURES if number else FIRST_TEMPERATURES:
-            prices, _ = newton_prices(cost, size, capacity, prices, spread * level)
+        prices = find_prices(cost, prices, DRAFT_TEMPERATURES if number else FIRST_TEMPERATURES)
         labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
         means = _centers(x, labels, n_clusters)
         centers = means if number == DRAFT_ROUNDS - 1 else centers.lerp(means, DRAFT_STRIDE)
