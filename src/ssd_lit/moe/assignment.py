@@ -31,6 +31,10 @@ EXACT_STEPS = [1] * 3 + [2] * 3 + [3] * 4
 FREE_ROWS = 8
 """Rows for each column that may move in the first exact attempt, if prices leave some in the wrong column."""
 
+MOST_COLUMNS = 64
+KERNEL_ROWS = 256
+"""More columns, or more rows that may move, do not fit into the registers of a kernel's program."""
+
 SETTLED = 1 - 1e-6
 """A row with this share in one column keeps that column at lower temperatures."""
 
@@ -58,10 +62,20 @@ def _assign(cost: Tensor) -> Tensor:
     prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), temperatures)
     reduced = cost - prices[:, None]
     labels = reduced.argmin(-1)
-    counts = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1)
-    for problem in (counts != n // n_columns).any(-1).nonzero().flatten().tolist():
-        _settle(reduced[problem], labels[problem], n // n_columns)
+    size = n // n_columns
+    surplus = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1) - size
+    unbalanced = (surplus != 0).any(-1)
+    if in_kernels(cost):
+        unbalanced = _settle_together(reduced, labels, surplus)
+    for problem, to_settle in enumerate(unbalanced.tolist()):
+        if to_settle:
+            _settle(reduced[problem], labels[problem], size)
     return labels
+
+
+def in_kernels(cost: Tensor) -> bool:
+    """Whether problems with cost [P, n, E] are solved by Triton kernels."""
+    return cost.is_cuda and runs_on(cost) and 1 < cost.shape[-1] <= MOST_COLUMNS
 
 
 def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -70,13 +84,12 @@ def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> 
     Starts from `prices` and takes a step at each of the temperatures, which are in units of the costs' spread. Centred
     costs are expected.
     """
-    n_problems, n, n_columns = cost.shape
+    n, n_columns = cost.shape[1:]
     spread = cost.std((1, 2), correction=0).clamp(min=1e-30)
-    if cost.is_cuda and runs_on(cost):
-        from ssd_lit.moe.kernels.prices import MOST_COLUMNS, newton_steps
+    if in_kernels(cost):
+        from ssd_lit.moe.kernels.prices import newton_steps
 
-        if n_columns <= MOST_COLUMNS:
-            return newton_steps(cost, prices, spread, temperatures)
+        return newton_steps(cost, prices, spread, temperatures)
     size = n // n_columns
     capacity = torch.full_like(prices, size)
     for level, following in pairwise([*temperatures, 0.0]):
@@ -121,6 +134,29 @@ def _unsettled(cost: Tensor, capacity: Tensor, share: Tensor) -> tuple[Tensor, T
     rows = settled.byte().argsort(dim=-1, stable=True)[:, :most, None].expand(-1, -1, cost.shape[-1])
     taken = share.sum(1) - share.gather(1, rows).sum(1)
     return cost.gather(1, rows), capacity - taken.round()
+
+
+def _settle_together(reduced: Tensor, labels: Tensor, surplus: Tensor) -> Tensor:
+    """`_settle` of all problems, with the same number of free rows; the problems [P] that need more are left alone.
+
+    reduced [P, n, E], labels [P, n], surplus [P, E]: how many rows more than wanted are in each column.
+    """
+    from ssd_lit.moe.kernels.settling import move_rows
+
+    n, n_columns = reduced.shape[1:]
+    count = min(n, KERNEL_ROWS)
+    least, second = reduced.topk(2, largest=False).values.unbind(-1)
+    margins, narrowest = (second - least).sort(stable=True)
+    free = narrowest[:, :count]
+    costs = reduced.gather(1, free[..., None].expand(-1, -1, n_columns))
+    choices = labels.gather(1, free)
+    moved, left = move_rows(costs, choices, surplus)
+    added = (costs.gather(2, moved[..., None]) - costs.gather(2, choices[..., None])).sum((1, 2))
+    needs_more = (left != 0).any(-1)
+    if count < n:
+        needs_more |= margins[:, count] < added
+    labels.scatter_(1, free, torch.where(needs_more[:, None], choices, moved))
+    return needs_more
 
 
 def _settle(reduced: Tensor, labels: Tensor, size: int) -> None:

@@ -12,9 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_COLUMNS = 128
-"""More columns do not fit into the registers of one program."""
-
 ROWS = 128
 
 
@@ -59,7 +56,7 @@ def _newton_steps(cost, prices, spread, levels, n, E, steps, ROWS: tl.constexpr,
             at = (problem.to(tl.int64) * n + row)[:, None] * E + column[None, :]
             value = tl.load(cost + at, mask=there, other=0.0).to(tl.float64)
             # In float64 until the largest is taken off: costs are up to a million temperatures.
-            scaled = tl.where(inside[None, :], (price[None, :] - value) * scale, -float("inf"))
+            scaled = tl.where(inside[None, :], (price[None, :] - value) * scale, float("-inf"))
             power = tl.exp((scaled - tl.max(scaled, axis=1)[:, None]).to(tl.float32))
             share = tl.where(there, power / tl.sum(power, axis=1)[:, None], 0.0)
             gram += tl.dot(tl.trans(share), share, input_precision="ieee")
