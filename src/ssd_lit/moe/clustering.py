@@ -22,17 +22,15 @@ from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_co
 SEED_ROWS = 48
 """Rows for each cluster among which its first centre is sought."""
 
-KMEANS_ROUNDS = 8
+KMEANS_ROUNDS = 12
 """Rounds of plain k-means before the balanced ones, which cost more."""
 
-DRAFT_ROUNDS = 8
+DRAFT_ROUNDS = 10
 """Rounds whose clusters are only nearly equal in size; each costs a fraction of an exact one."""
 
 KMEANS_STRIDE = 1.8
-"""Centres go this many times the way to the means of their rows: rows follow, so the means move on the same way."""
-
-DRAFT_STRIDE = 1.5
-"""The same in drafts, except the last."""
+"""Centres go this many times the way to the means of their rows: rows follow, so the means move on the same way. It
+halves the rounds. In balanced rounds it ends at worse clusters where many rows are alike."""
 
 EXACT_ROUNDS = 8
 """Balanced rounds after the drafts, at most."""
@@ -40,12 +38,12 @@ EXACT_ROUNDS = 8
 LEAST_GAIN = 1e-5
 """Exact rounds go on while each lowers the inertia by more than this share."""
 
-FIRST_TEMPERATURES = TEMPERATURES[:4]
+FIRST_TEMPERATURES = TEMPERATURES[:9:2]
 """Temperatures of the first draft, which starts from no prices; one step at each."""
 
-DRAFT_TEMPERATURES = TEMPERATURES[1:4]
-"""Temperatures of a draft that starts from the previous draft's prices. With fewer, longer strides leave columns far
-from balance."""
+DRAFT_TEMPERATURES = TEMPERATURES[4:9:2]
+"""Temperatures of a draft that starts from the previous draft's prices. Fewer leave columns far from
+balance."""
 
 
 class Clustering(NamedTuple):
@@ -150,20 +148,25 @@ def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iter
     if init is not None:
         centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
     candidates = _refine(x, centers, init)
-    means, inertias = zip(*map(_measured, x, candidates, [n_clusters] * len(x)), strict=True)
+    means = _centers(x, candidates, n_clusters)
+    inertias = torch.stack([_exact_inertia(*layer) for layer in zip(x, means, candidates, strict=True)])
     # One transfer for all layers: each makes a GPU wait.
-    for labels, centers, inertia in zip(candidates.cpu(), means, torch.stack(inertias).tolist(), strict=True):
+    for labels, centers, inertia in zip(candidates.cpu(), means, inertias.tolist(), strict=True):
         # The warm start is last; min returns the first of equals.
         best = min(reversed(range(len(labels))), key=inertia.__getitem__)
         yield Clustering(labels[best], centers[best], inertia[best])
 
 
-def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for the result and the comparison."""
-    rows = x.double()
-    centers = _centers(rows[None], labels[None], n_clusters)
-    inertia = _inertia(rows.square().sum()[None, None], centers, len(x))
-    return centers[0].to(x.dtype), inertia[0]
+def _exact_inertia(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Inertia [S] of labels [S, n] of x [n, D] about centers [S, E, D], in float64, for the result and comparisons."""
+    means = centers.double()
+    start = torch.arange(len(labels), device=x.device)[:, None]
+    inertia = means.new_zeros(len(labels))
+    # On a CPU a few rows at a time, which stay in the cache.
+    rows_at_once = len(x) if x.is_cuda else 128
+    for rows, own in zip(x.split(rows_at_once), labels.split(rows_at_once, dim=1), strict=True):
+        inertia += (rows.double() - means[start, own]).square().sum((1, 2))
+    return inertia
 
 
 def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
@@ -177,7 +180,9 @@ def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
     layers, n, _ = x.shape
     trials = 2 + int(math.log(n_clusters))
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.empty(n_clusters, trials, n).exponential_(generator=generator).to(x)
+    noise = (
+        torch.rand(n_clusters, trials, n, generator=generator).log_().neg_().to(x)
+    )  # several times exponential_'s speed
     layer = torch.arange(layers, device=x.device)
     squares = x.square().sum(-1)
     distance = torch.ones_like(squares)
@@ -199,7 +204,7 @@ def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
     for _ in range(KMEANS_ROUNDS):
         labels = _costs(x, centers[:, None]).argmin(-1)
         means = _centers(x, labels, centers.shape[1])[:, 0]
-        empty = F.one_hot(labels[:, 0], centers.shape[1]).sum(1) == 0
+        empty = _counts(labels, centers.shape[1])[:, 0] == 0
         centers = torch.where(empty[..., None], centers, centers.lerp(means, KMEANS_STRIDE))
     return centers
 
@@ -212,7 +217,7 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
     """
     layers, starts, n_clusters, _ = centers.shape
     labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
-    squares = torch.stack([rows.double().square().sum() for rows in x])[:, None]
+    squares = torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1, keepdim=True)
     inertia = torch.full((layers, starts), torch.inf, dtype=torch.float64, device=x.device)
     going = torch.ones_like(inertia, dtype=torch.bool)
     if init is not None:
@@ -254,8 +259,7 @@ def _draft(x: Tensor, centers: Tensor) -> Tensor:
         cost = centred_costs(_costs(x, centers).flatten(0, 1))
         prices = find_prices(cost, prices, DRAFT_TEMPERATURES if number else FIRST_TEMPERATURES)
         labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
-        means = _centers(x, labels, n_clusters)
-        centers = means if number == DRAFT_ROUNDS - 1 else centers.lerp(means, DRAFT_STRIDE)
+        centers = _centers(x, labels, n_clusters)
     return centers
 
 
@@ -269,10 +273,21 @@ def _costs(x: Tensor, centers: Tensor) -> Tensor:
 def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """The mean [L, S, E, D] of each cluster's rows, for labels [L, S, n]; the origin for an empty one."""
     layers, starts, n = labels.shape
-    # A matrix product adds in a fixed order; a scatter on a GPU does not.
-    member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
-    sums = (member.view(layers, -1, n) @ x).view(layers, starts, n_clusters, -1)
-    return sums / member.sum(-1, keepdim=True).clamp(min=1)
+    sums = x.new_zeros(layers, starts, n_clusters, x.shape[-1])
+    if x.is_cuda:
+        # A matrix product adds in a fixed order; index_add does not.
+        member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
+        sums = (member.view(layers, -1, n) @ x).view_as(sums)
+    else:
+        for own, rows, layer_sums in zip(labels, x, sums, strict=True):
+            for start, start_sums in zip(own, layer_sums, strict=True):
+                start_sums.index_add_(0, start, rows)
+    return sums / _counts(labels, n_clusters).clamp(min=1)[..., None]
+
+
+def _counts(labels: Tensor, n_clusters: int) -> Tensor:
+    """Rows [L, S, E] in each cluster, for labels [L, S, n]."""
+    return (labels[..., None] == torch.arange(n_clusters, device=labels.device)).sum(-2)
 
 
 def _check(x: Tensor, n_clusters: int) -> None:

@@ -4,17 +4,16 @@ One program settles one problem: it moves one row after the other along the chea
 problems, m rows, E columns.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
 def move_rows(cost: Tensor, labels: Tensor, surplus: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels [P, m] after rows moved from columns with a surplus to those with too few, and what is left of the surplus.
+    """Labels [P, m] after rows moved from columns with a surplus to those with too few, and the surplus that is left.
 
-    cost [P, m, E] in float64, labels [P, m], each row's cheapest column, surplus [P, E]. Some of it is left where too
-    few rows are given.
+    cost [P, m, E] in float64, labels [P, m], each row's cheapest column, surplus [P, E]. Some is left where the rows
+    are too few.
     """
     problems, m, n_columns = cost.shape
     labels, surplus = labels.int(), surplus.int()
