@@ -18,7 +18,6 @@ Measurements, each a median over rounds:
 """
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -156,9 +155,6 @@ def runtime_calls(work: Callable[[], object]) -> dict[str, int]:
         if event.key.startswith("cu"):
             for kind, part in kinds.items():
                 counts[kind] += event.count if part in event.key else 0
-    if os.environ.get("SHOW_OPERATIONS"):
-        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45))
-        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70))
     return counts
 
 

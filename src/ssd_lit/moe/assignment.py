@@ -64,7 +64,7 @@ def _assign(cost: Tensor) -> Tensor:
     size = n // n_columns
     surplus = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1) - size
     unbalanced = (surplus != 0).any(-1)
-    if in_kernels(cost):
+    if in_kernels(cost, n_columns):
         unbalanced = _settle_together(reduced, labels, surplus)
     for problem, to_settle in enumerate(unbalanced.tolist()):
         if to_settle:
@@ -72,9 +72,9 @@ def _assign(cost: Tensor) -> Tensor:
     return labels
 
 
-def in_kernels(cost: Tensor) -> bool:
-    """Whether problems with cost [P, n, E] are solved by Triton kernels."""
-    return cost.is_cuda and runs_on(cost) and 1 < cost.shape[-1] <= MOST_COLUMNS
+def in_kernels(x: Tensor, n_columns: int) -> bool:
+    """Whether problems of so many columns on the device of x are solved by Triton kernels."""
+    return x.is_cuda and runs_on(x) and 1 < n_columns <= MOST_COLUMNS
 
 
 def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -85,7 +85,7 @@ def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> 
     """
     n, n_columns = cost.shape[1:]
     spread = cost.std((1, 2), correction=0).clamp(min=1e-30)
-    if in_kernels(cost):
+    if in_kernels(cost, n_columns):
         from ssd_lit.moe.kernels.prices import newton_steps
 
         return newton_steps(cost, prices, spread, temperatures)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices
+from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices, in_kernels
+from ssd_lit.moe.graphs import replayed
 
 SEED_ROWS = 48
 """Rows for each cluster among which its first centre is sought."""
@@ -144,45 +145,66 @@ def _groups(layers: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iterator[Clustering]:
     """x [L, n, D], init [L, n]."""
-    centers = _kmeans(x, _seeds(x, n_clusters, seed))[:, None]
-    if init is not None:
-        centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
-    candidates = _refine(x, centers, init)
+    noise = _seed_noise(x.shape[1], n_clusters, seed).to(x)
+    inputs = [x, noise] if init is None else [x, noise, init]
+    drafts = replayed(_drafts, n_clusters, inputs) if in_kernels(x, n_clusters) else _drafts(n_clusters, *inputs)
+    candidates = _refine(x, drafts, init)
     means = _centers(x, candidates, n_clusters)
-    inertias = torch.stack([_exact_inertia(*layer) for layer in zip(x, means, candidates, strict=True)])
     # One transfer for all layers: each makes a GPU wait.
-    for labels, centers, inertia in zip(candidates.cpu(), means, inertias.tolist(), strict=True):
+    inertias = _exact_inertia(x, means, candidates).tolist()
+    for labels, centers, inertia in zip(candidates.cpu(), means, inertias, strict=True):
         # The warm start is last; min returns the first of equals.
         best = min(reversed(range(len(labels))), key=inertia.__getitem__)
         yield Clustering(labels[best], centers[best], inertia[best])
 
 
+def _drafts(n_clusters: int, x: Tensor, noise: Tensor, init: Tensor | None = None) -> Tensor:
+    """Centres [L, S, E, D] of nearly balanced clusters of x [L, n, D]: from nothing, and from labels init [L, n]."""
+    centers = _kmeans(x, _seeds(x, noise))[:, None]
+    if init is not None:
+        centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
+    return _draft(x, centers)
+
+
 def _exact_inertia(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
-    """Inertia [S] of labels [S, n] of x [n, D] about centers [S, E, D], in float64, for the result and comparisons."""
+    """Inertia [L, S] of labels [L, S, n] about centers [L, S, E, D], in float64, for the result and comparisons."""
+    layers, starts, n = labels.shape
     means = centers.double()
-    start = torch.arange(len(labels), device=x.device)[:, None]
-    inertia = means.new_zeros(len(labels))
-    # On a CPU a few rows at a time, which stay in the cache.
-    rows_at_once = len(x) if x.is_cuda else 128
-    for rows, own in zip(x.split(rows_at_once), labels.split(rows_at_once, dim=1), strict=True):
-        inertia += (rows.double() - means[start, own]).square().sum((1, 2))
+    layer = torch.arange(layers, device=x.device)[:, None, None]
+    start = torch.arange(starts, device=x.device)[:, None]
+    inertia = means.new_zeros(layers, starts)
+    # On a CPU a few rows at a time, which stay in the cache; on a GPU as much as fits into 1 GiB.
+    depth, length = (max(1, 2**25 // (starts * x[0].numel())), n) if x.is_cuda else (1, 128)
+    for i, j in itertools.product(range(0, layers, depth), range(0, n, length)):
+        part, rows = slice(i, i + depth), slice(j, j + length)
+        nearest = means[layer[part], start, labels[part, :, rows]]
+        inertia[part] += (x[part, None, rows].double() - nearest).square().sum((2, 3))
     return inertia
 
 
-def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
+def _seed_noise(n: int, n_clusters: int, seed: int) -> Tensor:
+    """Exponential noise [E, trials, n / stride], for `_seeds`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(range(0, n, _stride(n, n_clusters)))
+    # `exponential_` takes several times as long.
+    return torch.rand(n_clusters, 2 + int(math.log(n_clusters)), rows, generator=generator).log_().neg_()
+
+
+def _stride(n: int, n_clusters: int) -> int:
+    """Of n rows, each that many rows apart may become a first centre."""
+    return max(1, n // (SEED_ROWS * n_clusters))
+
+
+def _seeds(x: Tensor, noise: Tensor) -> Tensor:
     """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that lowers inertia most.
 
     Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a probability proportional to its squared
     distance to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise is
     drawn on the CPU and is the same for all layers, so that a layer's result does not depend on the others.
     """
-    x = x[:, :: max(1, x.shape[1] // (SEED_ROWS * n_clusters))]
-    layers, n, _ = x.shape
-    trials = 2 + int(math.log(n_clusters))
-    generator = torch.Generator().manual_seed(seed)
-    noise = (
-        torch.rand(n_clusters, trials, n, generator=generator).log_().neg_().to(x)
-    )  # several times exponential_'s speed
+    n_clusters = len(noise)
+    x = x[:, :: _stride(x.shape[1], n_clusters)].contiguous()
+    layers = len(x)
     layer = torch.arange(layers, device=x.device)
     squares = x.square().sum(-1)
     distance = torch.ones_like(squares)
@@ -210,10 +232,10 @@ def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
 
 
 def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
-    """Balanced assignments and centres in turn: drafts, then exact ones; labels [L, S, n] of the best exact round.
+    """Exact balanced assignments and centres in turn; labels [L, S, n] of the best round.
 
-    x [L, n, D], initial centers [L, S, E, D]. `init`, labels [L, n] whose means are the centres of the last start, is
-    kept if an exact round from it does not gain, or if no later round does.
+    x [L, n, D], centers [L, S, E, D] of the drafts. `init`, the labels [L, n] that the last start began with, is kept
+    if an exact round from it does not gain, or if no later round does.
     """
     layers, starts, n_clusters, _ = centers.shape
     labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
@@ -222,11 +244,11 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
     going = torch.ones_like(inertia, dtype=torch.bool)
     if init is not None:
         labels[:, -1] = init
-        inertia[:, -1:] = _inertia(squares, centers[:, -1:], x.shape[1])
-        # If it has converged, drafts would only make it worse.
-        means = _centers(x, balanced_assignment(_costs(x, centers[:, -1:])), n_clusters)
+        before = _centers(x, init[:, None], n_clusters)
+        inertia[:, -1:] = _inertia(squares, before, x.shape[1])
+        # If it has converged, its drafts could only be worse.
+        means = _centers(x, balanced_assignment(_costs(x, before)), n_clusters)
         going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
-    centers = _draft(x, centers)
     for _ in range(EXACT_ROUNDS):
         new = balanced_assignment(_costs(x, centers))
         centers = _centers(x, new, n_clusters)
@@ -266,8 +288,9 @@ def _draft(x: Tensor, centers: Tensor) -> Tensor:
 def _costs(x: Tensor, centers: Tensor) -> Tensor:
     """Squared distances [L, S, n, E] from x [L, n, D] to centers [L, S, E, D], less the squared lengths of x."""
     layers, starts, n_clusters, _ = centers.shape
-    products = x @ centers.flatten(1, 2).mT
-    return centers.square().sum(-1)[:, :, None] - 2 * products.view(layers, -1, starts, n_clusters).transpose(1, 2)
+    flat = centers.flatten(1, 2)
+    costs = torch.baddbmm(flat.square().sum(-1)[:, None], x, flat.mT, alpha=-2)
+    return costs.view(layers, -1, starts, n_clusters).transpose(1, 2)
 
 
 def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 128
+WARPS = 8
 
 
 def newton_steps(cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -22,7 +23,7 @@ def newton_steps(cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Seq
     levels = _on_device(tuple(temperatures), cost.device)
     _newton_steps[(n_problems,)](
         cost.contiguous(), result, spread.double(), levels, n, n_columns, len(levels),
-        ROWS=ROWS, COLUMNS=max(16, triton.next_power_of_2(n_columns)), num_warps=8,
+        ROWS=ROWS, COLUMNS=max(16, triton.next_power_of_2(n_columns)), num_warps=WARPS,
     )  # fmt: skip
     return result.to(prices.dtype)
 
