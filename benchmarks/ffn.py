@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from machine import RESULTS, machine
 from peers import Way, scattermoe, sonicmoe
-from routing import loads
 from torch import Tensor, nn
 
 from ssd_lit.moe.ffn import ExpertFFN
@@ -279,6 +278,12 @@ def trained_routings(file: Path) -> dict[str, Tensor]:
         raise SystemExit(f"{file}: {chosen.shape[-1]} of {saved['experts']} experts; {K} of {E} are measured here")
     order = loads(chosen, E).amax(dim=1).argsort().tolist()
     return {f"trained, layer {layer}": chosen[layer] for layer in (order[len(order) // 2], order[-1])}
+
+
+def loads(chosen: Tensor, experts: int) -> Tensor:
+    """The pairs of every expert over the mean of all, [L, T, K] -> [L, E]."""
+    counts = torch.stack([torch.bincount(layer.flatten().long(), minlength=experts) for layer in chosen])
+    return counts / counts.float().mean(dim=1, keepdim=True)
 
 
 def load_of(chosen: Tensor) -> dict[str, float]:

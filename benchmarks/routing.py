@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ffn import loads
 from torch import Tensor
 
 import ssd_lit
@@ -49,12 +50,6 @@ def choices(model: torch.nn.Module, sequences: Tensor) -> tuple[int, Tensor]:
             model(batch.to(device))
             pieces.append(torch.stack([ffn.route(captured[ffn]).experts for ffn in ffns]).to("cpu", torch.int16))
     return ffns[0].experts, torch.cat(pieces, dim=1)
-
-
-def loads(chosen: Tensor, experts: int) -> Tensor:
-    """The pairs of every expert over the mean of all, [L, T, K] -> [L, E]."""
-    counts = torch.stack([torch.bincount(layer.flatten().long(), minlength=experts) for layer in chosen])
-    return counts / counts.float().mean(dim=1, keepdim=True)
 
 
 if __name__ == "__main__":
