@@ -29,7 +29,7 @@ def test_prices_are_those_of_plain_torch(n: int, columns: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("n", "columns"), [(50, 5), (40, 20), (12, 12)])
-@pytest.mark.parametrize("kind", ["normal", "many ties", "zeros", "columns far apart"])
+@pytest.mark.parametrize("kind", ["normal", "many ties", "columns far apart"])
 def test_assignments_settled_together_are_the_cheapest(
     monkeypatch: pytest.MonkeyPatch, n: int, columns: int, kind: str
 ) -> None:
@@ -38,8 +38,6 @@ def test_assignments_settled_together_are_the_cheapest(
     cost = draw.normal(size=(2, n, columns))
     if kind == "many ties":
         cost = cost.round()
-    elif kind == "zeros":
-        cost = np.zeros_like(cost)
     elif kind == "columns far apart":
         cost += 1e6 * draw.normal(size=(1, 1, columns))
     labels = balanced_assignment(torch.from_numpy(cost)).numpy()

