@@ -76,7 +76,7 @@ def main() -> int:
     )
     routings = trained_routings(arguments.routing) if arguments.routing else {}
     told = {name: load_of(chosen) for name, chosen in routings.items()}
-    result = {"machine": machine("quack-kernels"), "ceilings": limits, "trained_loads": told, "cases": []}
+    result: dict[str, Any] = {"ceilings": limits, "trained_loads": told, "cases": []}
     for case in CASES:
         row = {
             **case._asdict(), "limits": floors(case, limits), **measure(case, arguments, routings, arguments.rounds)
@@ -84,15 +84,20 @@ def main() -> int:
         result["cases"].append(row)
         print("\n".join(lines(case, row)), flush=True)
         # After every case: what is measured already is kept if a later one fails.
-        write_json(RESULT, result)
+        write(result)
     result["few_tokens"] = few_tokens(arguments.rounds)
     for row in result["few_tokens"]:
         print(
             f"{row['tokens']:>5} tokens, forward, us: "
             + ", ".join(f"{k} {1e6 * v:.0f}" for k, v in row["seconds"].items())
         )
-    write_json(RESULT, result)
+    write(result)
     return 0
+
+
+def write(result: dict[str, Any]) -> None:
+    # Now, because the peers' packages are found once they are imported.
+    write_json(RESULT, {"machine": machine("sonic-moe", "quack-kernels"), **result})
 
 
 def parse() -> argparse.Namespace:
@@ -228,17 +233,12 @@ def passes(way: Way, x: Tensor, dy: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def in_turns(steps: dict[str, dict[str, Callable[[], object]]], rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, dict[str, list[float]]] = {
-        called: {name: [] for name in of_kind} for called, of_kind in steps.items()
-    }
+    seconds = {called: {name: list[float]() for name in of_kind} for called, of_kind in steps.items()}
     for _ in range(rounds):
         for called, of_kind in steps.items():
             for name, step in of_kind.items():
                 seconds[called][name].extend(timed(step, 5))
-    return {
-        called: {name: statistics.median(values) for name, values in of_kind.items()}
-        for called, of_kind in seconds.items()
-    }
+    return {called: {name: statistics.median(v) for name, v in of_kind.items()} for called, of_kind in seconds.items()}
 
 
 def over_dense(seconds: dict[str, float]) -> dict[str, float]:

@@ -17,8 +17,8 @@ from ssd_lit.moe.kernels import early_launch, power_of_two
 
 BLOCK, WARPS = 32, 8
 """Columns of an attention's map in a program, and its warps."""
-CHUNK, CHUNK_WARPS = 256, 8
-"""Places of the cache that a program attends to, and its warps."""
+CHUNK = 64
+"""Places of the cache that a program attends to."""
 
 
 class _Layer:
@@ -123,7 +123,7 @@ class GPT2Step:
             self._query, layer.keys, layer.values, self._position, self._parts, self._counters, self._attended,
             attention.scaling,
             W=width, WP=power_of_two(width), N=places, CHUNK=min(CHUNK, power_of_two(places)), CHUNKS=chunks,
-            CHUNKS_PADDED=power_of_two(chunks), num_warps=CHUNK_WARPS, **self._early,
+            CHUNKS_PADDED=power_of_two(chunks), **self._early,
         )  # fmt: skip
 
     def _ffn(self, layer: _Layer) -> Tensor:

@@ -89,14 +89,14 @@ def attend(
     score = tl.where(place <= at, tl.sum(key * asked[None, :], axis=1), float("-inf"))
     most = tl.max(score, axis=0)
     weight = tl.exp(score - most)
-    total, sums = tl.sum(weight[:, None] * value, axis=0), tl.sum(weight, axis=0)
+    total = tl.sum(weight[:, None] * value, axis=0)
     if CHUNKS == 1:
-        tl.store(y + head * W + width, total / sums, mask=inside)
+        tl.store(y + head * W + width, total / tl.sum(weight, axis=0), mask=inside)
     else:
         part_at = parts + (head * CHUNKS + chunk) * (W + 2)
         tl.store(part_at + width, total, mask=inside)
         tl.store(part_at + W, most)
-        tl.store(part_at + W + 1, sums)
+        tl.store(part_at + W + 1, tl.sum(weight, axis=0))
         chunks = at // CHUNK + 1
         if last_to_arrive(counters + head, chunks):
             every = tl.arange(0, CHUNKS_PADDED)
