@@ -255,7 +255,7 @@ def add_pairs(
     D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [T, D]: the sum of each token's pairs in out [N, D], in the order of its experts in `chosen`, and the bias [D]."""
+    """y [T, D]: the sum of each token's pairs in out [N, D], by the order of experts in `chosen`, and the bias [D]."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
