@@ -21,6 +21,10 @@ from ssd_lit.tracking.store import ensure_store
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # Runs are compared bit for bit, which holds on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Before any test imports torch: tests run side by side, a process for each core, and threads that wait for a core that
+# another test has would spin. Also in processes that tests start with threads of their own.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 # Before any test imports kernels: they are interpreted, which needs no GPU.
 os.environ["TRITON_INTERPRET"] = "1"
 

@@ -38,9 +38,12 @@ sys.exit(int.from_bytes(status, "big") if status else 1)
 
 
 class Server:
-    """A server, and a folder for the PATH whose `ssd-lit` asks it."""
+    """A server, and a folder for the PATH whose `ssd-lit` asks it.
 
-    def __init__(self) -> None:
+    It has the ssd_lit of that interpreter, in that environment.
+    """
+
+    def __init__(self, python: str | Path = sys.executable, environment: dict[str, str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.path = self._folder.name
         place = f"{self.path}/server"
@@ -48,8 +51,9 @@ class Server:
         script.write_text(SCRIPT.format(python=sys.executable, place=place, length=LENGTH))
         script.chmod(0o755)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.preloaded", place], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE
-        )
+            [python, "-m", "tests.preloaded", place], cwd=Path(__file__).parents[1], env=environment,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"ready\n"
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import sentences
 from tests.pages import ROOT, blocks
+from tests.preloaded import Server
 
 pytestmark = pytest.mark.whole_run
 
@@ -20,8 +22,11 @@ DOCUMENTS = 2500
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The variables of an environment that has the built wheel, and of this one all libraries but ssd_lit."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables of an environment that has the built wheel, and of this one all libraries but ssd_lit.
+
+    The jobs of its Snakemake are forks of one process, which has imported that wheel.
+    """
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("needs hatchling, which builds the wheel: pip install -e .[dev]")
     folder = tmp_path_factory.mktemp("installed")
@@ -57,11 +62,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         str(wheel),
     ]
     subprocess.run(install, check=True)
-    snakemake = folder / "env/bin/snakemake"
-    snakemake.write_text(f'#!/bin/sh\nexec {python} -m snakemake "$@"\n')
-    snakemake.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
-    return {**kept, "PATH": f"{folder}/env/bin{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    variables = {**kept, "PATH": f"{folder}/env/bin{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    jobs = Server(python, variables)
+    snakemake = folder / "env/bin/snakemake"
+    snakemake.write_text(f'#!/bin/sh\nPATH={jobs.path}:$PATH exec {python} -m snakemake "$@"\n')
+    snakemake.chmod(0o755)
+    yield variables
+    jobs.close()
 
 
 def test_the_tutorial_leads_from_a_text_file_to_a_report(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -99,11 +99,11 @@ def tokenizer(data_dir: DataDir) -> str:
 
 
 @stage
-def encode(data_dir: DataDir) -> str:
+def encode(data_dir: DataDir, threads: Threads = None) -> str:
     """Encode all documents into blocks of tokens."""
     from ssd_lit.pipeline import data
 
-    return data.encode(data_dir)
+    return data.encode(data_dir, threads)
 
 
 @stage

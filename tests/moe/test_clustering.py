@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -47,14 +49,14 @@ def test_the_assignment_is_the_cheapest_balanced_one(n: int, clusters: int, kind
 
 @pytest.mark.parametrize("error", [0.01, 0.3, 3.0])
 def test_wrong_prices_do_not_make_the_assignment_wrong(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
-    right = assignment._prices
+    right = assignment.find_prices
 
-    def prices(cost: torch.Tensor) -> torch.Tensor:
-        return right(cost) + error * torch.arange(cost.shape[-1]).remainder(2)
+    def prices(cost: torch.Tensor, start: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+        return right(cost, start, temperatures) + error * torch.arange(cost.shape[-1]).remainder(2)
 
     cost = np.random.default_rng(0).normal(size=(200, 10))
     best = cost[np.arange(200), balanced_assignment(torch.from_numpy(cost)).numpy()].sum()
-    monkeypatch.setattr(assignment, "_prices", prices)
+    monkeypatch.setattr(assignment, "find_prices", prices)
     labels = balanced_assignment(torch.from_numpy(cost)).numpy()
     assert np.bincount(labels).tolist() == [20] * 10
     assert cost[np.arange(200), labels].sum() == pytest.approx(best, abs=1e-9)

@@ -66,6 +66,9 @@ def test_a_tracker_restored_from_disk_goes_on_the_same(tmp_path: Path) -> None:
 def test_neurons_that_moved_into_expert_order_are_still_known() -> None:
     torch.manual_seed(3)
     ffn = ExpertFFN(8, 64, experts=8, top_k=2, router=CenterRouter(8, 8))
+    # Groups that every clustering finds, whatever the order.
+    groups = torch.arange(64).remainder(8)
+    ffn.w_in.data += 10 * torch.eye(8)[groups]
     tracker = PatternTracker(8, seed=0)
     tracker.update([ffn.w_in])
     tracker.reorder([moefy(ffn, tracker.labels[0])])

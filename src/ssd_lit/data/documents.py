@@ -15,7 +15,7 @@ import struct
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -74,11 +74,23 @@ def read_split(documents_dir: Path, split: str) -> Iterator[list[str]]:
 
     Raises ValueError if the split's file is missing or damaged.
     """
+    with _opened(documents_dir, split) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+
+
+def count_groups(documents_dir: Path, split: str) -> int:
+    """The number of row groups of a split. Raises ValueError as `read_split` does."""
+    with _opened(documents_dir, split) as file:
+        return int(file.num_row_groups)
+
+
+@contextmanager
+def _opened(documents_dir: Path, split: str) -> Iterator[pyarrow.parquet.ParquetFile]:
     path = documents_dir / f"{split}.parquet"
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=["text"]).column(0).to_pylist()
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; run the stage that writes it first") from None
     except (pyarrow.ArrowException, OSError) as error:

@@ -2,20 +2,20 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
 
 from ssd_lit.config import ConfigError
-from ssd_lit.data.documents import SPLITS, Progress, read_split, silent
+from ssd_lit.data.documents import SPLITS, Progress, count_groups, read_split, silent
+from ssd_lit.data.side_by_side import encoded
 from ssd_lit.data.tokenizer import check_tokenizer, end_of_text_id, load_tokenizer, mask_id, sentinel_ids
 from ssd_lit.support.files import whole_file, write_json_checked
 
 _REPORT_TOKENS = 10_000_000
+_GROUPS_A_PROCESS = 16
+"""About 16 MB of text: below it a process takes longer to start than it saves."""
 
 
 def encode_documents(
@@ -26,10 +26,12 @@ def encode_documents(
     progress: Progress = silent,
     *,
     held_out: Iterable[str] = (),
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Write `out_dir`/<split>.bin for train, validation, test and each of `held_out`, then the index.
 
-    A file has the token ids of the split's documents, each followed by end-of-text, as little-endian uint16, or uint32
+    Up to `processes` of them encode, fewer if there is little text; their number does not change the result. A file has
+    the token ids of the split's documents, each followed by end-of-text, as little-endian uint16, or uint32
     from a vocabulary of 65,536 on. Returns the index, which is `out_dir`/index.json: vocab_size, eos_id, mask_id (null
     if there is none), sentinel_ids (<extra_id_0> first), dtype, sequence_length; for each split tokens, documents,
     blocks and sha256; and a digest over all splits. Raises ConfigError if a split is shorter than one block or the
@@ -46,9 +48,11 @@ def encode_documents(
     splits = {}
     for name in (*SPLITS, *held_out):
         with whole_file(out_dir / f"{name}.bin") as part, part.open("wb") as file:
-            stream = _Stream(file, dtype, eos_id)
-            for encodings in _encoded(tokenizer, read_split(documents_dir, name)):
-                stream.append(encodings)
+            stream = _Stream(file, dtype)
+            needed = max(1, min(processes, count_groups(documents_dir, name) // _GROUPS_A_PROCESS))
+            groups = stream.counted(read_split(documents_dir, name))
+            for content in encoded(tokenizer_dir, dtype.str, groups, needed):
+                stream.append(content)
                 if stream.unreported >= _REPORT_TOKENS:
                     progress(f"encoded {stream.tokens / 1e6:.0f} M tokens of {name}")
                     stream.unreported = 0
@@ -67,48 +71,29 @@ def encode_documents(
     return index
 
 
-def _encoded(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> Iterator[list[Encoding]]:
-    """The encodings of each batch, in order; the next batch is encoded in a thread meanwhile."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ready: Future[list[Encoding]] | None = None
-        for texts in batches:
-            following = pool.submit(_encodings, tokenizer, texts)
-            if ready is not None:
-                yield ready.result()
-            ready = following
-        if ready is not None:
-            yield ready.result()
-
-
-def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
-    try:
-        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # the library raises nothing more specific; most often there is no unk token
-        raise ConfigError(f"data.tokenizer: cannot encode the text: {str(error).splitlines()[0]}") from None
-
-
 class _Stream:
     """Writes the token ids of one split to a file, counts and hashes them."""
 
-    def __init__(self, file: BinaryIO, dtype: "np.dtype[Any]", eos_id: int) -> None:
+    def __init__(self, file: BinaryIO, dtype: "np.dtype[Any]") -> None:
         self._file = file
         self._dtype = dtype
-        self._end = (eos_id,)
         self._sha256 = hashlib.sha256()
         self.documents = 0
         self.tokens = 0
         self.unreported = 0
         """Tokens since the last progress message."""
 
-    def append(self, encodings: list[Encoding]) -> None:
-        ids = chain.from_iterable(chain(encoding.ids, self._end) for encoding in encodings)
-        tokens = np.fromiter(ids, dtype=self._dtype)
-        content = tokens.tobytes()
+    def counted(self, batches: Iterable[list[str]]) -> Iterator[list[str]]:
+        """The batches, whose documents are counted as they go by."""
+        for texts in batches:
+            self.documents += len(texts)
+            yield texts
+
+    def append(self, content: bytes) -> None:
         self._file.write(content)
         self._sha256.update(content)
-        self.documents += len(encodings)
-        self.tokens += len(tokens)
-        self.unreported += len(tokens)
+        self.tokens += len(content) // self._dtype.itemsize
+        self.unreported += len(content) // self._dtype.itemsize
 
     def summary(self, split: str, sequence_length: int) -> dict[str, Any]:
         """The index entry of the split. Raises ConfigError if there is not one block."""

@@ -4,11 +4,12 @@ A balanced assignment is a transport problem. Its dual has one price for each co
 with the smallest cost - price, and any such assignment is the cheapest one for its own column counts. So the task is
 to find prices that make the counts equal (Bertsekas' auction, 1988, raises them bid by bid). Here they come from
 Newton's method on the dual, smoothed by an entropy term that is lowered step by step (Cuturi, 2013,
-arXiv 1306.0895): a few dozen passes over [n, E], which run for all layers at once and on a GPU. The prices need not be
+arXiv 1306.0895): some twenty passes over [n, E], which run for all layers at once and on a GPU. The prices need not be
 exact: rows that they leave in the wrong column are moved by an exact method afterwards. Shape letters: P problems, n
 rows, E columns.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,17 +17,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ssd_lit.moe.kernels import runs_on
+
 Floats = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
-TEMPERATURES = [4.0**-level for level in range(10)]
-"""Entropy of the smoothed dual, from high to low, in units of the spread of the costs."""
+TEMPERATURES = [2.0**-level for level in range(-2, 17)]
+"""Entropy of the smoothed dual, from high to low, in units of the spread of the costs; one of Newton's steps at each.
 
-NEWTON_STEPS = [1] * 3 + [2] * 3 + [3] * 4
-"""Newton steps at each temperature of an exact assignment; a draft makes one."""
+Half as many temperatures and more steps at each, or a lower first one, sometimes leave a column hundreds of rows off.
+"""
 
 FREE_ROWS = 8
 """Rows for each column that may move in the first exact attempt, if prices leave some in the wrong column."""
+
+MOST_COLUMNS = 64
+KERNEL_ROWS = 256
+"""More columns, or more rows that may move, do not fit into the registers of a kernel's program."""
 
 SETTLED = 1 - 1e-6
 """A row with this share in one column keeps that column at lower temperatures."""
@@ -51,57 +58,67 @@ def _assign(cost: Tensor) -> Tensor:
     """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
     n, n_columns = cost.shape[1:]
     cost = centred_costs(cost)
-    reduced = cost - _prices(cost)[:, None]
+    prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), TEMPERATURES)
+    reduced = cost - prices[:, None]
     labels = reduced.argmin(-1)
-    counts = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1)
-    for problem in (counts != n // n_columns).any(-1).nonzero().flatten().tolist():
-        _settle(reduced[problem], labels[problem], n // n_columns)
+    size = n // n_columns
+    surplus = (labels[..., None] == torch.arange(n_columns, device=cost.device)).sum(1) - size
+    unbalanced = (surplus != 0).any(-1)
+    if in_kernels(cost, n_columns):
+        unbalanced = _settle_together(reduced, labels, surplus)
+    for problem, to_settle in enumerate(unbalanced.tolist()):
+        if to_settle:
+            _settle(reduced[problem], labels[problem], size)
     return labels
 
 
-def _prices(cost: Tensor) -> Tensor:
-    """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often."""
-    n_problems, n, n_columns = cost.shape
-    prices = cost.new_zeros(n_problems, n_columns)
+def in_kernels(x: Tensor, n_columns: int) -> bool:
+    """Whether problems of so many columns on the device of x are solved by Triton kernels."""
+    return x.is_cuda and runs_on(x) and 1 < n_columns <= MOST_COLUMNS
+
+
+def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often.
+
+    Starts from `prices` and takes a step at each of the temperatures, which are in units of the costs' spread. Centred
+    costs are expected.
+    """
+    n, n_columns = cost.shape[1:]
+    spread = cost.std((1, 2), correction=0).clamp(min=1e-30)
+    if in_kernels(cost, n_columns):
+        from ssd_lit.moe.kernels.prices import newton_steps
+
+        return newton_steps(cost, prices, spread, temperatures)
     size = n // n_columns
     capacity = torch.full_like(prices, size)
-    spread = cost_spread(cost)
-    for level, steps in zip(TEMPERATURES, NEWTON_STEPS, strict=True):
-        prices, share = newton_prices(cost, size, capacity, prices, spread * level, steps)
-        if cost.device.type == "cpu":  # on a GPU the test takes longer than a pass
+    for level, following in pairwise([*temperatures, 0.0]):
+        prices, share = newton_step(cost, size, capacity, prices, level * spread[:, None])
+        if 0 < following < level and not cost.is_cuda:  # on a GPU the test takes longer than a pass
             cost, capacity = _unsettled(cost, capacity, share)
     return prices
 
 
-def cost_spread(cost: Tensor) -> Tensor:
-    """The unit of temperatures, [P, 1] for cost [P, n, E]."""
-    return cost.std((1, 2), correction=0).clamp(min=1e-30)[:, None]
-
-
-def newton_prices(
-    cost: Tensor, size: int, capacity: Tensor, prices: Tensor, temperature: Tensor, steps: int = 1
+def newton_step(
+    cost: Tensor, size: int, capacity: Tensor, prices: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Prices [P, E] after steps at a temperature [P, 1], and the share [P, n, E] of each row in each column before the
-    last step. The columns take `capacity` [P, E] of the rows of cost [P, n, E], and `size` of all rows.
+    """Prices [P, E] after a step at a temperature [P, 1], and the share [P, n, E] of each row in each column before it.
+
+    The columns take `capacity` [P, E] of the rows of cost [P, n, E], and `size` of all rows.
     """
     n_columns = cost.shape[-1]
     # Prices are defined up to a constant, so the Hessian is singular along it.
     fix = 1e-3 * torch.eye(n_columns, dtype=cost.dtype, device=cost.device) + 1 / n_columns
-    # Costs and prices in units of the temperature.
-    scaled, p = cost / temperature[:, None], prices / temperature
-    for _ in range(steps):
-        share = torch.softmax(p[:, None] - scaled, -1)
-        gram = share.mT @ share
-        count = gram.sum(-1)  # a row's shares add up to 1
-        missing = capacity - count
-        hessian = fix - gram
-        hessian.diagonal(dim1=1, dim2=2).add_(count)
-        newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
-        # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
-        sinkhorn = -(1 - missing / size).clamp(min=1e-30).log()
-        near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
-        p = p + torch.where(near, newton.clamp(-4, 4), sinkhorn)
-    return p * temperature, share
+    share = torch.softmax((prices[:, None] - cost) / temperature[:, None], -1)
+    gram = share.mT @ share
+    count = gram.sum(-1)  # a row's shares add up to 1
+    missing = capacity - count
+    hessian = fix - gram
+    hessian.diagonal(dim1=1, dim2=2).add_(count)
+    newton = torch.cholesky_solve(missing[..., None], torch.linalg.cholesky_ex(hessian).L)[..., 0]
+    # Far from balance the quadratic model is wrong; Sinkhorn's step is safe there, and slow elsewhere.
+    sinkhorn = -(1 - missing / size).clamp(min=1e-30).log()
+    near = (sinkhorn.abs() < 1).all(-1, keepdim=True)
+    return prices + torch.where(near, newton.clamp(-4, 4), sinkhorn) * temperature, share
 
 
 def _unsettled(cost: Tensor, capacity: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +133,29 @@ def _unsettled(cost: Tensor, capacity: Tensor, share: Tensor) -> tuple[Tensor, T
     rows = settled.byte().argsort(dim=-1, stable=True)[:, :most, None].expand(-1, -1, cost.shape[-1])
     taken = share.sum(1) - share.gather(1, rows).sum(1)
     return cost.gather(1, rows), capacity - taken.round()
+
+
+def _settle_together(reduced: Tensor, labels: Tensor, surplus: Tensor) -> Tensor:
+    """`_settle` of all problems, with the same number of free rows; the problems [P] that need more are left alone.
+
+    reduced [P, n, E], labels [P, n], surplus [P, E]: how many rows more than wanted are in each column.
+    """
+    from ssd_lit.moe.kernels.settling import move_rows
+
+    n, n_columns = reduced.shape[1:]
+    count = min(n, KERNEL_ROWS)
+    least, second = reduced.topk(2, largest=False).values.unbind(-1)
+    margins, narrowest = (second - least).sort(stable=True)
+    free = narrowest[:, :count]
+    costs = reduced.gather(1, free[..., None].expand(-1, -1, n_columns))
+    choices = labels.gather(1, free)
+    moved, left = move_rows(costs, choices, surplus)
+    added = (costs.gather(2, moved[..., None]) - costs.gather(2, choices[..., None])).sum((1, 2))
+    needs_more = (left != 0).any(-1)
+    if count < n:
+        needs_more |= margins[:, count] < added
+    labels.scatter_(1, free, torch.where(needs_more[:, None], choices, moved))
+    return needs_more
 
 
 def _settle(reduced: Tensor, labels: Tensor, size: int) -> None:

@@ -17,13 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, cost_spread, newton_prices
+from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices, in_kernels
+from ssd_lit.moe.graphs import replayed
 
-KMEANS_ROUNDS = 20
-"""Rounds of plain k-means before the balanced ones; they are cheaper, and more of them gain nothing."""
+SEED_ROWS = 48
+"""Rows for each cluster among which its first centre is sought."""
+
+KMEANS_ROUNDS = 12
+"""Rounds of plain k-means before the balanced ones, which cost more."""
 
 DRAFT_ROUNDS = 10
 """Rounds whose clusters are only nearly equal in size; each costs a fraction of an exact one."""
+
+KMEANS_STRIDE = 1.8
+"""Centres go this many times the way to the means of their rows: rows follow, so the means move on the same way. It
+halves the rounds. In balanced rounds it ends at worse clusters where many rows are alike."""
 
 EXACT_ROUNDS = 8
 """Balanced rounds after the drafts, at most."""
@@ -31,8 +39,12 @@ EXACT_ROUNDS = 8
 LEAST_GAIN = 1e-5
 """Exact rounds go on while each lowers the inertia by more than this share."""
 
-DRAFT_TEMPERATURES = [2e-2, 1e-3]
-"""Temperatures, one step at each, of a draft that starts from the previous draft's prices."""
+FIRST_TEMPERATURES = TEMPERATURES[:9:2]
+"""Temperatures of the first draft, which starts from no prices; one step at each."""
+
+DRAFT_TEMPERATURES = TEMPERATURES[4:9:2]
+"""Temperatures of a draft that starts from the previous draft's prices. Fewer leave columns far from
+balance."""
 
 
 class Clustering(NamedTuple):
@@ -77,12 +89,15 @@ def balanced_kmeans_layers(
         for group in _groups(layers):
             for x in group:
                 _check(x, n_clusters)
+            rows = torch.stack([x.detach() for x in group])
+            if not rows.isfinite().all():
+                raise ValueError("x holds values that are not finite")
             warm = None
             if init is not None:
                 labels = list(itertools.islice(starts, len(group)))
                 _check_labels(labels, group, n_clusters)
                 warm = torch.stack(labels).to(group[0].device)
-            clusterings += _cluster(torch.stack([x.detach() for x in group]), n_clusters, warm, seed)
+            clusterings += _cluster(rows, n_clusters, warm, seed)
     if next(starts, None) is not None:
         raise ValueError(f"init has labels of {len(init or [])} layers, and there are {len(clusterings)}")
     return clusterings
@@ -130,37 +145,66 @@ def _groups(layers: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def _cluster(x: Tensor, n_clusters: int, init: Tensor | None, seed: int) -> Iterator[Clustering]:
     """x [L, n, D], init [L, n]."""
-    centers = _kmeans(x, _seeds(x, n_clusters, seed))[:, None]
-    if init is not None:
-        centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
-    candidates = _refine(x, centers, init)
-    means, inertias = zip(*map(_measured, x, candidates, [n_clusters] * len(x)), strict=True)
+    noise = _seed_noise(x.shape[1], n_clusters, seed).to(x)
+    inputs = [x, noise] if init is None else [x, noise, init]
+    drafts = replayed(_drafts, n_clusters, inputs) if in_kernels(x, n_clusters) else _drafts(n_clusters, *inputs)
+    candidates = _refine(x, drafts, init)
+    means = _centers(x, candidates, n_clusters)
     # One transfer for all layers: each makes a GPU wait.
-    for labels, centers, inertia in zip(candidates.cpu(), means, torch.stack(inertias).tolist(), strict=True):
+    inertias = _exact_inertia(x, means, candidates).tolist()
+    for labels, centers, inertia in zip(candidates.cpu(), means, inertias, strict=True):
         # The warm start is last; min returns the first of equals.
         best = min(reversed(range(len(labels))), key=inertia.__getitem__)
         yield Clustering(labels[best], centers[best], inertia[best])
 
 
-def _measured(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Centres [S, E, D] and inertia [S] of labels [S, n], in float64, for the result and the comparison."""
-    rows = x.double()
-    centers = _centers(rows[None], labels[None], n_clusters)[0]
-    inertia = torch.stack([(rows - means[own]).square().sum() for means, own in zip(centers, labels, strict=True)])
-    return centers.to(x.dtype), inertia
+def _drafts(n_clusters: int, x: Tensor, noise: Tensor, init: Tensor | None = None) -> Tensor:
+    """Centres [L, S, E, D] of nearly balanced clusters of x [L, n, D]: from nothing, and from labels init [L, n]."""
+    centers = _kmeans(x, _seeds(x, noise))[:, None]
+    if init is not None:
+        centers = torch.cat([centers, _centers(x, init[:, None], n_clusters)], dim=1)
+    return _draft(x, centers)
 
 
-def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
+def _exact_inertia(x: Tensor, centers: Tensor, labels: Tensor) -> Tensor:
+    """Inertia [L, S] of labels [L, S, n] about centers [L, S, E, D], in float64, for the result and comparisons."""
+    layers, starts, n = labels.shape
+    means = centers.double()
+    layer = torch.arange(layers, device=x.device)[:, None, None]
+    start = torch.arange(starts, device=x.device)[:, None]
+    inertia = means.new_zeros(layers, starts)
+    # On a CPU a few rows at a time, which stay in the cache; on a GPU as much as fits into 1 GiB.
+    depth, length = (max(1, 2**25 // (starts * x[0].numel())), n) if x.is_cuda else (1, 128)
+    for i, j in itertools.product(range(0, layers, depth), range(0, n, length)):
+        part, rows = slice(i, i + depth), slice(j, j + length)
+        nearest = means[layer[part], start, labels[part, :, rows]]
+        inertia[part] += (x[part, None, rows].double() - nearest).square().sum((2, 3))
+    return inertia
+
+
+def _seed_noise(n: int, n_clusters: int, seed: int) -> Tensor:
+    """Exponential noise [E, trials, n / stride], for `_seeds`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(range(0, n, _stride(n, n_clusters)))
+    # `exponential_` takes several times as long.
+    return torch.rand(n_clusters, 2 + int(math.log(n_clusters)), rows, generator=generator).log_().neg_()
+
+
+def _stride(n: int, n_clusters: int) -> int:
+    """Of n rows, each that many rows apart may become a first centre."""
+    return max(1, n // (SEED_ROWS * n_clusters))
+
+
+def _seeds(x: Tensor, noise: Tensor) -> Tensor:
     """Rows [L, E, D] as first centres, one after the other: of a few rows drawn, the one that lowers inertia most.
 
     Greedy k-means++ (Arthur and Vassilvitskii, 2007): a row is drawn with a probability proportional to its squared
     distance to the centres so far. The row with the smallest (exponential noise / weight) is such a draw. The noise is
     drawn on the CPU and is the same for all layers, so that a layer's result does not depend on the others.
     """
-    layers, n, _ = x.shape
-    trials = 2 + int(math.log(n_clusters))
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.empty(n_clusters, trials, n).exponential_(generator=generator).to(x)
+    n_clusters = len(noise)
+    x = x[:, :: _stride(x.shape[1], n_clusters)].contiguous()
+    layers = len(x)
     layer = torch.arange(layers, device=x.device)
     squares = x.square().sum(-1)
     distance = torch.ones_like(squares)
@@ -178,37 +222,33 @@ def _seeds(x: Tensor, n_clusters: int, seed: int) -> Tensor:
 
 
 def _kmeans(x: Tensor, centers: Tensor) -> Tensor:
-    """Lloyd's rounds from centers [L, E, D]; an empty cluster keeps its centre."""
-    before: Tensor | None = None
+    """Lloyd's rounds from centers [L, E, D], with longer strides; an empty cluster keeps its centre."""
     for _ in range(KMEANS_ROUNDS):
         labels = _costs(x, centers[:, None]).argmin(-1)
-        if before is not None and torch.equal(labels, before):
-            break
-        before = labels
         means = _centers(x, labels, centers.shape[1])[:, 0]
-        empty = F.one_hot(labels[:, 0], centers.shape[1]).sum(1) == 0
-        centers = torch.where(empty[..., None], centers, means)
+        empty = _counts(labels, centers.shape[1])[:, 0] == 0
+        centers = torch.where(empty[..., None], centers, centers.lerp(means, KMEANS_STRIDE))
     return centers
 
 
 def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
-    """Balanced assignments and centres in turn: drafts, then exact ones; labels [L, S, n] of the best exact round.
+    """Exact balanced assignments and centres in turn; labels [L, S, n] of the best round.
 
-    x [L, n, D], initial centers [L, S, E, D]. `init`, labels [L, n] whose means are the centres of the last start, is
-    kept if an exact round from it does not gain, or if no later round does.
+    x [L, n, D], centers [L, S, E, D] of the drafts. `init`, the labels [L, n] that the last start began with, is kept
+    if an exact round from it does not gain, or if no later round does.
     """
     layers, starts, n_clusters, _ = centers.shape
     labels = torch.zeros(layers, starts, x.shape[1], dtype=torch.long, device=x.device)
-    squares = torch.stack([rows.double().square().sum() for rows in x])[:, None]
+    squares = torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1, keepdim=True)
     inertia = torch.full((layers, starts), torch.inf, dtype=torch.float64, device=x.device)
     going = torch.ones_like(inertia, dtype=torch.bool)
     if init is not None:
         labels[:, -1] = init
-        inertia[:, -1:] = _inertia(squares, centers[:, -1:], x.shape[1])
-        # If it has converged, drafts would only make it worse.
-        means = _centers(x, balanced_assignment(_costs(x, centers[:, -1:])), n_clusters)
+        before = _centers(x, init[:, None], n_clusters)
+        inertia[:, -1:] = _inertia(squares, before, x.shape[1])
+        # If it has converged, its drafts could only be worse.
+        means = _centers(x, balanced_assignment(_costs(x, before)), n_clusters)
         going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
-    centers = _draft(x, centers)
     for _ in range(EXACT_ROUNDS):
         new = balanced_assignment(_costs(x, centers))
         centers = _centers(x, new, n_clusters)
@@ -232,18 +272,14 @@ def _inertia(squares: Tensor, centers: Tensor, n: int) -> Tensor:
 def _draft(x: Tensor, centers: Tensor) -> Tensor:
     """Better centres [L, S, E, D] from rounds whose clusters are only nearly equal in size.
 
-    Centres hardly move between two rounds, so each round takes few steps from the previous round's prices; rows left in
+    Centres move little between two rounds, so each round takes few steps from the previous round's prices; rows left in
     the wrong cluster stay there. Nothing is read back from a GPU, so it never waits.
     """
     layers, starts, n_clusters, _ = centers.shape
-    size = x.shape[1] // n_clusters
-    prices = x.new_zeros(layers * starts, n_clusters, dtype=torch.float64)
-    capacity = torch.full_like(prices, size)
-    for temperatures in [TEMPERATURES] + [DRAFT_TEMPERATURES] * (DRAFT_ROUNDS - 1):
-        cost = centred_costs(_costs(x, centers).double().flatten(0, 1))
-        spread = cost_spread(cost)
-        for level in temperatures:
-            prices, _ = newton_prices(cost, size, capacity, prices, spread * level)
+    prices = x.new_zeros(layers * starts, n_clusters)
+    for number in range(DRAFT_ROUNDS):
+        cost = centred_costs(_costs(x, centers).flatten(0, 1))
+        prices = find_prices(cost, prices, DRAFT_TEMPERATURES if number else FIRST_TEMPERATURES)
         labels = (cost - prices[:, None]).argmin(-1).view(layers, starts, -1)
         centers = _centers(x, labels, n_clusters)
     return centers
@@ -252,17 +288,29 @@ def _draft(x: Tensor, centers: Tensor) -> Tensor:
 def _costs(x: Tensor, centers: Tensor) -> Tensor:
     """Squared distances [L, S, n, E] from x [L, n, D] to centers [L, S, E, D], less the squared lengths of x."""
     layers, starts, n_clusters, _ = centers.shape
-    products = x @ centers.flatten(1, 2).mT
-    return centers.square().sum(-1)[:, :, None] - 2 * products.view(layers, -1, starts, n_clusters).transpose(1, 2)
+    flat = centers.flatten(1, 2)
+    costs = torch.baddbmm(flat.square().sum(-1)[:, None], x, flat.mT, alpha=-2)
+    return costs.view(layers, -1, starts, n_clusters).transpose(1, 2)
 
 
 def _centers(x: Tensor, labels: Tensor, n_clusters: int) -> Tensor:
     """The mean [L, S, E, D] of each cluster's rows, for labels [L, S, n]; the origin for an empty one."""
     layers, starts, n = labels.shape
-    # A matrix product adds in a fixed order; a scatter on a GPU does not.
-    member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
-    sums = (member.view(layers, -1, n) @ x).view(layers, starts, n_clusters, -1)
-    return sums / member.sum(-1, keepdim=True).clamp(min=1)
+    sums = x.new_zeros(layers, starts, n_clusters, x.shape[-1])
+    if x.is_cuda:
+        # A matrix product adds in a fixed order; index_add does not.
+        member = (labels[:, :, None] == torch.arange(n_clusters, device=x.device)[:, None]).to(x.dtype)
+        sums = (member.view(layers, -1, n) @ x).view_as(sums)
+    else:
+        for own, rows, layer_sums in zip(labels, x, sums, strict=True):
+            for start, start_sums in zip(own, layer_sums, strict=True):
+                start_sums.index_add_(0, start, rows)
+    return sums / _counts(labels, n_clusters).clamp(min=1)[..., None]
+
+
+def _counts(labels: Tensor, n_clusters: int) -> Tensor:
+    """Rows [L, S, E] in each cluster, for labels [L, S, n]."""
+    return (labels[..., None] == torch.arange(n_clusters, device=labels.device)).sum(-2)
 
 
 def _check(x: Tensor, n_clusters: int) -> None:
@@ -270,5 +318,3 @@ def _check(x: Tensor, n_clusters: int) -> None:
         raise ValueError(f"x must be rows by columns, given shape {tuple(x.shape)}")
     if n_clusters < 1 or len(x) % n_clusters:
         raise ValueError(f"{len(x)} rows do not divide into {n_clusters} clusters of equal size")
-    if not x.isfinite().all():
-        raise ValueError("x holds values that are not finite")

@@ -1,5 +1,6 @@
 """The stages that make tokens of text, once for all runs of an experiment."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def tokenizer(folder: Path) -> str:
     return f"{load_tokenizer(folder / 'tokenizer').get_vocab_size():,} entries"
 
 
-def encode(folder: Path) -> str:
-    """Encode all documents into memory-mapped blocks of tokens in tokens/."""
+def encode(folder: Path, threads: int | None) -> str:
+    """Encode all documents into memory-mapped blocks of tokens in tokens/, in as many processes; one for each core."""
     from ssd_lit.data.encode import encode_documents
 
     config = load_data(folder / "config.yaml")
@@ -64,5 +65,6 @@ def encode(folder: Path) -> str:
             config.sequence_length,
             print,
             held_out=config.held_out,
+            processes=threads or os.cpu_count() or 1,
         )
     return ", ".join(f"{name} {split['tokens']:,} tokens" for name, split in index["splits"].items())

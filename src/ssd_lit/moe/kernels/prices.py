@@ -1,0 +1,86 @@
+"""Newton's steps of a balanced assignment, all of them in one launch; `moe.assignment` says what they are for.
+
+One program takes one problem through all steps: a step reads the costs once, and a launch of every operation of a step
+would take longer. Shape letters: P problems, n rows, E columns.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 128
+WARPS = 8
+
+
+def newton_steps(cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Prices [P, E] after a step at each of the temperatures, in units of the spread [P], for cost [P, n, E]."""
+    n_problems, n, n_columns = cost.shape
+    result = prices.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+    levels = _on_device(tuple(temperatures), cost.device)
+    _newton_steps[(n_problems,)](
+        cost.contiguous(), result, spread.double(), levels, n, n_columns, len(levels),
+        ROWS=ROWS, COLUMNS=max(16, triton.next_power_of_2(n_columns)), num_warps=WARPS,
+    )  # fmt: skip
+    return result.to(prices.dtype)
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A copy to the GPU makes the CPU wait, so there is one a process."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+@triton.jit
+def _newton_steps(cost, prices, spread, levels, n, E, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    problem = tl.program_id(0)
+    unit = tl.load(spread + problem)
+    column = tl.arange(0, COLUMNS)
+    inside = column < E
+    eye = column[:, None] == column[None, :]
+    both = inside[:, None] & inside[None, :]
+    size = (n // E).to(tl.float32)
+    # The Hessian is singular along equal prices; columns that are only padding stay by themselves.
+    fix = tl.where(both, 1.0 / E, 0.0) + tl.where(eye, tl.where(inside[:, None], 1e-3, 1.0), 0.0)
+    price = tl.load(prices + problem * E + column, mask=inside, other=0.0)
+    for step in range(steps):
+        temperature = unit * tl.load(levels + step)
+        scale = 1.0 / temperature
+        gram = tl.zeros([COLUMNS, COLUMNS], tl.float32)
+        count = tl.zeros([COLUMNS], tl.float32)
+        for start in range(0, n, ROWS):
+            row = start + tl.arange(0, ROWS)
+            there = (row < n)[:, None] & inside[None, :]
+            at = (problem.to(tl.int64) * n + row)[:, None] * E + column[None, :]
+            value = tl.load(cost + at, mask=there, other=0.0).to(tl.float64)
+            # In float64 until the largest is taken off: costs are up to a million temperatures.
+            scaled = tl.where(inside[None, :], (price[None, :] - value) * scale, float("-inf"))
+            power = tl.exp((scaled - tl.max(scaled, axis=1)[:, None]).to(tl.float32))
+            share = tl.where(there, power / tl.sum(power, axis=1)[:, None], 0.0)
+            gram += tl.dot(tl.trans(share), share, input_precision="ieee")
+            count += tl.sum(share, axis=0)
+        # The rows of the Hessian add up to zero, and sums do not cancel as count - gram does.
+        others = tl.where(eye, 0.0, gram)
+        hessian = fix - others + tl.where(eye, tl.sum(others, axis=1)[:, None], 0.0)
+        newton = _solve(hessian, tl.where(inside, size - count, 0.0), E, column)
+        sinkhorn = tl.where(inside, -tl.log(tl.maximum(count / size, 1e-30)), 0.0)
+        near = tl.max(tl.abs(sinkhorn), axis=0) < 1.0
+        change = tl.where(near, tl.minimum(tl.maximum(newton, -4.0), 4.0), sinkhorn)
+        price += change.to(tl.float64) * temperature
+    tl.store(prices + problem * E + column, price, mask=inside)
+
+
+@triton.jit
+def _solve(matrix, right, E, column):
+    """The solution of matrix x = right by Gauss and Jordan's elimination, without pivots: the matrix is definite."""
+    for k in range(E):
+        own = column == k
+        line = tl.sum(tl.where(own[:, None], matrix, 0.0), axis=0)
+        pivot = tl.sum(tl.where(own, line, 0.0), axis=0)
+        factor = tl.where(own, 0.0, tl.sum(tl.where(own[None, :], matrix, 0.0), axis=1) / pivot)
+        matrix -= factor[:, None] * line[None, :]
+        right -= factor * tl.sum(tl.where(own, right, 0.0), axis=0)
+    return right / tl.sum(tl.where(column[:, None] == column[None, :], matrix, 0.0), axis=1)

@@ -1,0 +1,50 @@
+"""The kernels of balanced assignments against plain torch, on the CPU through Triton's interpreter."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ssd_lit.moe import assignment
+from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices
+
+pytest.importorskip("triton")
+
+from ssd_lit.moe.kernels.prices import newton_steps
+
+
+@pytest.mark.parametrize(("n", "columns"), [(50, 5), (200, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prices_are_those_of_plain_torch(n: int, columns: int, dtype: torch.dtype) -> None:
+    cost = centred_costs(torch.randn(2, n, columns, dtype=dtype, generator=torch.Generator().manual_seed(1)))
+    start = cost.new_zeros(2, columns)
+    spread = cost.std((1, 2), correction=0)
+    expected = find_prices(cost, start, TEMPERATURES[:9])
+    prices = newton_steps(cost, start, spread, TEMPERATURES[:9])
+    # Only differences between columns matter.
+    torch.testing.assert_close(
+        prices - prices.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True), atol=1e-4, rtol=1e-4
+    )
+    assert not start.any()
+
+
+@pytest.mark.parametrize(("n", "columns"), [(50, 5), (40, 20), (12, 12)])
+@pytest.mark.parametrize("kind", ["normal", "many ties", "zeros", "columns far apart"])
+def test_assignments_settled_together_are_the_cheapest(
+    monkeypatch: pytest.MonkeyPatch, n: int, columns: int, kind: str
+) -> None:
+    monkeypatch.setattr(assignment, "in_kernels", lambda x, n_columns: True)
+    draw = np.random.default_rng([n, columns])
+    cost = draw.normal(size=(2, n, columns))
+    if kind == "many ties":
+        cost = cost.round()
+    elif kind == "zeros":
+        cost = np.zeros_like(cost)
+    elif kind == "columns far apart":
+        cost += 1e6 * draw.normal(size=(1, 1, columns))
+    labels = balanced_assignment(torch.from_numpy(cost)).numpy()
+    for problem, found in zip(cost, labels, strict=True):
+        assert np.bincount(found, minlength=columns).tolist() == [n // columns] * columns
+        rows, places = linear_sum_assignment(np.repeat(problem, n // columns, axis=1))
+        best = problem[rows, places // (n // columns)].sum()
+        assert problem[np.arange(n), found].sum() == pytest.approx(best, abs=1e-9, rel=1e-12)
