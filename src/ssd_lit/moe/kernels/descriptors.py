@@ -8,9 +8,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def can_describe(*tensors: Tensor | None) -> bool:
-    """Whether the copy engine can read these tensors; None is none. Interpreted kernels always can."""
+    """Whether the copy engine can read these tensors; None is none.
+
+    Interpreted kernels can read any; on a device, products of float32 spill registers where it reads.
+    """
     return all(
-        _has_engine(t.device)
+        _has_engine(t.device, t.dtype)
         and t.numel() > 0
         and t.is_contiguous()
         and t.data_ptr() % 16 == 0
@@ -26,5 +29,5 @@ def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 
 @cache
-def _has_engine(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+def _has_engine(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type != "cuda" or (dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0))
