@@ -127,7 +127,7 @@ def prepare(folder: Path) -> tuple[dict[str, list[str]], dict[str, float]]:
             "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"vocab_size": 260}, "sequence_length": 16,
         },
         "model": {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32},
-        "moe": {"experts": 4, "top_k": 2, "router_steps": 4, "calibration_blocks": 4},
+        "moe": {"experts": 4, "top_k": 2, "router_steps": 4},
         "optim": {"warmup_steps": 2},
         "training": {"steps": 12, "batch_size": 4, "validation_blocks": 4},
         "evaluation": {"blocks": 4, "top_k_curve": [2]},
