@@ -33,10 +33,15 @@ doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 NAMES = ("order", "words")
-ARMS: dict[str, Any] = {
-    "ssd": {"method": "ssd"},
-    "routed": {"method": "posthoc", "parent_arm": "ssd", "moe": {"posthoc_router": "centers", "router_steps": 3}},
-}
+ARMS: dict[str, Any] = {"ssd": {"method": "ssd"}}
+ROUTED = {"method": "posthoc", "parent_arm": "ssd", "moe": {"posthoc_router": "centers", "router_steps": 3}}
+SMALL: dict[str, Any] = {
+    "training": {
+        "steps": 16, "batch_size": 4, "log_every": 4, "validate_every": 8, "validation_blocks": 6,
+        "checkpoint_every": 8,
+    },
+    "switching": {"switch_points": [4, 12]},
+}  # fmt: skip
 
 
 def write_tasks(folder: Path) -> Path:
@@ -68,12 +73,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, dict[str, Any
         "harness": {"tasks": list(NAMES), "folder": str(write_tasks(folder))},
         "blimp": {"file": str(folder / "pairs")},
     }
-    training = {"steps": 16, "batch_size": 4, "log_every": 4, "validate_every": 8, "validation_blocks": 6,
-                "checkpoint_every": 8}  # fmt: skip
-    bench = Bench(
-        folder, training=training, switching={"switch_points": [4, 12]}, arms=ARMS,
-        downstream=downstream,
-    )  # fmt: skip
+    bench = Bench(folder, arms=ARMS, downstream=downstream, **SMALL)
     bench.phases("ssd")
     bench.stage("downstream", bench.dir("ssd"))
     patch.undo()
@@ -101,10 +101,8 @@ def test_its_scores_stand_in_the_table(done: tuple[Bench, dict[str, Any]]) -> No
     assert found == {(one["mode"], one["task"], one["metric"]): one["value"] for one in content["harness"]["scores"]}
 
 
-def test_dynamic_k_is_an_argument_and_its_mean_k_is_recorded(
-    done: tuple[Bench, dict[str, Any]], tmp_path: Path
-) -> None:
-    bench, _ = done
+def test_dynamic_k_is_an_argument_and_its_mean_k_is_recorded(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, arms=ARMS | {"routed": ROUTED}, **SMALL)
     bench.phases("routed")
     bench.stage("export", bench.dir("routed"), "--out", tmp_path / "out")
     found = {}
