@@ -103,6 +103,7 @@ def test_its_scores_stand_in_the_table(done: tuple[Bench, dict[str, Any]]) -> No
 
 def test_dynamic_k_is_an_argument_and_its_mean_k_is_recorded(tmp_path: Path) -> None:
     bench = Bench(tmp_path, arms=ARMS | {"routed": ROUTED}, **SMALL)
+    bench.phases("ssd")
     bench.phases("routed")
     bench.stage("export", bench.dir("routed"), "--out", tmp_path / "out")
     found = {}
