@@ -16,9 +16,10 @@ measured reading speed that this makes. Exits with 1 if sparse is below 1.6 time
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from machine import RESULTS, machine, medians, seconds_in_turns
@@ -134,11 +135,9 @@ def decoder(model: Any, mode: Any, setting: str, prompt: torch.Tensor, new: int)
     """Decodes `new` tokens; the prompt has been read before."""
     generator = Generator(model, compiled=setting == "compiled graph")
     set_mode(model, mode)
-    able, blocks = generation.can_step, generation.row_products
-    if setting == "compiled graph":
-        generation.can_step = lambda *_: False
-    generator.start(prompt, new)
-    generation.can_step = able
+    blocks = generation.row_products
+    with transformers_step() if setting == "compiled graph" else nullcontext():
+        generator.start(prompt, new)
 
     def run() -> None:
         set_mode(model, mode)
@@ -148,6 +147,13 @@ def decoder(model: Any, mode: Any, setting: str, prompt: torch.Tensor, new: int)
         generation.row_products = blocks
 
     return run
+
+
+def transformers_step() -> AbstractContextManager[Any]:
+    """In this context generators take the step of Transformers instead of our kernels."""
+    from ssd_lit.models.decoding import gpt2
+
+    return patch.object(gpt2, "can_step", return_value=False)
 
 
 def bytes_of_a_step(model: Any, mode: str, batch: int, context: float) -> float:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.huggingface.folder import set_mode
-from ssd_lit.models.decoding import can_step
-from ssd_lit.models.decoding.gpt2 import GPT2Step
+from ssd_lit.models.decoding.gpt2 import GPT2Step, can_step
 from ssd_lit.models.family import family, swap_ffns
 
 pytest.importorskip("triton")

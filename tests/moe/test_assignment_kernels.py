@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from ssd_lit.moe import assignment
 from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices
@@ -11,6 +10,7 @@ from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_co
 pytest.importorskip("triton")
 
 from ssd_lit.moe.kernels.prices import newton_steps
+from tests.moe.cheapest import assert_cheapest
 
 
 @pytest.mark.parametrize(("n", "columns"), [(50, 5), (200, 20)])
@@ -42,7 +42,4 @@ def test_assignments_settled_together_are_the_cheapest(
         cost += 1e6 * draw.normal(size=(1, 1, columns))
     labels = balanced_assignment(torch.from_numpy(cost)).numpy()
     for problem, found in zip(cost, labels, strict=True):
-        assert np.bincount(found, minlength=columns).tolist() == [n // columns] * columns
-        rows, places = linear_sum_assignment(np.repeat(problem, n // columns, axis=1))
-        best = problem[rows, places // (n // columns)].sum()
-        assert problem[np.arange(n), found].sum() == pytest.approx(best, abs=1e-9, rel=1e-12)
+        assert_cheapest(problem, found)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
-from ssd_lit.models.decoding import can_step
 from ssd_lit.models.sampling import Sampling
 from ssd_lit.models.text import stream
 from ssd_lit.moe.backends import Activation
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.kernels import runs_on
 from ssd_lit.moe.statistics import mean_k
 
 BLOCKS = 32
@@ -210,10 +210,11 @@ class Generator:
         self._cache = _FixedCache(like, places, self._position)
         on_gpu = device.type == "cuda"
         self._kernels = None
-        if on_gpu and batch == 1 and can_step(self.model):
-            from ssd_lit.models.decoding.gpt2 import GPT2Step
+        if on_gpu and batch == 1 and runs_on(prompt):
+            from ssd_lit.models.decoding.gpt2 import GPT2Step, can_step
 
-            self._kernels = GPT2Step(self.model, self._last, self._position, self._cache.places)
+            if can_step(self.model):
+                self._kernels = GPT2Step(self.model, self._last, self._position, self._cache.places)
         self._graph = self._captured(self._step) if on_gpu else None
         self._reading = self._captured(lambda: self._read(length)) if on_gpu else None
 

@@ -7,18 +7,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from triton import next_power_of_2
 
 from ssd_lit.models.decoding import kernels
 from ssd_lit.moe.backends.decode_gpu import COLUMNS, Choice, Norm, columns_of, down, rows_of_tile, up
 from ssd_lit.moe.backends.interface import Experts
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.kernels import early_launch, power_of_two
+from ssd_lit.moe.kernels import early_launch
 
 BLOCK, WARPS = 32, 8
 """Columns of an attention's map in a program, and its warps."""
 CHUNK = 64
 """Places of the cache that a program attends to."""
+WIDTHS, HEAD_WIDTHS = 64, 16
+"""What the model's width, and the width of a head, must be multiples of."""
+
+
+def can_step(model: nn.Module) -> bool:
+    """Whether a `GPT2Step` can be made of a model, in its present mode."""
+    if type(model) is not GPT2LMHeadModel:
+        return False
+    config, width = model.config, model.config.n_embd
+    plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx and not config.add_cross_attention
+    fits = plain and width % WIDTHS == 0 and width // config.n_head % HEAD_WIDTHS == 0
+    return fits and all(isinstance(layer.mlp, ExpertFFN) and _is_known(layer.mlp) for layer in model.transformer.h)
+
+
+def _is_known(ffn: ExpertFFN) -> bool:
+    chooses = ffn.backend in ("auto", "decode_gpu") and not ffn.oracle and ffn.router.expert_vectors() is not None
+    in_float = ffn.w_in.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return in_float and ffn.b_gate is None and not ffn.upcycled and (ffn.mode == "dense" or chooses)
 
 
 class _Layer:
@@ -29,7 +49,7 @@ class _Layer:
         self.ffn: ExpertFFN = block.mlp
         self.sparse = self.ffn.mode == "sparse" and not self.ffn.chooses_all
         self.shift, self.offset = (keys.new_zeros(self.ffn.experts, dtype=torch.float32) for _ in range(2))
-        self._versions: list[int] = []
+        self._versions: list[int] | None = None
 
     @property
     def experts(self) -> Experts:
@@ -54,8 +74,8 @@ class _Layer:
             return
         sources = (directions, norm.weight, norm.bias)
         # Tensors made in inference mode count no versions.
-        versions = [0 if source.is_inference() else source._version for source in sources]
-        if versions != self._versions or any(source.is_inference() for source in sources):
+        versions = None if any(source.is_inference() for source in sources) else [one._version for one in sources]
+        if versions is None or versions != self._versions:
             self._versions = versions
             self.shift.copy_(directions.float() @ norm.weight.float())
             self.offset.copy_(directions.float() @ norm.bias.float())
@@ -105,8 +125,8 @@ class GPT2Step:
         weight, norm, parts = self._model.lm_head.weight, _norm(base.ln_f, stats), len(self._best)
         kernels.unembed[(parts,)](
             self._x, *norm, weight, self._logits, self._best, self._counters, self.likeliest,
-            D=d, DP=power_of_two(d), V=len(weight), ROWS=self._rows, PARTS=parts, PARTS_PADDED=power_of_two(parts),
-            **norm.sizes(d), **self._early,
+            D=d, DP=next_power_of_2(d), V=len(weight), ROWS=self._rows, PARTS=parts,
+            PARTS_PADDED=next_power_of_2(parts), **norm.sizes(d), **self._early,
         )  # fmt: skip
         return self._logits
 
@@ -117,13 +137,14 @@ class GPT2Step:
         kernels.project[(3 * d // BLOCK,)](
             self._x, *norm, attention.c_attn.weight, attention.c_attn.bias, self._position,
             self._query, layer.keys, layer.values,
-            D=d, DP=power_of_two(d), W=width, N=places, COLUMNS=BLOCK, num_warps=WARPS, **norm.sizes(d), **self._early,
+            D=d, DP=next_power_of_2(d), W=width, N=places, COLUMNS=BLOCK, num_warps=WARPS,
+            **norm.sizes(d), **self._early,
         )  # fmt: skip
         kernels.attend[(heads, chunks)](
             self._query, layer.keys, layer.values, self._position, self._parts, self._counters, self._attended,
             attention.scaling,
-            W=width, WP=power_of_two(width), N=places, CHUNK=min(CHUNK, power_of_two(places)), CHUNKS=chunks,
-            CHUNKS_PADDED=power_of_two(chunks), **self._early,
+            W=width, WP=next_power_of_2(width), N=places, CHUNK=min(CHUNK, next_power_of_2(places)), CHUNKS=chunks,
+            CHUNKS_PADDED=next_power_of_2(chunks), **self._early,
         )  # fmt: skip
 
     def _ffn(self, layer: _Layer) -> Tensor:
@@ -134,8 +155,8 @@ class GPT2Step:
         kernels.mix[(d // BLOCK,)](
             self._attended, attention.c_proj.weight, attention.c_proj.bias, self._x, self._inner,
             ffn.router.expert_vectors(), norm.gain, products,
-            D=d, DP=power_of_two(d), COLUMNS=BLOCK, E=ffn.experts, EP=power_of_two(ffn.experts), SPARSE=layer.sparse,
-            num_warps=WARPS, **self._early,
+            D=d, DP=next_power_of_2(d), COLUMNS=BLOCK, E=ffn.experts, EP=next_power_of_2(ffn.experts),
+            SPARSE=layer.sparse, num_warps=WARPS, **self._early,
         )  # fmt: skip
         choice = layer.choice(products)
         hidden = up(self._x, experts, ffn.activation, choice, norm)

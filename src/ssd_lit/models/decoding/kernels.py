@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ssd_lit.moe.kernels.decode import last_to_arrive, load_stats, norm_factors, store_stats
+from ssd_lit.moe.kernels.decode import last_to_arrive, load_norm, load_row, normalised, store_stats
 
 
 @triton.jit
@@ -34,18 +34,15 @@ def project(
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     place = tl.arange(0, DP)
-    factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
-    added = tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
+    factor, added = load_norm(gain, bias, place, D)
     offset = tl.load(b + column).to(tl.float32)
     at = tl.load(position)
     tile = tl.load(w + place[:, None] * (3 * D) + column[None, :], mask=(place < D)[:, None], other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg")
-    means, deviations = load_stats(stats, BLOCKS, PADDED)
-    mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
-    row = (row - mean) * scale * factor + added
+    row, means, deviations = load_row(x, stats, place, D, True, BLOCKS, PADDED)
+    row = normalised(row, means, deviations, factor, added, eps, BLOCKS, PADDED, SIZE)
     total = tl.sum(tile.to(tl.float32) * row[:, None], axis=0) + offset
     which, inner = column // D, column % D
     cell = (inner // W * N + at) * W + inner % W
@@ -156,17 +153,14 @@ def unembed(
     part = tl.program_id(0)
     entry = part * ROWS + tl.arange(0, ROWS)
     place = tl.arange(0, DP)
-    factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
-    added = tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
+    factor, added = load_norm(gain, bias, place, D)
     at = w + entry.to(tl.int64)[:, None] * D + place[None, :]
     tile = tl.load(at, mask=(entry < V)[:, None] & (place < D)[None, :], other=0.0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg")
-    means, deviations = load_stats(stats, BLOCKS, PADDED)
-    mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
-    row = (row - mean) * scale * factor + added
+    row, means, deviations = load_row(x, stats, place, D, True, BLOCKS, PADDED)
+    row = normalised(row, means, deviations, factor, added, eps, BLOCKS, PADDED, SIZE)
     value = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
     tl.store(logits + entry, value, mask=entry < V)
     tl.store(best + part, tl.max(tl.where(entry < V, value, float("-inf")), axis=0))

@@ -5,13 +5,14 @@ chosen experts.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import decode, early_launch, few, power_of_two, precision
+from ssd_lit.moe.kernels import decode, early_launch, few, precision
 from ssd_lit.moe.routing import Routing
 
 TILE_BYTES = 2**15
@@ -60,18 +61,18 @@ def _several(x: Tensor, chosen: Tensor, weights: Tensor | None, experts: Experts
     slots, gated = min(b * k, e), experts.w_gate is not None
     matrix = x.new_empty(b, e, dtype=torch.float32)
     hidden, parts = x.new_empty(b, slots, h), x.new_empty(slots, b, d, dtype=torch.float32)
-    early = {"E": e, "EP": power_of_two(e), **early_launch(x)}
-    sizes = {**early, "TOKENS": max(16, power_of_two(b)), "PRECISION": precision(), "num_warps": 4, "num_stages": 4}
+    early = {"E": e, "EP": next_power_of_2(e), **early_launch(x)}
+    sizes = {**early, "TOKENS": max(16, next_power_of_2(b)), "PRECISION": precision(), "num_warps": 4, "num_stages": 4}
     few.spread[(b,)](chosen, weights, matrix, K=k, WEIGHTED=weights is not None, num_warps=1, **early)
-    neurons = min(32, max(16, power_of_two(h)))
+    neurons = min(32, max(16, next_power_of_2(h)))
     few.up[(slots * -(-h // neurons),)](
         x, matrix, experts.w_in, experts.w_gate, experts.b_in, hidden,
-        B=b, D=d, H=h, SLOTS=slots, NEURONS=neurons, INNER=min(128, max(16, power_of_two(d))),
+        B=b, D=d, H=h, SLOTS=slots, NEURONS=neurons, INNER=min(128, max(16, next_power_of_2(d))),
         ACTIVATION=activation, GATED=gated, BIAS=experts.b_in is not None, **sizes,
     )  # fmt: skip
     few.down[(-(-d // COLUMNS), slots)](
         hidden, matrix, experts.w_out, parts,
-        B=b, D=d, H=h, SLOTS=slots, INNER=min(64, max(16, power_of_two(h))), COLUMNS=COLUMNS, **sizes,
+        B=b, D=d, H=h, SLOTS=slots, INNER=min(64, max(16, next_power_of_2(h))), COLUMNS=COLUMNS, **sizes,
     )  # fmt: skip
     return parts
 
@@ -88,15 +89,15 @@ class Norm(NamedTuple):
     def sizes(self, d_model: int) -> dict[str, int]:
         """Blocks of a row of that width, and their size."""
         blocks = len(self.stats)
-        return {"BLOCKS": blocks, "PADDED": power_of_two(blocks), "SIZE": d_model // blocks}
+        return {"BLOCKS": blocks, "PADDED": next_power_of_2(blocks), "SIZE": d_model // blocks}
 
 
 @dataclass(frozen=True)
 class Choice:
     """How one token's experts are found."""
 
-    kind: str
-    """`all` experts, those `given`, or those of the best `scores`."""
+    kind: Literal["all", "given", "scores"]
+    """All experts, those given, or those of the best scores."""
     slots: int
     """Experts at most."""
     k: int = 1
@@ -122,15 +123,15 @@ class Choice:
 def up(x: Tensor, experts: Experts, activation: str, choice: Choice, norm: Norm | None = None) -> Tensor:
     """Activations [S, H] of the slots' neurons for one token x [D], which is normalised first."""
     (e, h, d), gated = experts.w_in.shape, experts.w_gate is not None
-    neurons = min(rows_of_tile(d, experts.w_in, pieces=1 + gated), power_of_two(h))
+    neurons = min(rows_of_tile(d, experts.w_in, pieces=1 + gated), next_power_of_2(h))
     hidden = x.new_empty(choice.slots, h, dtype=torch.float32)
     stats, gain, bias, eps = norm or (None, None, None, 0.0)
     decode.up[(choice.slots * -(-h // neurons),)](
         x, stats, gain, bias, eps, choice.products, choice.shift, choice.offset, choice.chosen, choice.weights,
         experts.w_in, experts.w_gate, experts.b_in, hidden, choice.tally,
-        D=d, DP=power_of_two(d), E=e, EP=power_of_two(e), H=h, NEURONS=neurons, **choice.sizes, TOTAL=choice.total,
-        WEIGHTED=choice.weights is not None, ACTIVATION=activation, GATED=gated, BIAS=experts.b_in is not None,
-        NORM=norm is not None, **_blocks(norm, d), **early_launch(x),
+        D=d, DP=next_power_of_2(d), E=e, EP=next_power_of_2(e), H=h, NEURONS=neurons, **choice.sizes,
+        TOTAL=choice.total, WEIGHTED=choice.weights is not None, ACTIVATION=activation, GATED=gated,
+        BIAS=experts.b_in is not None, NORM=norm is not None, **_blocks(norm, d), **early_launch(x),
     )  # fmt: skip
     return hidden
 
@@ -152,14 +153,14 @@ def down(
         kept = hidden.new_empty(parts, d)
         decode.down_in_parts[(-(-d // columns), parts)](
             hidden, w_out, b_out, kept, counters, y, stats,
-            D=d, F=slots * h, ROWS=rows, PARTS=parts, PADDED=power_of_two(parts), COLUMNS=columns, **kinds,
+            D=d, F=slots * h, ROWS=rows, PARTS=parts, PADDED=next_power_of_2(parts), COLUMNS=columns, **kinds,
         )  # fmt: skip
         return
     decode.down[(-(-d // columns),)](
         hidden, None if norm is None else norm.stats, 0.0 if norm is None else norm.eps,
         choice.products, choice.shift, choice.offset, choice.chosen, w_out, b_out, y, stats,
-        D=d, E=e, EP=power_of_two(e), H=h, SLOTS=slots, COLUMNS=columns, num_warps=8,
-        ROWS=min(2 * TILE_BYTES // (columns * w_out.element_size()), power_of_two(slots * h)),
+        D=d, E=e, EP=next_power_of_2(e), H=h, SLOTS=slots, COLUMNS=columns, num_warps=8,
+        ROWS=min(2 * TILE_BYTES // (columns * w_out.element_size()), next_power_of_2(slots * h)),
         **choice.sizes, **_blocks(norm, d), **kinds,
     )  # fmt: skip
 
@@ -175,4 +176,5 @@ def _blocks(norm: Norm | None, d_model: int) -> dict[str, int]:
 
 def rows_of_tile(width: int, weights: Tensor, pieces: int = 1) -> int:
     """Rows of so many weights each that a program takes, if it takes them of so many matrices."""
-    return max(1, min(16, TILE_BYTES // (pieces * power_of_two(width) * weights.element_size())))
+    bytes_of_row: int = pieces * next_power_of_2(width) * weights.element_size()
+    return max(1, min(16, TILE_BYTES // bytes_of_row))

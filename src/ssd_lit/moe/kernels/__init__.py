@@ -16,11 +16,6 @@ def runs_on(x: Tensor) -> bool:
     return _INSTALLED and (x.is_cuda or _INTERPRETED)
 
 
-def power_of_two(size: int) -> int:
-    """The next power of two: the ranges of a kernel have no other lengths."""
-    return 1 << (size - 1).bit_length()
-
-
 def early_launch(x: Tensor) -> dict[str, bool]:
     """Arguments of a kernel on x that may start before the one before it is done (programmatic dependent launch)."""
     able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)

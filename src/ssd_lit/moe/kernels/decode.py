@@ -25,6 +25,23 @@ def load_stats(stats, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def load_row(x, stats, place, D: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+    """A row x [D] in float32, and its stats (zeros unless NORM)."""
+    row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
+    means, deviations = tl.zeros([PADDED], tl.float32), tl.zeros([PADDED], tl.float32)
+    if NORM:
+        means, deviations = load_stats(stats, BLOCKS, PADDED)
+    return row, means, deviations
+
+
+@triton.jit
+def load_norm(gain, bias, place, D: tl.constexpr):
+    """Gain and bias [D] of a layer norm in float32."""
+    factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
+    return factor, tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def norm_factors(means, deviations, eps, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr):
     """Mean and reciprocal standard deviation of a row of BLOCKS blocks of SIZE.
 
@@ -33,6 +50,15 @@ def norm_factors(means, deviations, eps, BLOCKS: tl.constexpr, PADDED: tl.conste
     mean = tl.sum(means, axis=0) / BLOCKS
     between = tl.sum(tl.where(tl.arange(0, PADDED) < BLOCKS, (means - mean) * (means - mean), 0.0), axis=0)
     return mean, 1.0 / tl.sqrt((tl.sum(deviations, axis=0) + SIZE * between) / (BLOCKS * SIZE) + eps)
+
+
+@triton.jit
+def normalised(
+    row, means, deviations, factor, added, eps, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr
+):
+    """A row after a layer norm of gain `factor` and bias `added`."""
+    mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
+    return (row - mean) * scale * factor + added
 
 
 @triton.jit
@@ -109,8 +135,7 @@ def up(
     neuron = tl.program_id(0) % pieces * NEURONS + tl.arange(0, NEURONS)
     place, expert_place = tl.arange(0, DP), tl.arange(0, EP)
     if NORM:
-        factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
-        added = tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
+        factor, added = load_norm(gain, bias, place, D)
     if CHOICE == "scores":
         shifts = tl.load(shift + expert_place, mask=expert_place < E, other=0.0)
         offsets = tl.load(offset + expert_place, mask=expert_place < E, other=0.0)
@@ -121,9 +146,7 @@ def up(
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-        if NORM:
-            means, deviations = load_stats(stats, BLOCKS, PADDED)
+        row, means, deviations = load_row(x, stats, place, D, NORM, BLOCKS, PADDED)
         if CHOICE == "scores":
             score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
             taken, slots = _choose(score, E, EP, K, THRESHOLD)
@@ -154,12 +177,9 @@ def up(
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
-        row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-        if NORM:
-            means, deviations = load_stats(stats, BLOCKS, PADDED)
+        row, means, deviations = load_row(x, stats, place, D, NORM, BLOCKS, PADDED)
     if NORM:
-        mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
-        row = (row - mean) * scale * factor + added
+        row = normalised(row, means, deviations, factor, added, eps, BLOCKS, PADDED, SIZE)
     value = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
     if BIAS:
         value += before
