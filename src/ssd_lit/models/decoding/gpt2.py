@@ -17,8 +17,9 @@ from ssd_lit.moe.backends.interface import Experts
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels import early_launch
 
-BLOCK, WARPS = 32, 8
-"""Columns of an attention's map in a program, and its warps."""
+PROJECT = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
+MIX = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
+"""Columns of an attention's maps in a program, rows that it takes at a time, and its warps."""
 CHUNK = 64
 """Places of the cache that a program attends to."""
 WIDTHS, HEAD_WIDTHS = 64, 16
@@ -97,10 +98,11 @@ class GPT2Step:
         def floats(*shape: int) -> Tensor:
             return keys.new_zeros(*shape, dtype=torch.float32)
 
-        self._x, self._query, self._attended = floats(d), floats(d), floats(d)
-        self._embedded, self._inner = floats(d // COLUMNS, 2), floats(d // BLOCK, 2)
-        self._parts = floats(heads, -(-places // CHUNK), width + 2)
-        self._counters = torch.zeros(max(heads, d // COLUMNS), dtype=torch.int32, device=keys.device)
+        self._x, self._query = floats(d), floats(d)
+        self._embedded, self._inner = floats(d // COLUMNS, 2), floats(d // MIX["COLUMNS"], 2)
+        chunks = -(-places // CHUNK)
+        self._parts, self._sums = floats(heads, chunks, width), floats(heads, chunks, 2)
+        self._counters = torch.zeros(d // COLUMNS, dtype=torch.int32, device=keys.device)
         entries, self._rows = len(model.lm_head.weight), rows_of_tile(d, model.lm_head.weight)
         self._logits, self._best = floats(1, entries), floats(-(-entries // self._rows))
         self.likeliest = torch.zeros(1, dtype=torch.long, device=keys.device)
@@ -133,30 +135,27 @@ class GPT2Step:
     def _attention(self, layer: _Layer, stats: Tensor) -> None:
         attention, d = layer.block.attn, len(self._x)
         _, heads, places, width = layer.keys.shape
-        norm, chunks = _norm(layer.block.ln_1, stats), self._parts.shape[1]
-        kernels.project[(3 * d // BLOCK,)](
+        norm = _norm(layer.block.ln_1, stats)
+        kernels.project[(3 * d // PROJECT["COLUMNS"],)](
             self._x, *norm, attention.c_attn.weight, attention.c_attn.bias, self._position,
             self._query, layer.keys, layer.values,
-            D=d, DP=next_power_of_2(d), W=width, N=places, COLUMNS=BLOCK, num_warps=WARPS,
-            **norm.sizes(d), **self._early,
+            D=d, W=width, N=places, **PROJECT, **norm.sizes(d), **self._early,
         )  # fmt: skip
-        kernels.attend[(heads, chunks)](
-            self._query, layer.keys, layer.values, self._position, self._parts, self._counters, self._attended,
-            attention.scaling,
-            W=width, WP=next_power_of_2(width), N=places, CHUNK=min(CHUNK, next_power_of_2(places)), CHUNKS=chunks,
-            CHUNKS_PADDED=next_power_of_2(chunks), **self._early,
+        kernels.attend[self._parts.shape[:2]](
+            self._query, layer.keys, layer.values, self._position, self._parts, self._sums, attention.scaling,
+            W=width, WP=next_power_of_2(width), N=places, CHUNK=CHUNK, CHUNKS=self._parts.shape[1], **self._early,
         )  # fmt: skip
 
     def _ffn(self, layer: _Layer) -> Tensor:
         """Returns the new row's statistics."""
         attention, ffn, d = layer.block.attn, layer.ffn, len(self._x)
         norm, experts = _norm(layer.block.ln_2, self._inner), layer.experts
-        products = self._x.new_empty(d // BLOCK, ffn.experts)
-        kernels.mix[(d // BLOCK,)](
-            self._attended, attention.c_proj.weight, attention.c_proj.bias, self._x, self._inner,
-            ffn.router.expert_vectors(), norm.gain, products,
-            D=d, DP=next_power_of_2(d), COLUMNS=BLOCK, E=ffn.experts, EP=next_power_of_2(ffn.experts),
-            SPARSE=layer.sparse, num_warps=WARPS, **self._early,
+        products = self._x.new_empty(len(self._inner), ffn.experts)
+        kernels.mix[(len(self._inner),)](
+            self._parts, self._sums, self._position, attention.c_proj.weight, attention.c_proj.bias,
+            self._x, self._inner, ffn.router.expert_vectors(), norm.gain, products,
+            D=d, W=self._parts.shape[2], CHUNK=CHUNK, CHUNKS=self._parts.shape[1], E=ffn.experts,
+            EP=next_power_of_2(ffn.experts), SPARSE=layer.sparse, **MIX, **self._early,
         )  # fmt: skip
         choice = layer.choice(products)
         hidden = up(self._x, experts, ffn.activation, choice, norm)

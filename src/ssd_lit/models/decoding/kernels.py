@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ssd_lit.moe.kernels.decode import last_to_arrive, load_norm, load_row, normalised, store_stats
+from ssd_lit.moe.kernels.decode import last_to_arrive, load_norm, load_row, norm_factors, normalised, store_stats
 
 
 @triton.jit
@@ -25,25 +25,34 @@ def embed(tokens, position, token_table, position_table, x, stats, D: tl.constex
 @triton.jit
 def project(
     x, stats, gain, bias, eps, w, b, position, query, keys, values,
-    D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, W: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Query [D] of the normalised row, and its key and value into the cache [heads, N, W], at `position`.
 
-    w [D, 3 * D], b [3 * D].
+    w [D, 3 * D], b [3 * D]. A program takes COLUMNS columns, and ROWS rows at a time, the first of which it reads
+    before it waits.
     """
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    place = tl.arange(0, DP)
-    factor, added = load_norm(gain, bias, place, D)
-    offset = tl.load(b + column).to(tl.float32)
-    at = tl.load(position)
-    tile = tl.load(w + place[:, None] * (3 * D) + column[None, :], mask=(place < D)[:, None], other=0.0)
     if PDL:
         gdc_launch_dependents()
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.arange(0, ROWS)
+    tile = tl.load(w + place[:, None] * (3 * D) + column[None, :], mask=(place < D)[:, None], other=0.0)
+    factor, added = load_norm(gain, bias, place, D)
+    offset = tl.load(b + column)
+    at = tl.load(position)
+    if PDL:
         gdc_wait()
-    row, means, deviations = load_row(x, stats, place, D, True, BLOCKS, PADDED)
-    row = normalised(row, means, deviations, factor, added, eps, BLOCKS, PADDED, SIZE)
-    total = tl.sum(tile.to(tl.float32) * row[:, None], axis=0) + offset
+    row = load_row(x, place, D)
+    mean, scale = norm_factors(stats, eps, BLOCKS, SIZE)
+    total = tl.sum(tile.to(tl.float32) * normalised(row, mean, scale, factor, added)[:, None], axis=0)
+    for first in tl.static_range(ROWS, D, ROWS):
+        place = first + tl.arange(0, ROWS)
+        tile = tl.load(w + place[:, None] * (3 * D) + column[None, :], mask=(place < D)[:, None], other=0.0)
+        factor, added = load_norm(gain, bias, place, D)
+        row = normalised(load_row(x, place, D), mean, scale, factor, added)
+        total += tl.sum(tile.to(tl.float32) * row[:, None], axis=0)
+    total += offset.to(tl.float32)
     which, inner = column // D, column % D
     cell = (inner // W * N + at) * W + inner % W
     tl.store(query + inner, total, mask=which == 0)
@@ -53,98 +62,106 @@ def project(
 
 @triton.jit
 def attend(
-    query, keys, values, position, parts, counters, y, scale,
-    W: tl.constexpr, WP: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr, PDL: tl.constexpr,
+    query, keys, values, position, parts, sums, scale,
+    W: tl.constexpr, WP: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y [D]: attention of one head to the places up to `position`; a program reads CHUNK of them.
+    """Parts of the attention of each head to the places up to `position`, of CHUNK places each.
 
-    The last program of a head puts its parts together: weighted values, the largest score and the sum of weights.
+    parts [heads, CHUNKS, W]: weighted values; sums [heads, CHUNKS, 2]: the largest score, and the sum of the weights,
+    that of the largest score being 1.
     """
     head, chunk = tl.program_id(0), tl.program_id(1)
     at = tl.load(position)
     if chunk * CHUNK > at:
         return
+    if PDL:
+        gdc_launch_dependents()
     place = chunk * CHUNK + tl.arange(0, CHUNK)
     width = tl.arange(0, WP)
     inside = width < W
     cell = (head * N + place)[:, None] * W + width[None, :]
     # Those before this token do not wait for it.
-    known = (place < at)[:, None] & inside[None, :]
+    known, newest = (place < at)[:, None] & inside[None, :], (place == at)[:, None] & inside[None, :]
     key = tl.load(keys + cell, mask=known, other=0.0)
     value = tl.load(values + cell, mask=known, other=0.0)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
-    own = (head * N + at) * W + width
-    own_key = tl.load(keys + own, mask=inside, other=0.0, cache_modifier=".cg")
-    own_value = tl.load(values + own, mask=inside, other=0.0, cache_modifier=".cg")
     asked = tl.load(query + head * W + width, mask=inside, other=0.0, cache_modifier=".cg") * scale
-    newest = (place == at)[:, None]
-    key = tl.where(newest, own_key[None, :], key).to(tl.float32)
-    value = tl.where(newest, own_value[None, :], value).to(tl.float32)
+    own_key = tl.load(keys + cell, mask=newest, other=0.0, cache_modifier=".cg")
+    own_value = tl.load(values + cell, mask=newest, other=0.0, cache_modifier=".cg")
+    key, value = tl.where(newest, own_key, key).to(tl.float32), tl.where(newest, own_value, value).to(tl.float32)
     score = tl.where(place <= at, tl.sum(key * asked[None, :], axis=1), float("-inf"))
     most = tl.max(score, axis=0)
     weight = tl.exp(score - most)
-    total = tl.sum(weight[:, None] * value, axis=0)
-    if CHUNKS == 1:
-        tl.store(y + head * W + width, total / tl.sum(weight, axis=0), mask=inside)
-    else:
-        part_at = parts + (head * CHUNKS + chunk) * (W + 2)
-        tl.store(part_at + width, total, mask=inside)
-        tl.store(part_at + W, most)
-        tl.store(part_at + W + 1, tl.sum(weight, axis=0))
-        chunks = at // CHUNK + 1
-        if last_to_arrive(counters + head, chunks):
-            every = tl.arange(0, CHUNKS_PADDED)
-            there = every < chunks
-            every_at = parts + (head * CHUNKS + every) * (W + 2)
-            mask = there[:, None] & inside[None, :]
-            highest = tl.load(every_at + W, mask=there, other=float("-inf"), cache_modifier=".cg")
-            sums = tl.load(every_at + W + 1, mask=there, other=0.0, cache_modifier=".cg")
-            totals = tl.load(every_at[:, None] + width[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-            factor = tl.exp(highest - tl.max(highest, axis=0))
-            mean = tl.sum(totals * factor[:, None], axis=0) / tl.sum(sums * factor, axis=0)
-            tl.store(y + head * W + width, mean, mask=inside)
+    part = head * CHUNKS + chunk
+    tl.store(parts + part * W + width, tl.sum(weight[:, None] * value, axis=0), mask=inside)
+    tl.store(sums + 2 * part, most)
+    tl.store(sums + 2 * part + 1, tl.sum(weight, axis=0))
+
+
+@triton.jit
+def _attended(parts, sums, place, chunks, D: tl.constexpr, W: tl.constexpr, CHUNKS: tl.constexpr):
+    """What the heads attended to, put together of so many parts, at some places of [D]."""
+    inside, first = place < D, place // W * CHUNKS
+    most = tl.full(place.shape, float("-inf"), tl.float32)
+    weights, total = tl.zeros(place.shape, tl.float32), tl.zeros(place.shape, tl.float32)
+    for chunk in range(chunks):
+        at = first + chunk
+        highest = tl.load(sums + 2 * at, mask=inside, other=0.0, cache_modifier=".cg")
+        weight = tl.load(sums + 2 * at + 1, mask=inside, other=1.0, cache_modifier=".cg")
+        value = tl.load(parts + at * W + place % W, mask=inside, other=0.0, cache_modifier=".cg")
+        top = tl.maximum(most, highest)
+        before, now = tl.exp(most - top), tl.exp(highest - top)
+        weights, total, most = weights * before + weight * now, total * before + value * now, top
+    return total / weights
 
 
 @triton.jit
 def mix(
-    attended, w, b, x, stats, directions, gain, products,
-    D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    SPARSE: tl.constexpr, PDL: tl.constexpr,
+    parts, sums, position, w, b, x, stats, directions, gain, products,
+    D: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SPARSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [D] += attended [D] @ w + b, and the new row's stats by blocks of COLUMNS.
+    """x [D] += what the heads attended to (`attend`) @ w + b, and the new row's stats by blocks of COLUMNS.
 
     If SPARSE, also each block's part in the router's scores, products [blocks, E]: the directions [E, D], times the
-    next norm's gain, times x.
+    next norm's gain, times x. Rows are taken as in `project`.
     """
-    block = tl.program_id(0)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    place, expert = tl.arange(0, DP), tl.arange(0, EP)
-    tile = tl.load(w + place[:, None] * D + column[None, :], mask=(place < D)[:, None], other=0.0)
-    added = tl.load(b + column).to(tl.float32)
-    if SPARSE:
-        at = directions + expert[:, None] * D + column[None, :]
-        direction = tl.load(at, mask=(expert < E)[:, None], other=0.0).to(tl.float32)
-        direction *= tl.load(gain + column).to(tl.float32)[None, :]
     if PDL:
         gdc_launch_dependents()
+    block = tl.program_id(0)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    place, expert = tl.arange(0, ROWS), tl.arange(0, EP)
+    tile = tl.load(w + place[:, None] * D + column[None, :], mask=(place < D)[:, None], other=0.0)
+    added = tl.load(b + column)
+    chunks = tl.load(position) // CHUNK + 1
+    if SPARSE:
+        at = directions + expert[:, None] * D + column[None, :]
+        direction = tl.load(at, mask=(expert < E)[:, None], other=0.0)
+        factor = tl.load(gain + column)
+    if PDL:
         gdc_wait()
-    row = tl.load(attended + place, mask=place < D, other=0.0, cache_modifier=".cg")
-    added += tl.load(x + column, cache_modifier=".cg")
-    total = tl.sum(tile.to(tl.float32) * row[:, None], axis=0) + added
+    before = tl.load(x + column, cache_modifier=".cg")
+    row = _attended(parts, sums, place, chunks, D, W, CHUNKS)
+    total = tl.sum(tile.to(tl.float32) * row[:, None], axis=0)
+    for first in tl.static_range(ROWS, D, ROWS):
+        place = first + tl.arange(0, ROWS)
+        tile = tl.load(w + place[:, None] * D + column[None, :], mask=(place < D)[:, None], other=0.0)
+        row = _attended(parts, sums, place, chunks, D, W, CHUNKS)
+        total += tl.sum(tile.to(tl.float32) * row[:, None], axis=0)
+    total += before + added.to(tl.float32)
     tl.store(x + column, total)
     store_stats(stats, block, total, COLUMNS)
     if SPARSE:
-        tl.store(products + block * E + expert, tl.sum(direction * total[None, :], axis=1), mask=expert < E)
+        product = direction.to(tl.float32) * (factor.to(tl.float32) * total)[None, :]
+        tl.store(products + block * E + expert, tl.sum(product, axis=1), mask=expert < E)
 
 
 @triton.jit
 def unembed(
     x, stats, gain, bias, eps, w, logits, best, counter, likeliest,
     D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+    PARTS_PADDED: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """logits [V] in float32, the normalised row times w [V, D]; and the likeliest token, the first of equals.
 
@@ -159,8 +176,8 @@ def unembed(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, means, deviations = load_row(x, stats, place, D, True, BLOCKS, PADDED)
-    row = normalised(row, means, deviations, factor, added, eps, BLOCKS, PADDED, SIZE)
+    mean, scale = norm_factors(stats, eps, BLOCKS, SIZE)
+    row = normalised(load_row(x, place, D), mean, scale, factor, added)
     value = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
     tl.store(logits + entry, value, mask=entry < V)
     tl.store(best + part, tl.max(tl.where(entry < V, value, float("-inf")), axis=0))

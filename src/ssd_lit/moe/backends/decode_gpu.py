@@ -89,7 +89,7 @@ class Norm(NamedTuple):
     def sizes(self, d_model: int) -> dict[str, int]:
         """Blocks of a row of that width, and their size."""
         blocks = len(self.stats)
-        return {"BLOCKS": blocks, "PADDED": next_power_of_2(blocks), "SIZE": d_model // blocks}
+        return {"BLOCKS": blocks, "SIZE": d_model // blocks}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def columns_of(choice: Choice) -> int:
 
 
 def _blocks(norm: Norm | None, d_model: int) -> dict[str, int]:
-    return {"BLOCKS": 1, "PADDED": 1, "SIZE": d_model} if norm is None else norm.sizes(d_model)
+    sizes = {"BLOCKS": 1, "SIZE": d_model} if norm is None else norm.sizes(d_model)
+    return {**sizes, "PADDED": next_power_of_2(sizes["BLOCKS"])}
 
 
 def rows_of_tile(width: int, weights: Tensor, pieces: int = 1) -> int:

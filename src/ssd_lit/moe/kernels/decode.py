@@ -1,8 +1,8 @@
 """The FFN of one token in two kernels, for generation: only the chosen experts' weights are read, in place and once.
 
 A step of generation is a chain of small kernels; its time is that of reading weights, and of waiting for each other. So
-each kernel lets the next one start early (programmatic dependent launch), which reads what does not change in a step
-before it waits for what this one computes. Whatever an earlier kernel of the chain wrote is read past the L1 cache, and
+each kernel lets the next one start at once (programmatic dependent launch), which reads what does not change in a step
+before it waits for what this one computes, and converts nothing before, which would wait for the reading. Whatever an earlier kernel of the chain wrote is read past the L1 cache, and
 as much of it at once as possible: a load behind a sum begins only when the sum is there.
 
 Shape letters: D model width, E experts, H neurons of one expert, S slots: places for chosen experts. DP and EP are D
@@ -17,48 +17,43 @@ from ssd_lit.moe.kernels.activations import activate, softplus
 
 
 @triton.jit
-def load_stats(stats, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    """Means and squared deviations of a row's blocks, stats [BLOCKS, 2], as `store_stats` wrote them."""
-    block = tl.arange(0, PADDED)
-    means = tl.load(stats + 2 * block, mask=block < BLOCKS, other=0.0, cache_modifier=".cg")
-    return means, tl.load(stats + 2 * block + 1, mask=block < BLOCKS, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def load_row(x, stats, place, D: tl.constexpr, NORM: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    """A row x [D] in float32, and its stats (zeros unless NORM)."""
-    row = tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
-    means, deviations = tl.zeros([PADDED], tl.float32), tl.zeros([PADDED], tl.float32)
-    if NORM:
-        means, deviations = load_stats(stats, BLOCKS, PADDED)
-    return row, means, deviations
+def load_row(x, place, D: tl.constexpr):
+    """A row x [D] in float32."""
+    return tl.load(x + place, mask=place < D, other=0.0, cache_modifier=".cg").to(tl.float32)
 
 
 @triton.jit
 def load_norm(gain, bias, place, D: tl.constexpr):
-    """Gain and bias [D] of a layer norm in float32."""
-    factor = tl.load(gain + place, mask=place < D, other=0.0).to(tl.float32)
-    return factor, tl.load(bias + place, mask=place < D, other=0.0).to(tl.float32)
+    """Gain and bias [D] of a layer norm as they are stored: a conversion would wait for them."""
+    return tl.load(gain + place, mask=place < D, other=0.0), tl.load(bias + place, mask=place < D, other=0.0)
 
 
 @triton.jit
-def norm_factors(means, deviations, eps, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr):
-    """Mean and reciprocal standard deviation of a row of BLOCKS blocks of SIZE.
+def norm_factors(stats, eps, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    """Mean and reciprocal standard deviation of a row of BLOCKS blocks of SIZE, by stats [BLOCKS, 2] (`store_stats`).
 
-    Deviations from each block's own mean add up without cancellation.
+    Deviations from each block's own mean, and those of the means from the first, add up without cancellation. Blocks
+    are taken 32 at a time, as one warp holds them: sums within a warp need no barrier.
     """
-    mean = tl.sum(means, axis=0) / BLOCKS
-    between = tl.sum(tl.where(tl.arange(0, PADDED) < BLOCKS, (means - mean) * (means - mean), 0.0), axis=0)
-    return mean, 1.0 / tl.sqrt((tl.sum(deviations, axis=0) + SIZE * between) / (BLOCKS * SIZE) + eps)
+    lane = tl.arange(0, 32)
+    first_mean = tl.load(stats, cache_modifier=".cg")
+    off, squares = tl.zeros([32], tl.float32), tl.zeros([32], tl.float32)
+    for first in tl.static_range(0, BLOCKS, 32):
+        inside = first + lane < BLOCKS
+        mean = tl.load(stats + 2 * (first + lane), mask=inside, other=0.0, cache_modifier=".cg")
+        deviation = tl.load(stats + 2 * (first + lane) + 1, mask=inside, other=0.0, cache_modifier=".cg")
+        difference = tl.where(inside, mean - first_mean, 0.0)
+        off += difference
+        squares += deviation + SIZE * difference * difference
+    shift = tl.sum(off, axis=0) / BLOCKS
+    variance = tl.sum(squares, axis=0) / (BLOCKS * SIZE) - shift * shift
+    return first_mean + shift, 1.0 / tl.sqrt(variance + eps)
 
 
 @triton.jit
-def normalised(
-    row, means, deviations, factor, added, eps, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr
-):
-    """A row after a layer norm of gain `factor` and bias `added`."""
-    mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
-    return (row - mean) * scale * factor + added
+def normalised(row, mean, scale, gain, bias):
+    """A row after a layer norm, given its factors."""
+    return (row - mean) * scale * gain.to(tl.float32) + bias.to(tl.float32)
 
 
 @triton.jit
@@ -100,8 +95,8 @@ def _choose(score, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, THRESHOLD
 
 @triton.jit
 def _score(
-    products, shift, offset, means, deviations, eps,
-    E: tl.constexpr, EP: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
+    products, shift, offset, mean, scale,
+    E: tl.constexpr, EP: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """[EP]: the dot products of the router's directions with a normalised row.
 
@@ -113,7 +108,6 @@ def _score(
         products + block[:, None] * E + expert[None, :],
         mask=(block < BLOCKS)[:, None] & (expert < E)[None, :], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
-    mean, scale = norm_factors(means, deviations, eps, BLOCKS, PADDED, SIZE)
     return (tl.sum(parts, axis=0) - mean * shift) * scale + offset
 
 
@@ -134,6 +128,8 @@ def up(
     slot = tl.program_id(0) // pieces
     neuron = tl.program_id(0) % pieces * NEURONS + tl.arange(0, NEURONS)
     place, expert_place = tl.arange(0, DP), tl.arange(0, EP)
+    if CHOICE == "all" and PDL:
+        gdc_launch_dependents()
     if NORM:
         factor, added = load_norm(gain, bias, place, D)
     if CHOICE == "scores":
@@ -146,9 +142,11 @@ def up(
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        row, means, deviations = load_row(x, stats, place, D, NORM, BLOCKS, PADDED)
+        row = load_row(x, place, D)
+        if NORM:
+            mean, scale = norm_factors(stats, eps, BLOCKS, SIZE)
         if CHOICE == "scores":
-            score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
+            score = _score(products, shifts, offsets, mean, scale, E, EP, BLOCKS, PADDED)
             taken, slots = _choose(score, E, EP, K, THRESHOLD)
             if THRESHOLD >= 0:
                 if tl.program_id(0) == 0:
@@ -172,17 +170,18 @@ def up(
     if GATED:
         gate_tile = tl.load(w_gate + row_at[:, None] * D + place[None, :], mask=mask, other=0.0)
     if BIAS:
-        before = tl.load(b_in + row_at, mask=inside, other=0.0).to(tl.float32)
+        before = tl.load(b_in + row_at, mask=inside, other=0.0)
     if CHOICE == "all":
         if PDL:
-            gdc_launch_dependents()
             gdc_wait()
-        row, means, deviations = load_row(x, stats, place, D, NORM, BLOCKS, PADDED)
+        row = load_row(x, place, D)
+        if NORM:
+            mean, scale = norm_factors(stats, eps, BLOCKS, SIZE)
     if NORM:
-        row = normalised(row, means, deviations, factor, added, eps, BLOCKS, PADDED, SIZE)
+        row = normalised(row, mean, scale, factor, added)
     value = tl.sum(tile.to(tl.float32) * row[None, :], axis=1)
     if BIAS:
-        value += before
+        value += before.to(tl.float32)
     if GATED:
         value *= activate(tl.sum(gate_tile.to(tl.float32) * row[None, :], axis=1), ACTIVATION)
     else:
@@ -207,7 +206,7 @@ def _rows_of_slots(
         w_out + (expert * H + row % H).to(tl.int64)[:, None] * D + column[None, :],
         mask=inside[:, None] & (column < D)[None, :], other=0.0,
     )  # fmt: skip
-    return tile.to(tl.float32), inside
+    return tile, inside
 
 
 @triton.jit
@@ -223,30 +222,33 @@ def down(
     A program takes COLUMNS columns, and ROWS neurons at a time, the first of which it reads before it waits.
     """
     taken, slots = 0, 0
+    if PDL:
+        gdc_launch_dependents()
     if CHOICE == "scores":
         place = tl.arange(0, EP)
         shifts = tl.load(shift + place, mask=place < E, other=0.0)
         offsets = tl.load(offset + place, mask=place < E, other=0.0)
-        means, deviations = load_stats(stats_before, BLOCKS, PADDED)
-        score = _score(products, shifts, offsets, means, deviations, eps, E, EP, BLOCKS, PADDED, SIZE)
+        mean, scale = norm_factors(stats_before, eps, BLOCKS, SIZE)
+        score = _score(products, shifts, offsets, mean, scale, E, EP, BLOCKS, PADDED)
         taken, slots = _choose(score, E, EP, K, THRESHOLD)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
     tile, inside = _rows_of_slots(row, w_out, column, taken, slots, chosen, D, E, EP, H, SLOTS, CHOICE)
-    value = tl.zeros([COLUMNS], tl.float32)
     if BIAS:
-        value += tl.load(b_out + column, mask=column < D, other=0.0).to(tl.float32)
+        added = tl.load(b_out + column, mask=column < D, other=0.0)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     neurons = tl.load(hidden + row, mask=inside, other=0.0, cache_modifier=".cg")
+    value = tl.zeros([COLUMNS], tl.float32)
     if RESIDUAL:
         value += tl.load(y + column, mask=column < D, other=0.0, cache_modifier=".cg")
-    value += tl.sum(tile * neurons[:, None], axis=0)
+    if BIAS:
+        value += added.to(tl.float32)
+    value += tl.sum(tile.to(tl.float32) * neurons[:, None], axis=0)
     for first in tl.static_range(ROWS, SLOTS * H, ROWS):
         tile, inside = _rows_of_slots(first + row, w_out, column, taken, slots, chosen, D, E, EP, H, SLOTS, CHOICE)
         neurons = tl.load(hidden + first + row, mask=inside, other=0.0, cache_modifier=".cg")
-        value += tl.sum(tile * neurons[:, None], axis=0)
+        value += tl.sum(tile.to(tl.float32) * neurons[:, None], axis=0)
     tl.store(y + column, value.to(y.dtype.element_ty), mask=column < D)
     if RESIDUAL:
         store_stats(stats, tl.program_id(0), value, COLUMNS)
@@ -260,21 +262,24 @@ def down_in_parts(
 ):  # fmt: skip
     """As `down`, of all F neurons: a program takes ROWS of them, the last one adds up the PARTS of its columns."""
     part = tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = part * ROWS + tl.arange(0, ROWS)
     inside, within = row < F, column < D
     tile = tl.load(
         w_out + row.to(tl.int64)[:, None] * D + column[None, :], mask=inside[:, None] & within[None, :], other=0.0
     )
-    added = tl.zeros([COLUMNS], tl.float32)
     if BIAS:
-        added += tl.load(b_out + column, mask=within, other=0.0).to(tl.float32)
+        bias = tl.load(b_out + column, mask=within, other=0.0)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     values = tl.load(hidden + row, mask=inside, other=0.0, cache_modifier=".cg")
+    added = tl.zeros([COLUMNS], tl.float32)
     if RESIDUAL:
         added += tl.load(y + column, mask=within, other=0.0, cache_modifier=".cg")
+    if BIAS:
+        added += bias.to(tl.float32)
     tl.store(parts + part * D + column, tl.sum(tile.to(tl.float32) * values[:, None], axis=0), mask=within)
     if last_to_arrive(counters + tl.program_id(0), PARTS):
         every = tl.arange(0, PADDED)
