@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssd_lit.moe import assignment
-from ssd_lit.moe.assignment import balanced_assignment
+from ssd_lit.moe.assignment import assign, balanced_assignment
 from ssd_lit.moe.clustering import balanced_kmeans, balanced_kmeans_layers, normalised_rows, random_balanced
 from tests.moe.cheapest import assert_cheapest
 
@@ -40,6 +40,16 @@ def test_the_assignment_is_the_cheapest_balanced_one(n: int, clusters: int, kind
     cost = np.stack([costs(kind, n, clusters, seed) for seed in range(3)])
     labels = balanced_assignment(torch.from_numpy(cost)).numpy()
     for one, found in zip(cost, labels, strict=True):
+        assert_cheapest(one, found)
+
+
+@pytest.mark.parametrize("kind", ["normal", "many ties", "equal rows", "heavy tails"])
+@pytest.mark.parametrize("change", [1e-3, 0.1, 2.0])
+def test_prices_of_other_costs_lead_to_the_cheapest_assignment_too(kind: str, change: float) -> None:
+    cost = np.stack([costs(kind, 240, 8, seed) for seed in range(2)])
+    other = np.stack([costs("normal", 240, 8, seed) for seed in (5, 6)])
+    prices = assign(torch.from_numpy(cost + change * other))[1]
+    for one, found in zip(cost, assign(torch.from_numpy(cost), prices)[0].numpy(), strict=True):
         assert_cheapest(one, found)
 
 

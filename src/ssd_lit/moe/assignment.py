@@ -28,6 +28,11 @@ TEMPERATURES = [2.0**-level for level in range(-2, 17)]
 Half as many temperatures and more steps at each, or a lower first one, sometimes leave a column hundreds of rows off.
 """
 
+FOLLOWING_TEMPERATURES = TEMPERATURES[7:]
+"""Temperatures that do from the prices of nearly the same costs, such as those of the round before.
+
+From a draft's prices they would leave some ten rows in the wrong column."""
+
 FREE_ROWS = 8
 """Rows for each column that may move in the first exact attempt, if prices leave some in the wrong column."""
 
@@ -45,7 +50,7 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     Exact, for any cost that is finite.
     """
     problems = cost.flatten(0, -3) if cost.ndim > 2 else cost[None]
-    return _assign(problems.double()).view(cost.shape[:-1])
+    return assign(problems)[0].view(cost.shape[:-1])
 
 
 def nearest(cost: Tensor) -> Tensor:
@@ -59,11 +64,17 @@ def centred_costs(cost: Tensor) -> Tensor:
     return cost.sub_(cost.mean(2, keepdim=True))
 
 
-def _assign(cost: Tensor) -> Tensor:
-    """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E] in float64."""
+def assign(cost: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E], and the prices [P, E] that led to them.
+
+    With the `prices` of nearly the same costs they are found sooner.
+    """
     n, n_columns = cost.shape[1:]
-    cost = centred_costs(cost)
-    prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), TEMPERATURES)
+    cost = centred_costs(cost.double())
+    if prices is None:
+        prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), TEMPERATURES)
+    else:
+        prices = find_prices(cost, prices.double(), FOLLOWING_TEMPERATURES)
     reduced = cost - prices[:, None]
     labels = nearest(reduced)
     size = n // n_columns
@@ -74,7 +85,7 @@ def _assign(cost: Tensor) -> Tensor:
     for problem, to_settle in enumerate(unbalanced.tolist()):
         if to_settle:
             _settle(reduced[problem], labels[problem], size)
-    return labels
+    return labels, prices
 
 
 def in_kernels(x: Tensor, n_columns: int) -> bool:

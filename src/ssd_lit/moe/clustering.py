@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_lit.moe.assignment import TEMPERATURES, balanced_assignment, centred_costs, find_prices, in_kernels, nearest
+from ssd_lit.moe.assignment import TEMPERATURES, assign, centred_costs, find_prices, in_kernels, nearest
 from ssd_lit.moe.graphs import replayed
 
 SEED_ROWS = 48
@@ -247,10 +247,12 @@ def _refine(x: Tensor, centers: Tensor, init: Tensor | None) -> Tensor:
         before = _centers(x, init[:, None], n_clusters)
         inertia[:, -1:] = _inertia(squares, before, x.shape[1])
         # If it has converged, its drafts could only be worse.
-        means = _centers(x, balanced_assignment(_costs(x, before)), n_clusters)
+        means = _centers(x, assign(_costs(x, before).flatten(0, 1))[0].view(layers, 1, -1), n_clusters)
         going[:, -1:] = _inertia(squares, means, x.shape[1]) < inertia[:, -1:] * (1 - LEAST_GAIN)
+    prices = None
     for _ in range(EXACT_ROUNDS):
-        new = balanced_assignment(_costs(x, centers))
+        found, prices = assign(_costs(x, centers).flatten(0, 1), prices)
+        new = found.view_as(labels)
         centers = _centers(x, new, n_clusters)
         reached = _inertia(squares, centers, x.shape[1])
         going &= reached < inertia * (1 - LEAST_GAIN)

@@ -1,7 +1,9 @@
 """Newton's steps of a balanced assignment, all of them in one launch; `moe.assignment` says what they are for.
 
 One program takes one problem through all steps: a step reads the costs once, and a launch of every operation of a step
-would take longer. Shape letters: P problems, n rows, E columns.
+would take longer. Costs are float32, which is a hundredth of the lowest temperature; prices are added up in float64.
+The Hessian is a sum of TF32 products: it stays a matrix whose rows add up to zero, with entries right to a thousandth,
+and so are the steps. Shape letters: P problems, n rows, E columns.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ def newton_steps(cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Seq
     result = prices.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     levels = _on_device(tuple(temperatures), cost.device)
     _newton_steps[(n_problems,)](
-        cost.contiguous(), result, spread.double(), levels, n, n_columns, len(levels),
+        cost.float().contiguous(), result, spread.double(), levels, n, n_columns, len(levels),
         ROWS=ROWS, COLUMNS=max(16, triton.next_power_of_2(n_columns)), num_warps=WARPS,
     )  # fmt: skip
     return result.to(prices.dtype)
@@ -45,22 +47,22 @@ def _newton_steps(cost, prices, spread, levels, n, E, steps, ROWS: tl.constexpr,
     size = (n // E).to(tl.float32)
     # The Hessian is singular along equal prices; columns that are only padding stay by themselves.
     fix = tl.where(both, 1.0 / E, 0.0) + tl.where(eye, tl.where(inside[:, None], 1e-3, 1.0), 0.0)
+    cost += problem.to(tl.int64) * n * E
     price = tl.load(prices + problem * E + column, mask=inside, other=0.0)
     for step in range(steps):
         temperature = unit * tl.load(levels + step)
-        scale = 1.0 / temperature
+        scale = (1.0 / temperature).to(tl.float32)
+        now = price.to(tl.float32)
         gram = tl.zeros([COLUMNS, COLUMNS], tl.float32)
         count = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, n, ROWS):
             row = start + tl.arange(0, ROWS)
             there = (row < n)[:, None] & inside[None, :]
-            at = (problem.to(tl.int64) * n + row)[:, None] * E + column[None, :]
-            value = tl.load(cost + at, mask=there, other=0.0).to(tl.float64)
-            # In float64 until the largest is taken off: costs are up to a million temperatures.
-            scaled = tl.where(inside[None, :], (price[None, :] - value) * scale, float("-inf"))
-            power = tl.exp((scaled - tl.max(scaled, axis=1)[:, None]).to(tl.float32))
+            value = tl.load(cost + row[:, None] * E + column[None, :], mask=there, other=0.0)
+            reduced = tl.where(inside[None, :], now[None, :] - value, float("-inf"))
+            power = tl.exp((reduced - tl.max(reduced, axis=1)[:, None]) * scale)
             share = tl.where(there, power / tl.sum(power, axis=1)[:, None], 0.0)
-            gram += tl.dot(tl.trans(share), share, input_precision="ieee")
+            gram += tl.dot(tl.trans(share), share, input_precision="tf32")
             count += tl.sum(share, axis=0)
         # The rows of the Hessian add up to zero, and sums do not cancel as count - gram does.
         others = tl.where(eye, 0.0, gram)
