@@ -20,8 +20,8 @@ from ssd_lit.moe.kernels import early_launch
 PROJECT = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
 MIX = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
 """Columns of an attention's maps in a program, rows that it takes at a time, and its warps."""
-CHUNK = 64
-"""Places of the cache that a program attends to."""
+ATTEND = {"CHUNK": 64, "num_warps": 4}
+"""Places of the cache that a program attends to, and its warps."""
 WIDTHS, HEAD_WIDTHS = 64, 16
 """What the model's width, and the width of a head, must be multiples of."""
 
@@ -100,7 +100,7 @@ class GPT2Step:
 
         self._x, self._query = floats(d), floats(d)
         self._embedded, self._inner = floats(d // COLUMNS, 2), floats(d // MIX["COLUMNS"], 2)
-        chunks = -(-places // CHUNK)
+        chunks = -(-places // ATTEND["CHUNK"])
         self._parts, self._sums = floats(heads, chunks, width), floats(heads, chunks, 2)
         self._counters = torch.zeros(d // COLUMNS, dtype=torch.int32, device=keys.device)
         entries, self._rows = len(model.lm_head.weight), rows_of_tile(d, model.lm_head.weight)
@@ -134,7 +134,7 @@ class GPT2Step:
 
     def _attention(self, layer: _Layer, stats: Tensor) -> None:
         attention, d = layer.block.attn, len(self._x)
-        _, heads, places, width = layer.keys.shape
+        places, width = layer.keys.shape[2:]
         norm = _norm(layer.block.ln_1, stats)
         kernels.project[(3 * d // PROJECT["COLUMNS"],)](
             self._x, *norm, attention.c_attn.weight, attention.c_attn.bias, self._position,
@@ -143,7 +143,7 @@ class GPT2Step:
         )  # fmt: skip
         kernels.attend[self._parts.shape[:2]](
             self._query, layer.keys, layer.values, self._position, self._parts, self._sums, attention.scaling,
-            W=width, WP=next_power_of_2(width), N=places, CHUNK=CHUNK, CHUNKS=self._parts.shape[1], **self._early,
+            W=width, WP=next_power_of_2(width), N=places, CHUNKS=self._parts.shape[1], **ATTEND, **self._early,
         )  # fmt: skip
 
     def _ffn(self, layer: _Layer) -> Tensor:
@@ -154,7 +154,7 @@ class GPT2Step:
         kernels.mix[(len(self._inner),)](
             self._parts, self._sums, self._position, attention.c_proj.weight, attention.c_proj.bias,
             self._x, self._inner, ffn.router.expert_vectors(), norm.gain, products,
-            D=d, W=self._parts.shape[2], CHUNK=CHUNK, CHUNKS=self._parts.shape[1], E=ffn.experts,
+            D=d, W=self._parts.shape[2], CHUNK=ATTEND["CHUNK"], CHUNKS=self._parts.shape[1], E=ffn.experts,
             EP=next_power_of_2(ffn.experts), SPARSE=layer.sparse, **MIX, **self._early,
         )  # fmt: skip
         choice = layer.choice(products)
