@@ -1,6 +1,7 @@
 """The sparse FFN alone against the dense one and against peers, on a GPU in bfloat16, side by side in one run.
 
     python benchmarks/ffn.py [--scattermoe FOLDER] [--sonicmoe FOLDER] [--routing FILE] [--rounds 7]
+        [--cases "ReLU D 768" "SwiGLU D 2048"]
 
 One layer with E 32 and K 6 (k/E 0.1875), forward, and forward with backward: the compiled dense FFN, ours (router,
 grouping and all), torch's grouped matrix product and, from folders, ScatterMoE's kernels and, for SwiGLU, SonicMoE's.
@@ -10,7 +11,8 @@ waits for Python. Speeds are against the dense FFN timed the same way; a way tha
 that kind, and the reason stands in its place. Experts are chosen at random, so that loads are even, and, with the FILE
 of benchmarks/routing.py, as in two layers of a trained model: the one of middling and the one of the most uneven load.
 The limits beside are those of the FLOPs at the rate of a large matrix product, and of the bytes that must move at
-the rate of a large copy, both measured in this run. Another table shows how many tokens each backend is good for.
+the rate of a large copy, both measured in this run. Another table shows how many tokens each backend is good for; it is
+left out where cases are named. Cases that were measured before stay in the JSON.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
-from ssd_lit.support.files import write_json
+from ssd_lit.support.files import read_json, write_json
 
 E, K = 32, 6
 SHAPES = [(32768, 768, 3072), (32768, 1024, 4096), (16384, 2048, 8192), (8192, 4096, 16384)]  # T, D, F
@@ -67,7 +69,8 @@ def main() -> int:
         else:
             few_tokens(rounds=1)
         return 0
-    compile_all(arguments)
+    cases = [case for case in CASES if not arguments.cases or case.name.startswith(tuple(arguments.cases))]
+    compile_all(arguments, cases)
     # QuACK's tuning while all compiled at once says nothing: it is timed again, alone.
     os.environ["QUACK_FORCE_CACHE_UPDATE"] = "1"
     limits = ceilings()
@@ -76,28 +79,24 @@ def main() -> int:
     )
     routings = trained_routings(arguments.routing) if arguments.routing else {}
     told = {name: load_of(chosen) for name, chosen in routings.items()}
-    result: dict[str, Any] = {"ceilings": limits, "trained_loads": told, "cases": []}
-    for case in CASES:
+    result: dict[str, Any] = read_json(RESULT) if RESULT.exists() else {"cases": {}}
+    for case in cases:
         row = {
-            **case._asdict(), "limits": floors(case, limits), **measure(case, arguments, routings, arguments.rounds)
+            "ceilings": limits, "trained_loads": told, "limits": floors(case, limits),
+            **measure(case, arguments, routings, arguments.rounds),
         }  # fmt: skip
-        result["cases"].append(row)
+        # Now, because the peers' packages are found once they are imported.
+        result["cases"][case.name] = {"machine": machine("sonic-moe", "quack-kernels"), **case._asdict(), **row}
         print("\n".join(lines(case, row)), flush=True)
         # After every case: what is measured already is kept if a later one fails.
-        write(result)
-    result["few_tokens"] = few_tokens(arguments.rounds)
-    for row in result["few_tokens"]:
-        print(
-            f"{row['tokens']:>5} tokens, forward, us: "
-            + ", ".join(f"{k} {1e6 * v:.0f}" for k, v in row["seconds"].items())
-        )
-    write(result)
+        write_json(RESULT, result)
+    if not arguments.cases:
+        result["few_tokens"] = {"machine": machine(), "rows": few_tokens(arguments.rounds)}
+        for row in result["few_tokens"]["rows"]:
+            microseconds = ", ".join(f"{name} {1e6 * value:.0f}" for name, value in row["seconds"].items())
+            print(f"{row['tokens']:>5} tokens, forward, us: {microseconds}")
+        write_json(RESULT, result)
     return 0
-
-
-def write(result: dict[str, Any]) -> None:
-    # Now, because the peers' packages are found once they are imported.
-    write_json(RESULT, {"machine": machine("sonic-moe", "quack-kernels"), **result})
 
 
 def parse() -> argparse.Namespace:
@@ -105,18 +104,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scattermoe", type=Path, help="folder that holds the package scattermoe")
     parser.add_argument("--sonicmoe", type=Path, help="folder into which sonic-moe and what it needs were unpacked")
     parser.add_argument("--routing", type=Path, help="choices of a trained model, from benchmarks/routing.py")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only cases whose names begin so")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def compile_all(arguments: argparse.Namespace) -> None:
-    """Compile every case in a process of its own, all at once: what is measured then finds it in the cache."""
+def compile_all(arguments: argparse.Namespace, cases: list[Case]) -> None:
+    """Compile the cases, each in a process of its own, all at once: what is measured then finds them in the cache."""
+    numbers = [CASES.index(case) for case in cases] + ([] if arguments.cases else [len(CASES)])
     folders = {"--scattermoe": arguments.scattermoe, "--sonicmoe": arguments.sonicmoe}
     peers = [part for name, folder in folders.items() if folder for part in (name, str(folder))]
     jobs = [
         subprocess.Popen([sys.executable, __file__, "--compile", str(number), *peers], stderr=subprocess.DEVNULL)
-        for number in range(len(CASES) + 1)
+        for number in numbers
     ]
     end = time.monotonic() + COMPILE_SECONDS
     for job in jobs:

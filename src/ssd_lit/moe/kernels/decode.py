@@ -2,8 +2,9 @@
 
 A step of generation is a chain of small kernels; its time is that of reading weights, and of waiting for each other. So
 each kernel lets the next one start at once (programmatic dependent launch), which reads what does not change in a step
-before it waits for what this one computes, and converts nothing before, which would wait for the reading. Whatever an earlier kernel of the chain wrote is read past the L1 cache, and
-as much of it at once as possible: a load behind a sum begins only when the sum is there.
+before it waits for what this one computes, and converts nothing before, which would wait for the reading. Whatever an
+earlier kernel of the chain wrote is read past the L1 cache, and as much of it at once as possible: a load behind a sum
+begins only when the sum is there.
 
 Shape letters: D model width, E experts, H neurons of one expert, S slots: places for chosen experts. DP and EP are D
 and E padded to powers of two.
