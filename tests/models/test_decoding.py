@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.huggingface.folder import set_mode
+from ssd_lit.models.decoding import gpt2 as decoding
 from ssd_lit.models.decoding.gpt2 import GPT2Step, can_step
 from ssd_lit.models.family import family, swap_ffns
 
@@ -75,6 +76,15 @@ def test_logits_are_those_of_transformers(mode: Any, router: str, activation: st
     set_mode(gpt2, mode)
     # The second token behind 255 begins another piece of the cache.
     for expected, found in zip(*logits_of_both(gpt2, read=255, steps=3), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_wide_model_is_taken_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROJECT", "MIX"):
+        monkeypatch.setitem(getattr(decoding, name), "ROWS", 64)
+    gpt2 = model()
+    set_mode(gpt2, "sparse")
+    for expected, found in zip(*logits_of_both(gpt2, read=5, steps=2), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -94,8 +94,8 @@ def test_every_activation_and_its_gradient(activation: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_few_agrees_with_the_masked_reference(case: str) -> None:
-    x, choice, experts, _ = problem(*CASES[case], **KINDS.get(case, {}))
+def test_one_token_agrees_with_the_masked_reference(case: str) -> None:
+    x, choice, experts, _ = problem(1, *CASES[case][1:], **KINDS.get(case, {}))
     with torch.no_grad():
         expected = BACKENDS["masked"](x, choice, experts, Activation("relu"))
         torch.testing.assert_close(decode_gpu(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
@@ -126,10 +126,12 @@ def test_fused_compiles_as_one_graph_and_can_be_checkpointed(how: str) -> None:
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_few_refuses_a_gradient() -> None:
-    x, choice, experts, _ = problem(3, 16, 4, 8, 2)
+def test_decode_gpu_refuses_a_gradient_and_several_tokens() -> None:
+    x, choice, experts, _ = problem(1, 16, 4, 8, 2)
     with pytest.raises(ValueError, match=r"'decode_gpu'.*no gradient.*'fused'"):
         decode_gpu(x, choice, experts, Activation("relu"))
+    with pytest.raises(ValueError, match=r"'decode_gpu': takes one token, given 3"):
+        decode_gpu(x.expand(3, -1), choice, experts, Activation("relu"))
 
 
 def test_fused_refuses_dropout_of_activations() -> None:
@@ -202,7 +204,7 @@ def test_dynamic_k_in_kernels_is_that_of_the_masked_reference(backend: str, thre
     torch.nn.init.normal_(ffn.router.weights)
     ffn.set_mode("sparse", threshold=threshold)
     with torch.no_grad():
-        for tokens in (1, 30):
+        for tokens in (1, 30) if backend == "fused" else (1,) * 12:
             x, found = torch.randn(tokens, 16), []
             for name in ("masked", backend):
                 ffn.backend = name

@@ -18,7 +18,7 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels import early_launch
 
 PROJECT = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
-MIX = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
+MIX = {"COLUMNS": 32, "ROWS": 2048, "num_warps": 8}
 """Columns of an attention's maps in a program, rows that it takes at a time, and its warps."""
 ATTEND = {"CHUNK": 64, "num_warps": 4}
 """Places of the cache that a program attends to, and its warps."""

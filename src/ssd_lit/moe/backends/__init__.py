@@ -17,7 +17,7 @@ BACKENDS: dict[str, Backend] = {"masked": masked, "loop": loop, "grouped": group
 NAMES = ("auto", *BACKENDS, "fused", "decode_gpu")
 """All names; the last two are Triton kernels, imported only where they can run."""
 
-FEW_TOKENS = {"cpu": 8, "cuda": 8}
+FEW_TOKENS = {"cpu": 8, "cuda": 1}
 """Up to this number of tokens the decode backends are fastest (benchmarks/ffn.py, ffn_float32.py)."""
 
 MANY_NUMBERS = 2**20

@@ -1,7 +1,7 @@
-"""The sparse FFN of a few tokens on a GPU, for generation: reads only the chosen experts' weights.
+"""The sparse FFN of one token on a GPU, for generation: reads only the chosen experts' weights.
 
-Shape letters: B tokens, D model width, E experts, H neurons of one expert, K experts a token, S slots: places for the
-chosen experts.
+Shape letters: D model width, E experts, H neurons of one expert, K experts a token, S slots: places for the chosen
+experts.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import decode, early_launch, few, precision
+from ssd_lit.moe.kernels import decode, early_launch
 from ssd_lit.moe.routing import Routing
 
 TILE_BYTES = 2**15
@@ -22,59 +22,33 @@ COLUMNS = 64
 
 
 def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
-    """Two launches for one token, three and a sum for some, without host synchronisation: a CUDA graph can hold them.
+    """Two launches, without host synchronisation: a CUDA graph can hold them.
 
-    Raises ValueError if a gradient is needed.
+    Raises ValueError for more than one token, and if a gradient is needed.
     """
+    if len(x) != 1:
+        raise ValueError(f"backend 'decode_gpu': takes one token, given {len(x)}; take 'fused' for more")
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, routing.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
-    parts: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
-    return experts.shifted(parts.sum(dim=0).to(x.dtype) if len(x) > 1 else parts.view_as(x))
+    y: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
+    return experts.shifted(y)
 
 
-@torch.library.custom_op("ssd_lit::few_forward", mutates_args=())
+@torch.library.custom_op("ssd_lit::decode_forward", mutates_args=())
 def _forward(
     x: Tensor, chosen: Tensor, weights: Tensor | None,
     w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str,
 ) -> Tensor:  # fmt: skip
-    """[1, D], the output of one token, or [S, B, D] in float32, the outputs of some by slot."""
+    """[1, D], the output of one token."""
     x, chosen, experts = x.contiguous(), chosen.contiguous(), Experts(w_in, w_out, b_in, w_gate)
-    if len(x) > 1:
-        return _several(x, chosen, weights, experts, activation)
     y, choice = torch.empty_like(x), Choice("given", chosen.shape[1], chosen=chosen, weights=weights)
     down(up(x[0], experts, activation, choice), experts, choice, y[0])
     return y
 
 
 @_forward.register_fake
-def _(
-    x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str,
-) -> Tensor:  # fmt: skip
-    if len(x) == 1:
-        return torch.empty_like(x)
-    return x.new_empty(min(chosen.numel(), len(w_in)), *x.shape, dtype=torch.float32)
-
-
-def _several(x: Tensor, chosen: Tensor, weights: Tensor | None, experts: Experts, activation: str) -> Tensor:
-    (b, d), (e, h, _), k = x.shape, experts.w_in.shape, chosen.shape[1]
-    slots, gated = min(b * k, e), experts.w_gate is not None
-    matrix = x.new_empty(b, e, dtype=torch.float32)
-    hidden, parts = x.new_empty(b, slots, h), x.new_empty(slots, b, d, dtype=torch.float32)
-    early = {"E": e, "EP": next_power_of_2(e), **early_launch(x)}
-    sizes = {**early, "TOKENS": max(16, next_power_of_2(b)), "PRECISION": precision(), "num_warps": 4, "num_stages": 4}
-    few.spread[(b,)](chosen, weights, matrix, K=k, WEIGHTED=weights is not None, num_warps=1, **early)
-    neurons = min(32, max(16, next_power_of_2(h)))
-    few.up[(slots * -(-h // neurons),)](
-        x, matrix, experts.w_in, experts.w_gate, experts.b_in, hidden,
-        B=b, D=d, H=h, SLOTS=slots, NEURONS=neurons, INNER=min(128, max(16, next_power_of_2(d))),
-        ACTIVATION=activation, GATED=gated, BIAS=experts.b_in is not None, **sizes,
-    )  # fmt: skip
-    few.down[(-(-d // COLUMNS), slots)](
-        hidden, matrix, experts.w_out, parts,
-        B=b, D=d, H=h, SLOTS=slots, INNER=min(64, max(16, next_power_of_2(h))), COLUMNS=COLUMNS, **sizes,
-    )  # fmt: skip
-    return parts
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
 
 
 class Norm(NamedTuple):
