@@ -4,14 +4,16 @@
 
 A stage has started when it has imported what it needs, read its inputs, and built its model: the point at which its own
 work begins is named in STAGES. Seconds from the start of the process, and the processor seconds it took to get there,
-user and system, which other work on the machine hardly touches. All in turns; medians. With --experiment, a results
-folder that one call of the workflow has finished, the share of its time that is overhead: the time in which no stage
-ran (Snakemake itself), and of the rest what starting its stages takes, and ending them: the stages of a run, which
-tell MLflow what they did, are counted at the whole time that they take where there is next to nothing to do. `train`
-stands for every stage that trains the model: warmup, sparse_phases and dense. Exits with 1 if the share is too large.
+user and system, which other work on the machine hardly touches. Beside them, the seconds that LIBRARIES take to import.
+All in turns; medians. With --experiment, a results folder that one call of the workflow has finished, the share of its
+time that is overhead: the time in which no stage ran (Snakemake itself), and of the rest what starting its stages
+takes, and ending them: the stages of a run, which tell MLflow what they did, are counted at the whole time that they
+take where there is next to nothing to do. `train` stands for every stage that trains the model: warmup, sparse_phases
+and dense. Exits with 1 if the share is too large.
 """
 
 import argparse
+import compileall
 import json
 import shutil
 import statistics
@@ -28,6 +30,7 @@ import numpy as np
 import yaml
 from machine import RESULTS, machine
 
+import ssd_lit
 from ssd_lit.config import load_run
 from ssd_lit.support.files import write_json
 
@@ -74,6 +77,14 @@ cli.run()
 """
 """Calls the command line as the console script does, and tells the time where the stage would begin its work."""
 
+LIBRARIES = {
+    "torch": "import torch",
+    "GPT-2": "from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel",
+}
+"""What a stage with a model cannot start without: torch, and Transformers' class of a GPT-2, which imports torch."""
+IMPORT = "import gc, os; gc.set_threshold(100_000, 50, 50); {}; os._exit(0)"
+"""Imports as the command line does: objects are traced seldom, and not taken apart at the end."""
+
 LIMITS = {"--help": 0.2, "train": 6.0, "route": 6.0}
 OTHERS = 3.0
 ALLOWED_SHARE = 0.05
@@ -83,6 +94,9 @@ def main() -> int:
     arguments = parse()
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
     processor: dict[str, list[float]] = {stage: [] for stage in seconds}
+    libraries: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+    # As pip does; some containers forbid Python to write bytecode as it runs.
+    compileall.compile_dir(Path(ssd_lit.__file__).parent, quiet=1)
     with tempfile.TemporaryDirectory() as name:
         calls, whole = prepare(Path(name))
         for number in range(arguments.rounds + 1):
@@ -91,12 +105,18 @@ def main() -> int:
                 if number:  # the first round fills the caches of the file system
                     seconds[stage].append(wall)
                     processor[stage].append(cpu)
+            for library, statement in LIBRARIES.items():
+                wall = imported(statement)
+                if number:
+                    libraries[library].append(wall)
     found: dict[str, Any] = {
         "seconds": seconds,
         "processor_seconds": processor,
         "median_seconds": {stage: statistics.median(values) for stage, values in seconds.items()},
         "median_processor_seconds": {stage: statistics.median(values) for stage, values in processor.items()},
     }
+    found["libraries"] = libraries
+    found["median_libraries"] = {name: statistics.median(values) for name, values in libraries.items()}
     found["empty_stage_seconds"] = whole
     if arguments.experiment is not None:
         found["experiment"] = share_of(arguments.experiment, found["median_seconds"] | whole)
@@ -193,6 +213,13 @@ def started(name: str, arguments: list[str]) -> tuple[float, float]:
     return told["time"] - began, told["processor"]
 
 
+def imported(statement: str) -> float:
+    """Seconds of a process that only imports."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORT.format(statement)], check=True)
+    return time.perf_counter() - began
+
+
 def share_of(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """The overhead of an experiment that one call of the workflow ran, from the records of its jobs."""
     data = {folder.parent / "data" / one for one in data_names(folder)}
@@ -235,6 +262,8 @@ def show(found: dict[str, Any]) -> None:
         limit = LIMITS.get(name, OTHERS)
         whole = f"{found['empty_stage_seconds'][name]:9.2f}" if name in found["empty_stage_seconds"] else ""
         print(f"{name:<12}{seconds:9.2f}{found['median_processor_seconds'][name]:11.2f}{limit:9.1f}{whole}")
+    for name, seconds in found["median_libraries"].items():
+        print(f"{name:<12}{seconds:9.2f}")
     told = found.get("experiment")
     if told is not None:
         print(

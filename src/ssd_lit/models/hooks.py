@@ -1,4 +1,4 @@
-"""The inputs of the FFNs of a model."""
+"""The inputs of the FFNs of a model, and their weights where a layer is divided among devices."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.language_model import LanguageModel
@@ -52,3 +53,16 @@ def ffn_tokens(model: LanguageModel, batch: Batch) -> list[Tensor]:
     encoder = model.backbone.config.num_layers
     decoder_inputs = model.decoder_inputs(batch).flatten()
     return [inputs] * encoder + [decoder_inputs] * (len(model.ffns) - encoder)
+
+
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """Give a layer all its weights, outside of its forward pass too; all processes must do so together."""
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()

@@ -9,14 +9,13 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from ssd_lit.data.objectives import Batch
-from ssd_lit.models.hooks import ffn_inputs
+from ssd_lit.models.hooks import ffn_inputs, gathered
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.statistics import active_neurons, entropy, expert_load, load_entropy
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback
 from ssd_lit.training.schedule import Phase
-from ssd_lit.training.sharding import gathered
 
 log = logging.getLogger(__name__)
 

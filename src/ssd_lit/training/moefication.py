@@ -14,7 +14,7 @@ from ssd_lit.config import RunConfig
 from ssd_lit.data.blocks import TokenBlocks, scoring_batches, spread_blocks
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
-from ssd_lit.models.hooks import ffn_inputs
+from ssd_lit.models.hooks import ffn_inputs, gathered
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.construction import construct
 from ssd_lit.moe.names import NEEDS_ACTIVATIONS
@@ -37,7 +37,6 @@ from ssd_lit.training.checkpoint import (
 )
 from ssd_lit.training.optim import build_optimizer
 from ssd_lit.training.schedule import next_phase
-from ssd_lit.training.sharding import gathered
 
 Checks = list[list[float]]
 """[global step, similarity] of each check."""

@@ -1,8 +1,7 @@
 """A model divided among the devices (FSDP2): weights, gradients and moments, with checkpoints that are divided too."""
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +63,6 @@ def shard(model: LanguageModel, mesh: DeviceMesh, *, compiled: bool) -> None:
             layer.compile()
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-@contextmanager
-def gathered(layer: nn.Module) -> Iterator[None]:
-    """Give a layer all its weights, outside of its forward pass too; all processes must do so together."""
-    if not isinstance(layer, FSDPModule):
-        yield
-        return
-    layer.unshard()
-    try:
-        yield
-    finally:
-        layer.reshard()
 
 
 def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
