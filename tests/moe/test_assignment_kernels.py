@@ -28,6 +28,20 @@ def test_prices_are_those_of_plain_torch(n: int, columns: int, dtype: torch.dtyp
     assert not start.any()
 
 
+def test_prices_to_follow_are_left_where_they_leave_a_column_far_from_balance() -> None:
+    cost = centred_costs(torch.randn(3, 60, 6, generator=torch.Generator().manual_seed(1)))
+    spread = cost.std((1, 2), correction=0)
+    right = find_prices(cost, cost.new_zeros(3, 6), TEMPERATURES)
+    start = right.clone()
+    start[1, 2] -= 3
+    found = newton_steps(cost, start, spread, TEMPERATURES, first=7)
+    afresh, followed = (
+        newton_steps(cost, *way) for way in ((0 * start, spread, TEMPERATURES), (start, spread, TEMPERATURES[7:]))
+    )
+    assert torch.equal(found[1], afresh[1])
+    assert torch.equal(found[[0, 2]], followed[[0, 2]])
+
+
 @pytest.mark.parametrize(("n", "columns"), [(50, 5), (40, 20), (12, 12)])
 @pytest.mark.parametrize("kind", ["normal", "many ties", "columns far apart"])
 def test_assignments_settled_together_are_the_cheapest(

@@ -28,10 +28,11 @@ TEMPERATURES = [2.0**-level for level in range(-2, 17)]
 Half as many temperatures and more steps at each, or a lower first one, sometimes leave a column hundreds of rows off.
 """
 
-FOLLOWING_TEMPERATURES = TEMPERATURES[7:]
-"""Temperatures that do from the prices of nearly the same costs, such as those of the round before.
+FOLLOWING = 7
+"""The first of the temperatures that do from the prices of nearly the same costs, such as those of the round before.
 
-From a draft's prices they would leave some ten rows in the wrong column."""
+A column that these prices leave far from balance would stay there: at low temperatures steps are small.
+"""
 
 FREE_ROWS = 8
 """Rows for each column that may move in the first exact attempt, if prices leave some in the wrong column."""
@@ -74,7 +75,7 @@ def assign(cost: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if prices is None:
         prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), TEMPERATURES)
     else:
-        prices = find_prices(cost, prices.double(), FOLLOWING_TEMPERATURES)
+        prices = _follow(cost, prices.double())
     reduced = cost - prices[:, None]
     labels = nearest(reduced)
     size = n // n_columns
@@ -100,7 +101,7 @@ def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> 
     costs are expected.
     """
     n, n_columns = cost.shape[1:]
-    spread = cost.std((1, 2), correction=0).clamp(min=1e-30)
+    spread = _spread(cost)
     if in_kernels(cost, n_columns):
         from ssd_lit.moe.kernels.prices import newton_steps
 
@@ -112,6 +113,23 @@ def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> 
         if 0 < following < level and not cost.is_cuda:  # on a GPU the test takes longer than a pass
             cost, capacity = _unsettled(cost, capacity, share)
     return prices
+
+
+def _follow(cost: Tensor, prices: Tensor) -> Tensor:
+    """As `find_prices` at all temperatures, but from the prices [P, E] of nearly the same costs where they are near."""
+    n, n_columns = cost.shape[1:]
+    if in_kernels(cost, n_columns):
+        from ssd_lit.moe.kernels.prices import newton_steps
+
+        return newton_steps(cost, prices, _spread(cost), TEMPERATURES, first=FOLLOWING)
+    counts = torch.stack([own.bincount(minlength=n_columns) for own in nearest(cost - prices[:, None])])
+    near = (counts * (n_columns / n)).log().abs().amax() < 1
+    start, first = (prices, FOLLOWING) if near else (torch.zeros_like(prices), 0)
+    return find_prices(cost, start, TEMPERATURES[first:])
+
+
+def _spread(cost: Tensor) -> Tensor:
+    return cost.std((1, 2), correction=0).clamp(min=1e-30)
 
 
 def newton_step(

@@ -18,13 +18,19 @@ ROWS = 128
 WARPS = 8
 
 
-def newton_steps(cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Prices [P, E] after a step at each of the temperatures, in units of the spread [P], for cost [P, n, E]."""
+def newton_steps(
+    cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Sequence[float], first: int = 0
+) -> Tensor:
+    """Prices [P, E] after a step at each of the temperatures, in units of the spread [P], for cost [P, n, E].
+
+    With `first`, steps begin at that temperature; where the prices leave a column far from balance there, they begin
+    from no prices at the first temperature of all.
+    """
     n_problems, n, n_columns = cost.shape
     result = prices.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     levels = _on_device(tuple(temperatures), cost.device)
     _newton_steps[(n_problems,)](
-        cost.float().contiguous(), result, spread.double(), levels, n, n_columns, len(levels),
+        cost.float().contiguous(), result, spread.double(), levels, n, n_columns, first, len(levels),
         ROWS=ROWS, COLUMNS=max(16, triton.next_power_of_2(n_columns)), num_warps=WARPS,
     )  # fmt: skip
     return result.to(prices.dtype)
@@ -37,7 +43,7 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _newton_steps(cost, prices, spread, levels, n, E, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _newton_steps(cost, prices, spread, levels, n, E, first, steps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     problem = tl.program_id(0)
     unit = tl.load(spread + problem)
     column = tl.arange(0, COLUMNS)
@@ -49,7 +55,9 @@ def _newton_steps(cost, prices, spread, levels, n, E, steps, ROWS: tl.constexpr,
     fix = tl.where(both, 1.0 / E, 0.0) + tl.where(eye, tl.where(inside[:, None], 1e-3, 1.0), 0.0)
     cost += problem.to(tl.int64) * n * E
     price = tl.load(prices + problem * E + column, mask=inside, other=0.0)
-    for step in range(steps):
+    step = first
+    tries = tl.where(first > 0, 1, 0)
+    while step < steps:
         temperature = unit * tl.load(levels + step)
         scale = (1.0 / temperature).to(tl.float32)
         now = price.to(tl.float32)
@@ -69,9 +77,12 @@ def _newton_steps(cost, prices, spread, levels, n, E, steps, ROWS: tl.constexpr,
         hessian = fix - others + tl.where(eye, tl.sum(others, axis=1)[:, None], 0.0)
         newton = _solve(hessian, tl.where(inside, size - count, 0.0), E, column)
         sinkhorn = tl.where(inside, -tl.log(tl.maximum(count / size, 1e-30)), 0.0)
-        near = tl.max(tl.abs(sinkhorn), axis=0) < 1.0
-        change = tl.where(near, tl.minimum(tl.maximum(newton, -4.0), 4.0), sinkhorn)
-        price += change.to(tl.float64) * temperature
+        worst = tl.max(tl.abs(sinkhorn), axis=0)
+        change = tl.where(worst < 1.0, tl.minimum(tl.maximum(newton, -4.0), 4.0), sinkhorn)
+        lost = (tries > 0) & (worst >= 1.0)
+        price = tl.where(lost, 0.0, price + change.to(tl.float64) * temperature)
+        step = tl.where(lost, 0, step + 1)
+        tries *= 0
     tl.store(prices + problem * E + column, price, mask=inside)
 
 
