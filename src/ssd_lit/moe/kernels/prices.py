@@ -18,9 +18,7 @@ ROWS = 128
 WARPS = 8
 
 
-def newton_steps(
-    cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Sequence[float], first: int = 0
-) -> Tensor:
+def newton_steps(cost: Tensor, prices: Tensor, spread: Tensor, temperatures: Sequence[float], first: int = 0) -> Tensor:
     """Prices [P, E] after a step at each of the temperatures, in units of the spread [P], for cost [P, n, E].
 
     With `first`, steps begin at that temperature; where the prices leave a column far from balance there, they begin
