@@ -19,7 +19,7 @@ from ssd_lit.moe.kernels import early_launch
 
 PROJECT = {"COLUMNS": 32, "ROWS": 1024, "num_warps": 8}
 MIX = {"COLUMNS": 32, "ROWS": 2048, "num_warps": 8}
-"""Columns of an attention's maps in a program, rows that it takes at a time, and its warps."""
+"""Columns of an attention's maps in a program, rows that it takes at a time at most, and its warps."""
 ATTEND = {"CHUNK": 64, "num_warps": 4}
 """Places of the cache that a program attends to, and its warps."""
 WIDTHS, HEAD_WIDTHS = 64, 16
@@ -139,7 +139,7 @@ class GPT2Step:
         kernels.project[(3 * d // PROJECT["COLUMNS"],)](
             self._x, *norm, attention.c_attn.weight, attention.c_attn.bias, self._position,
             self._query, layer.keys, layer.values,
-            D=d, W=width, N=places, **PROJECT, **norm.sizes(d), **self._early,
+            D=d, W=width, N=places, **_tile(PROJECT, d), **norm.sizes(d), **self._early,
         )  # fmt: skip
         kernels.attend[self._parts.shape[:2]](
             self._query, layer.keys, layer.values, self._position, self._parts, self._sums, attention.scaling,
@@ -155,7 +155,7 @@ class GPT2Step:
             self._parts, self._sums, self._position, attention.c_proj.weight, attention.c_proj.bias,
             self._x, self._inner, ffn.router.expert_vectors(), norm.gain, products,
             D=d, W=self._parts.shape[2], CHUNK=ATTEND["CHUNK"], CHUNKS=self._parts.shape[1], E=ffn.experts,
-            EP=next_power_of_2(ffn.experts), SPARSE=layer.sparse, **MIX, **self._early,
+            EP=next_power_of_2(ffn.experts), SPARSE=layer.sparse, **_tile(MIX, d), **self._early,
         )  # fmt: skip
         choice = layer.choice(products)
         hidden = up(self._x, experts, ffn.activation, choice, norm)
@@ -164,6 +164,10 @@ class GPT2Step:
             hidden, experts, choice, self._x, norm=norm, b_out=ffn.b_out, stats=stats, counters=self._counters
         )  # fmt: skip
         return stats
+
+
+def _tile(sizes: dict[str, int], d_model: int) -> dict[str, int]:
+    return {**sizes, "ROWS": min(sizes["ROWS"], next_power_of_2(d_model))}
 
 
 def _norm(norm: Any, stats: Tensor) -> Norm:
