@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ssd_lit.moe import assignment
-from ssd_lit.moe.assignment import assign, balanced_assignment
+from ssd_lit.moe.assignment import assign
 from ssd_lit.moe.clustering import balanced_kmeans, balanced_kmeans_layers, normalised_rows, random_balanced
 from tests.moe.cheapest import assert_cheapest
 
@@ -38,7 +38,7 @@ def costs(kind: str, n: int, clusters: int, seed: int) -> np.ndarray:
 def test_the_assignment_is_the_cheapest_balanced_one(n: int, clusters: int, kind: str) -> None:
     # Problems solved together stay apart.
     cost = np.stack([costs(kind, n, clusters, seed) for seed in range(3)])
-    labels = balanced_assignment(torch.from_numpy(cost)).numpy()
+    labels = assign(torch.from_numpy(cost))[0].numpy()
     for one, found in zip(cost, labels, strict=True):
         assert_cheapest(one, found)
 
@@ -61,9 +61,9 @@ def test_wrong_prices_do_not_make_the_assignment_wrong(monkeypatch: pytest.Monke
         return right(cost, start, temperatures) + error * torch.arange(cost.shape[-1]).remainder(2)
 
     cost = np.random.default_rng(0).normal(size=(200, 10))
-    best = cost[np.arange(200), balanced_assignment(torch.from_numpy(cost)).numpy()].sum()
+    best = cost[np.arange(200), assign(torch.from_numpy(cost)[None])[0][0].numpy()].sum()
     monkeypatch.setattr(assignment, "find_prices", prices)
-    labels = balanced_assignment(torch.from_numpy(cost)).numpy()
+    labels = assign(torch.from_numpy(cost)[None])[0][0].numpy()
     assert np.bincount(labels).tolist() == [20] * 10
     assert cost[np.arange(200), labels].sum() == pytest.approx(best, abs=1e-9)
 

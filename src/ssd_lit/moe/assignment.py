@@ -45,15 +45,6 @@ SETTLED = 1 - 1e-6
 """A row with this share in one column keeps that column at lower temperatures."""
 
 
-def balanced_assignment(cost: Tensor) -> Tensor:
-    """The cheapest way to give each row one column so that every column gets n/E rows; cost [..., n, E] -> [..., n].
-
-    Exact, for any cost that is finite.
-    """
-    problems = cost.flatten(0, -3) if cost.ndim > 2 else cost[None]
-    return assign(problems)[0].view(cost.shape[:-1])
-
-
 def nearest(cost: Tensor) -> Tensor:
     """The column [...] in which each row of cost [..., n, E] is least; the first of equals."""
     return cost.min(-1).indices  # twice as fast as argmin on a CPU
@@ -66,16 +57,16 @@ def centred_costs(cost: Tensor) -> Tensor:
 
 
 def assign(cost: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Labels [P, n] of the cheapest balanced assignments for cost [P, n, E], and the prices [P, E] that led to them.
+    """The cheapest way to give each row one column, every column n/E rows: labels [P, n], and the prices [P, E].
 
-    With the `prices` of nearly the same costs they are found sooner.
+    Exact, for any cost [P, n, E] that is finite. With the `prices` of nearly the same costs it is found sooner.
     """
     n, n_columns = cost.shape[1:]
     cost = centred_costs(cost.double())
     if prices is None:
         prices = find_prices(cost, cost.new_zeros(len(cost), n_columns), TEMPERATURES)
     else:
-        prices = _follow(cost, prices.double())
+        prices = find_prices(cost, prices.double(), TEMPERATURES, first=FOLLOWING)
     reduced = cost - prices[:, None]
     labels = nearest(reduced)
     size = n // n_columns
@@ -94,42 +85,30 @@ def in_kernels(x: Tensor, n_columns: int) -> bool:
     return x.is_cuda and runs_on(x) and 1 < n_columns <= MOST_COLUMNS
 
 
-def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float]) -> Tensor:
+def find_prices(cost: Tensor, prices: Tensor, temperatures: Sequence[float], first: int = 0) -> Tensor:
     """Prices [P, E] under which the columns of cost [P, n, E] are taken about equally often.
 
     Starts from `prices` and takes a step at each of the temperatures, which are in units of the costs' spread. Centred
-    costs are expected.
+    costs are expected. With `first`, steps begin at that temperature; where the prices leave a column far from balance,
+    they begin from no prices at the first temperature of all.
     """
     n, n_columns = cost.shape[1:]
-    spread = _spread(cost)
+    size = n // n_columns
+    spread = cost.std((1, 2), correction=0).clamp(min=1e-30)
     if in_kernels(cost, n_columns):
         from ssd_lit.moe.kernels.prices import newton_steps
 
-        return newton_steps(cost, prices, spread, temperatures)
-    size = n // n_columns
+        return newton_steps(cost, prices, spread, temperatures, first)
+    if first:
+        counts = torch.stack([own.bincount(minlength=n_columns) for own in nearest(cost - prices[:, None])])
+        if (counts / size).log().abs().amax() >= 1:
+            prices, first = torch.zeros_like(prices), 0
     capacity = torch.full_like(prices, size)
-    for level, following in pairwise([*temperatures, 0.0]):
+    for level, following in pairwise([*temperatures[first:], 0.0]):
         prices, share = newton_step(cost, size, capacity, prices, level * spread[:, None])
         if 0 < following < level and not cost.is_cuda:  # on a GPU the test takes longer than a pass
             cost, capacity = _unsettled(cost, capacity, share)
     return prices
-
-
-def _follow(cost: Tensor, prices: Tensor) -> Tensor:
-    """As `find_prices` at all temperatures, but from the prices [P, E] of nearly the same costs where they are near."""
-    n, n_columns = cost.shape[1:]
-    if in_kernels(cost, n_columns):
-        from ssd_lit.moe.kernels.prices import newton_steps
-
-        return newton_steps(cost, prices, _spread(cost), TEMPERATURES, first=FOLLOWING)
-    counts = torch.stack([own.bincount(minlength=n_columns) for own in nearest(cost - prices[:, None])])
-    near = (counts * (n_columns / n)).log().abs().amax() < 1
-    start, first = (prices, FOLLOWING) if near else (torch.zeros_like(prices), 0)
-    return find_prices(cost, start, TEMPERATURES[first:])
-
-
-def _spread(cost: Tensor) -> Tensor:
-    return cost.std((1, 2), correction=0).clamp(min=1e-30)
 
 
 def newton_step(
