@@ -42,6 +42,8 @@ KINDS = {  # gated, bias, weighted, ragged, activation
     "gated, weighted": (True, False, True, False, "silu"),
     "gelu": (False, True, False, False, "gelu"),
 }
+IN_FULL = ("plain", "gated, weighted", "gelu")
+"""Kinds whose weights are kept in float32, as training keeps them, and so have gradients in float32."""
 # A ReLU's slope jumps where float32 and float64 may not agree on the sign: kinds whose slope does not.
 IN_FLOAT32 = ("gelu", "weighted and ragged")
 
@@ -95,6 +97,9 @@ def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Routing, 
     def fresh(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*size, device="cuda") * scale).to(dtype)
 
+    def weights(*size: int, scale: float = 1.0) -> Tensor:
+        return fresh(*size, scale=scale).to(torch.float32 if kind in IN_FULL else dtype)
+
     chosen = torch.rand(tokens, e, device="cuda").topk(k).indices
     if shape == "all to one expert":
         chosen = torch.full_like(chosen, 3)
@@ -102,9 +107,9 @@ def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Routing, 
         chosen = torch.where(torch.rand(chosen.shape, device="cuda") < 0.4, e, chosen)
     choice = Routing(chosen, torch.rand(tokens, k, device="cuda") if weighted else None, ragged)
     experts = Experts(
-        fresh(e, h, d, scale=d**-0.5), fresh(e, h, d, scale=(k * h) ** -0.5),
-        fresh(e, h) if bias else None, fresh(e, h, d, scale=d**-0.5) if gated else None,
-        b_out=fresh(d) if bias else None,
+        weights(e, h, d, scale=d**-0.5), weights(e, h, d, scale=(k * h) ** -0.5),
+        weights(e, h) if bias else None, weights(e, h, d, scale=d**-0.5) if gated else None,
+        b_out=weights(d) if bias else None,
     )  # fmt: skip
     return fresh(tokens, d), choice, experts, Activation(name)
 

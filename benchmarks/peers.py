@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssd_lit.moe.ffn import ExpertFFN
+
+QUACK_TILES = [(128, 192, True), (128, 128, True), (128, 256, False), (256, 128, False)]
+"""Rows, columns, and whether two tiles alternate in a multiprocessor: QuACK's default, and others of its list."""
 
 Way = tuple[Callable[[Tensor], Tensor], nn.Module]
 """A layer as a function [T, D] -> [T, D], and the module that holds its parameters."""
@@ -56,7 +60,7 @@ def sonicmoe(ffn: ExpertFFN, tokens: int, folder: Path) -> Way:
     """SonicMoE's module (package `sonic-moe`, 0.1.2) with SwiGLU, from the folder into which it was unpacked.
 
     The parts of its `moe_TC_softmax_topk_layer` in its order: scores of one take the place of a softmax. QuACK tunes
-    its products over every size of tile, with clusters of two rows of tiles: the others take twice as long to compile.
+    its products over the tiles of `QUACK_TILES`; over all of its own, compiling takes more than ten minutes.
     """
     paths = [str(folder), str(folder / "nvidia_cutlass_dsl" / "python_packages")]
     sys.path[:0] = paths
@@ -112,6 +116,7 @@ def _directions(ffn: ExpertFFN) -> Tensor:
     return directions.to(ffn.w_in)
 
 
-def _on_hopper(config: object) -> bool:
+def _on_hopper(config: Any) -> bool:
     """Whether a setting of QuACK's products is one that is tried here."""
-    return getattr(config, "device_capacity", 0) == 9 and getattr(config, "cluster_m", 0) == 2
+    tile = (config.tile_m, config.tile_n, config.pingpong)
+    return config.device_capacity == 9 and config.cluster_m == 2 and not config.swap_ab and tile in QUACK_TILES

@@ -102,6 +102,24 @@ def test_one_token_agrees_with_the_masked_reference(case: str) -> None:
         torch.testing.assert_close(decode_gpu(x, choice, experts, Activation("relu")), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_weights_kept_in_float32_are_not_rounded_to_the_precision_of_products() -> None:
+    _, choice, _, leaves = problem(300, 16, 4, 16, 2, gated=True)
+    # Numbers that float16 holds; Triton's interpreter has no products in bfloat16.
+    exact = [leaf.detach().half().double().requires_grad_() for leaf in leaves]
+    kept = [leaf.detach().float().requires_grad_() for leaf in exact]
+    found = []
+    for backend, (x, w_in, w_out, b_in, w_gate, b_out) in ((BACKENDS["masked"], exact), (fused.fused, kept)):
+        experts = Experts(w_in, w_out, b_in, w_gate, b_out=b_out)
+        y = backend(x if x.dtype == torch.float64 else x.half(), choice, experts, Activation("gelu"))
+        weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+        found.append(torch.autograd.grad((y * weight).sum(), [x, w_in, w_out, b_in, w_gate, b_out]))
+    for reference, got in zip(*found, strict=True):
+        assert got.dtype == torch.float32
+        assert (got.double() - reference).norm() < 2e-3 * reference.norm()
+    for of_part in found[1][1:]:
+        assert not torch.equal(of_part, of_part.half().float())
+
+
 def layer(backend: str) -> ExpertFFN:
     torch.manual_seed(0)
     ffn = ExpertFFN(16, 32, experts=4, top_k=2, router=CenterRouter(16, 4), backend=backend)

@@ -176,19 +176,15 @@ class ExpertFFN(nn.Module):
         return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.upcycled
 
     def _sparse(self, x: Tensor) -> Tensor:
-        # Autocast covers torch's matrix products but not the backends: cast their inputs here.
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype
-
         def of_experts(p: Tensor) -> Tensor:
-            return p.to(dtype).view(self.experts, -1, *p.shape[1:])
+            return p.view(self.experts, -1, *p.shape[1:])
 
         b_in, w_gate, b_gate = (None if p is None else of_experts(p) for p in (self.b_in, self.w_gate, self.b_gate))
-        b_out = None if self.b_out is None else self.b_out.to(dtype)
-        experts = Experts(of_experts(self.w_in), of_experts(self.w_out), b_in, w_gate, b_gate, b_out)
+        experts = Experts(of_experts(self.w_in), of_experts(self.w_out), b_in, w_gate, b_gate, self.b_out)
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
-        # The router gets the same input as the experts.
-        x = x.to(dtype)
+        # Autocast covers torch's matrix products but not the backends. The router gets the same input as the experts.
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype)
         routing = self.route(x, self.tally)
         backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None, ragged=routing.ragged)
         return backend(x, routing, experts, activation)

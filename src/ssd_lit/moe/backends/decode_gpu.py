@@ -30,7 +30,10 @@ def decode_gpu(x: Tensor, routing: Routing, experts: Experts, activation: Activa
         raise ValueError(f"backend 'decode_gpu': takes one token, given {len(x)}; take 'fused' for more")
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, routing.weights, *experts)):
         raise ValueError("backend 'decode_gpu': has no gradient; take 'fused' for training")
-    y: Tensor = _forward(x, routing.experts, routing.weights, *experts.for_kernels, activation.name)
+    experts = experts.to(x.dtype)
+    y: Tensor = _forward(
+        x, routing.experts, routing.weights, experts.w_in, experts.w_out, experts.b_in, experts.w_gate, activation.name
+    )
     return experts.shifted(y)
 
 

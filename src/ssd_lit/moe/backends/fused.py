@@ -26,12 +26,19 @@ from ssd_lit.moe.routing import Routing
 def fused(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Gather, products, activation and scatter in kernels.
 
+    Gradients of the experts' parts are sums in float32, written in the dtype in which the part is kept.
+
     Raises ValueError for dropout between activation and output.
     """
     if activation.dropout:
         raise ValueError("backend 'fused': dropout of activations is not supported; take 'grouped'")
+    # Products read copies in the dtype of x. Torch would round gradients to that of what was read: they go past it.
+    w_in, w_out, w_gate = (
+        None if w is None else w.detach().to(x.dtype) for w in (experts.w_in, experts.w_out, experts.w_gate)
+    )
     y: Tensor = _forward(
-        x, routing.experts, routing.weights, *experts.for_kernels, experts.b_out, activation.name, routing.ragged
+        x, routing.experts, routing.weights, w_in, w_out, w_gate, experts.w_in, experts.w_out, experts.w_gate,
+        experts.b_in, experts.b_out, activation.name, routing.ragged,
     )[0]  # fmt: skip
     return y
 
@@ -144,11 +151,14 @@ def _keeps(activation: str, weights: Tensor | None, w_gate: Tensor | None) -> bo
 
 @torch.library.custom_op("ssd_lit::fused_forward", mutates_args=())
 def _forward(
-    x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_out: Tensor | None,
+    x: Tensor, chosen: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None,
+    kept_in: Tensor, kept_out: Tensor, kept_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None,
     activation: str, ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [T, D]; then the inputs of the backward pass: hidden, pre and gate [N, H] and the groups."""
+    """y [T, D]; then the inputs of the backward pass: hidden, pre and gate [N, H] and the groups.
+
+    `kept_in`, `kept_out` and `kept_gate` get the gradients of w_in, w_out and w_gate.
+    """
     x, chosen = x.contiguous(), chosen.contiguous()
     shape = _shape(x, chosen, w_in)
     n, h = chosen.numel(), shape.neurons
@@ -178,8 +188,8 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, b_out: Tensor | None,
+    x: Tensor, chosen: Tensor, weights: Tensor | None, w_in: Tensor, w_out: Tensor, w_gate: Tensor | None,
+    kept_in: Tensor, kept_out: Tensor, kept_gate: Tensor | None, b_in: Tensor | None, b_out: Tensor | None,
     activation: str, ragged: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _shape(x, chosen, w_in)
@@ -200,10 +210,14 @@ def _(
 @torch.library.custom_op("ssd_lit::fused_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, kept: torch.dtype,
+    activation: str, ragged: bool,
     hidden: Tensor, pre: Tensor, gate: Tensor, pairs: Tensor, bounds: Tensor, tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weights, w_in, w_out, b_in and w_gate; empty where there is no such input."""
+    """Gradients of x, weights, w_in, w_out, w_gate and b_in; empty where there is no such input.
+
+    Those of w_in, w_out and w_gate are of dtype `kept`.
+    """
     dy, x, chosen = dy.contiguous(), x.contiguous(), chosen.contiguous()
     shape = _shape(x, chosen, w_in)
     n, h, d = chosen.numel(), shape.neurons, shape.d_model
@@ -242,7 +256,7 @@ def _backward(
 
     def gradient(a: Tensor, b: Tensor) -> Tensor:
         return weight_gradient(
-            a, b, w_in, pairs, bounds, shape.k,
+            a, b, pairs, bounds, shape.k, dtype=kept,
             part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=precision(),
         )  # fmt: skip
 
@@ -263,21 +277,22 @@ def _backward(
         x.new_empty(0) if weights is None or dweights is None else dweights.sum(0).view_as(weights).to(weights.dtype),
         dw_in,
         dw_out,
-        x.new_empty(0) if db_in is None else db_in,
         dw_gate,
+        x.new_empty(0) if db_in is None else db_in,
     )
 
 
 @_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, chosen: Tensor, weights: Tensor | None,
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, w_gate: Tensor | None, activation: str, ragged: bool,
+    w_in: Tensor, w_out: Tensor, w_gate: Tensor | None, b_in: Tensor | None, kept: torch.dtype,
+    activation: str, ragged: bool,
     hidden: Tensor, pre: Tensor, gate: Tensor, pairs: Tensor, bounds: Tensor, tiles: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    def like(value: Tensor | None) -> Tensor:
-        return x.new_empty(0) if value is None else value.new_empty(value.shape)
+    def like(value: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        return x.new_empty(0) if value is None else value.new_empty(value.shape, dtype=dtype)
 
-    return like(x), like(weights), like(w_in), like(w_out), like(b_in), like(w_gate)
+    return like(x), like(weights), like(w_in, kept), like(w_out, kept), like(w_gate, kept), like(b_in)
 
 
 def _tiles(w: Tensor | None, rows: int, columns: int, described: bool) -> Tensor | TensorDescriptor | None:
@@ -329,23 +344,25 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, b_out, ctx.activation, ctx.ragged = inputs
-    ctx.shifted = b_out is not None
-    ctx.save_for_backward(*tensors, *output[1:])
+    *tensors, kept_in, _, _, b_in, b_out, ctx.activation, ctx.ragged = inputs
+    ctx.kept, ctx.shift = kept_in.dtype, None if b_out is None else b_out.dtype
+    ctx.save_for_backward(*tensors, b_in, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 10
+        return (None,) * 13
     saved = ctx.saved_tensors
-    weights, b_in, w_gate = saved[2], saved[5], saved[6]
-    dx, dweights, dw_in, dw_out, db_in, dw_gate = _backward(dy, *saved[:7], ctx.activation, ctx.ragged, *saved[7:])
+    weights, w_gate, b_in = saved[2], saved[5], saved[6]
+    dx, dweights, dw_in, dw_out, dw_gate, db_in = _backward(
+        dy, *saved[:7], ctx.kept, ctx.activation, ctx.ragged, *saved[7:]
+    )
     # Here torch.compile sees the sum: torch's own kernel takes as long as a product with all weights.
-    db_out = dy.sum(0) if ctx.shifted else None
+    db_out = None if ctx.shift is None else dy.sum(0, dtype=ctx.shift)
     return (
-        dx, None, None if weights is None else dweights, dw_in, dw_out, None if b_in is None else db_in,
-        None if w_gate is None else dw_gate, db_out, None, None,
+        dx, None, None if weights is None else dweights, None, None, None,
+        dw_in, dw_out, None if w_gate is None else dw_gate, None if b_in is None else db_in, db_out, None, None,
     )  # fmt: skip
 
 

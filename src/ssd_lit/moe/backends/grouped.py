@@ -123,6 +123,7 @@ product_gradients.register_autograd(_gradients_backward, setup_context=_save_gra
 
 def loop(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """One set of matrix products for each expert, over the tokens that chose it."""
+    experts = experts.to(x.dtype)
     place, count = _sorted_by_expert(routing, experts.w_in.shape[0])
     token = place // routing.experts.shape[1]
     pre = gathered_products(x, experts.w_in, experts.b_in, token, count)
@@ -133,6 +134,7 @@ def loop(x: Tensor, routing: Routing, experts: Experts, activation: Activation) 
 
 def grouped(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Grouped matrix products over all experts."""
+    experts = experts.to(x.dtype)
     place, count = _sorted_by_expert(routing, experts.w_in.shape[0])
     token = place // routing.experts.shape[1]
     ends = count.cumsum(0).to(torch.int32)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +16,10 @@ from ssd_lit.moe.routing import Routing
 
 
 class Experts(NamedTuple):
-    """The neurons of all experts; every part is a view of the FFN's weights."""
+    """The neurons of all experts; every part is a view of the FFN's weights.
+
+    In float32, as training keeps them, they may meet an x of fewer bytes: its dtype is that of the products.
+    """
 
     w_in: Tensor
     """[E, H, D]"""
@@ -34,12 +38,9 @@ class Experts(NamedTuple):
         """The sum of the experts' outputs y [T, D] with the bias of the output, if there is one."""
         return y if self.b_out is None else y + self.b_out
 
-    @property
-    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The parts that kernels take. Raises ValueError if there is one that they do not know."""
-        if self.b_gate is not None:
-            raise ValueError("kernels know no bias of a gate; take a backend of plain torch")
-        return self.w_in, self.w_out, self.b_in, self.w_gate
+    def to(self, dtype: torch.dtype) -> "Experts":
+        """These experts, or copies of that dtype."""
+        return Experts(*(None if part is None else part.to(dtype) for part in self))  # type: ignore[arg-type]
 
 
 # Compared by identity: torch.compile would hash an object that it has not built yet.

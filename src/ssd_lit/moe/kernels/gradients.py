@@ -17,18 +17,18 @@ ADDED = 2048
 
 
 def weight_gradient(
-    a: Tensor, b: Tensor, w: Tensor, pairs: Tensor, bounds: Tensor, k: int, *,
-    part_rows: int, sizes: dict[str, int], precision: str,
+    a: Tensor, b: Tensor, pairs: Tensor, bounds: Tensor, k: int, *,
+    dtype: torch.dtype, part_rows: int, sizes: dict[str, int], precision: str,
 ) -> Tensor:  # fmt: skip
-    """dw [E, H, D] like w: a[pairs of e].T @ b[their tokens] for every expert e, of a [N, H] and b [T, D].
+    """dw [E, H, D]: a[pairs of e].T @ b[their tokens] for every expert e, of a [N, H] and b [T, D].
 
     An expert of more than `part_rows` rows is computed in parts.
     """
-    (experts, h, d), n = w.shape, len(pairs)
-    dw = torch.empty_like(w)
+    (n, h), d, experts = a.shape, b.shape[1], len(bounds) - 1
+    dw = a.new_empty(experts, h, d, dtype=dtype)
     # What there can be at most, whatever the load: parts at all, and parts of experts that have several.
     parts, shared = n // part_rows + experts, 2 * (n // part_rows)
-    kept = w.new_empty(shared, h, d, dtype=torch.float32)
+    kept = a.new_empty(shared, h, d, dtype=torch.float32)
     pieces = triton.cdiv(h, sizes["NEURONS"]) * triton.cdiv(d, sizes["COLUMNS"])
     padded = triton.next_power_of_2(experts)
     described = can_describe(a)
