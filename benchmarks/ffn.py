@@ -16,7 +16,7 @@ left out where cases are named. Cases that were measured before stay in the JSON
 """
 
 import argparse
-import os
+import itertools
 import statistics
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from machine import RESULTS, machine
-from peers import Way, scattermoe, sonicmoe
+from peers import QUACK_TILES, Way, scattermoe, sonicmoe
 from torch import Tensor, nn
 
 from ssd_lit.moe.ffn import ExpertFFN
@@ -63,6 +63,8 @@ CASES += [Case(*SHAPES[number], "silu", True) for number in (0, 2)]
 
 def main() -> int:
     arguments = parse()
+    if arguments.tile is not None:
+        QUACK_TILES[:] = [QUACK_TILES[arguments.tile]]
     if arguments.compile is not None:
         if arguments.compile < len(CASES):
             measure(CASES[arguments.compile], arguments, {}, rounds=1)
@@ -71,8 +73,6 @@ def main() -> int:
         return 0
     cases = [case for case in CASES if not arguments.cases or case.name.startswith(tuple(arguments.cases))]
     compile_all(arguments, cases)
-    # QuACK's tuning while all compiled at once says nothing: it is timed again, alone.
-    os.environ["QUACK_FORCE_CACHE_UPDATE"] = "1"
     limits = ceilings()
     print(
         f"{torch.cuda.get_device_name()}: {limits['flops'] / 1e12:.0f} TFLOP/s, copy {limits['bytes'] / 1e12:.2f} TB/s"
@@ -107,18 +107,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="only cases whose names begin so")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--tile", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def compile_all(arguments: argparse.Namespace, cases: list[Case]) -> None:
-    """Compile the cases, each in a process of its own, all at once: what is measured then finds them in the cache."""
+    """Compile the cases, each in a process of its own, all at once: what is measured then finds them in the cache.
+
+    QuACK's products, which take longest, have a process for each tile.
+    """
+    command = [sys.executable, __file__]
+    command += ["--scattermoe", str(arguments.scattermoe)] if arguments.scattermoe else []
     numbers = [CASES.index(case) for case in cases] + ([] if arguments.cases else [len(CASES)])
-    folders = {"--scattermoe": arguments.scattermoe, "--sonicmoe": arguments.sonicmoe}
-    peers = [part for name, folder in folders.items() if folder for part in (name, str(folder))]
-    jobs = [
-        subprocess.Popen([sys.executable, __file__, "--compile", str(number), *peers], stderr=subprocess.DEVNULL)
-        for number in numbers
-    ]
+    commands = [[*command, "--compile", str(number)] for number in numbers]
+    if arguments.sonicmoe:
+        sonic = [*command, "--sonicmoe", str(arguments.sonicmoe)]
+        for case, tile in itertools.product(cases, range(len(QUACK_TILES))):
+            if case.activation == "silu":
+                commands.append([*sonic, "--compile", str(CASES.index(case)), "--tile", str(tile)])
+    jobs = [subprocess.Popen(one, stderr=subprocess.DEVNULL) for one in commands]
     end = time.monotonic() + COMPILE_SECONDS
     for job in jobs:
         try:

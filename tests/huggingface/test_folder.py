@@ -380,7 +380,11 @@ def test_what_load_gave_can_be_saved_and_loaded_again(tmp_path: Path, name: str,
     torch.save(model, tmp_path / "whole.pt")
     for one, shards in ((model, "50GB"), (torch.load(tmp_path / "whole.pt", weights_only=False), "10KB")):
         one.save_pretrained(tmp_path / "again", max_shard_size=shards)
-        assert torch.equal(outputs(ssd_lit.load(tmp_path / "again", mode="sparse"), tokens), expected)
+        again = ssd_lit.load(tmp_path / "again", mode="sparse")
+        for mine, theirs in zip(experts_of(again), experts_of(model), strict=True):
+            assert torch.equal(mine.w_out, theirs.w_out)
+        # Not the same bits: products of weights that lie elsewhere in memory may be added in another order.
+        torch.testing.assert_close(outputs(again, tokens), expected, rtol=0, atol=1e-12)
         plain = getattr(transformers, MODELS[name][2]).from_pretrained(tmp_path / "again", dtype="auto").eval()
         ssd_lit.set_mode(model, "dense")
         torch.testing.assert_close(outputs(plain, tokens), outputs(model, tokens), rtol=0, atol=1e-12)
