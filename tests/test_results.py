@@ -114,6 +114,18 @@ def recall() -> Column:
     return values
 
 
+def similarity(step: int) -> Column:
+    """Pattern similarity of a snapshot to the one 50 steps before."""
+
+    def values(row: str) -> Values:
+        arm, construction, experts = row.split()
+        frame = read("analysis-similarity.csv")
+        wanted = (frame["arm"] == arm) & (frame["construction"] == construction) & (frame["experts"] == int(experts))
+        return frame.loc[wanted & (frame["step_b"] == step), "similarity"].tolist()
+
+    return values
+
+
 def _of_router(row: str) -> pd.DataFrame:
     router, choice = row.split()
     frame = read("h100/routers-router_over_k.csv")
@@ -283,6 +295,14 @@ TABLES = {
         [runs("ablations/activation.csv", column, f"{arm}.activation_{{}}") for arm, column in (
             ("dense", "val_ppl_dense"), ("ssd", "val_ppl_dense"), ("ssd", "val_ppl_sparse"),
             ("dense", "active_neurons"), ("ssd", "active_neurons"))],
+    ),
+    "Analyses, one seed": Table(
+        [
+            *(f"dense kmeans {n}" for n in (8, 16, 32)),
+            *(f"dense {name} 16" for name in ("kmeans_activations", "coactivation", "random")),
+            *(f"ssd kmeans {n}" for n in (8, 16, 32)),
+        ],
+        [similarity(step) for step in range(100, 401, 50)],
     ),
     "Three seeds": Table(
         ["dense", "ssd", "sparse", "posthoc"],
