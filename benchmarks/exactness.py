@@ -42,7 +42,7 @@ KINDS = {  # gated, bias, weighted, ragged, activation
     "gated, weighted": (True, False, True, False, "silu"),
     "gelu": (False, True, False, False, "gelu"),
 }
-IN_FULL = ("plain", "gated, weighted", "gelu")
+KEPT_IN_FLOAT32 = ("plain", "gated, weighted", "gelu")
 """Kinds whose weights are kept in float32, as training keeps them, and so have gradients in float32."""
 # A ReLU's slope jumps where float32 and float64 may not agree on the sign: kinds whose slope does not.
 IN_FLOAT32 = ("gelu", "weighted and ragged")
@@ -72,9 +72,8 @@ def check(shape: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """The worst relative error of one case, over outputs and gradients."""
     torch.manual_seed(0)
     x, choice, experts, activation = inputs(shape, kind, dtype)
-    double = Experts(*(None if p is None else p.double() for p in experts))  # type: ignore[arg-type]
     exact_choice = choice._replace(weights=None if choice.weights is None else choice.weights.double())
-    reference = outcome(BACKENDS["masked"], x.double(), exact_choice, double, activation)
+    reference = outcome(BACKENDS["masked"], x.double(), exact_choice, experts.to(torch.float64), activation)
     fused = choose_backend("fused", x, activation)
     first, second = (outcome(fused, x, choice, experts, activation) for _ in range(2))
     errors = {name: error(first[name], reference[name]) for name in reference}
@@ -98,7 +97,7 @@ def inputs(shape: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Routing, 
         return (torch.randn(*size, device="cuda") * scale).to(dtype)
 
     def weights(*size: int, scale: float = 1.0) -> Tensor:
-        return fresh(*size, scale=scale).to(torch.float32 if kind in IN_FULL else dtype)
+        return fresh(*size, scale=scale).to(torch.float32 if kind in KEPT_IN_FLOAT32 else dtype)
 
     chosen = torch.rand(tokens, e, device="cuda").topk(k).indices
     if shape == "all to one expert":

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,6 @@ CASES += [Case(*SHAPES[number], "silu", True) for number in (0, 2)]
 
 def main() -> int:
     arguments = parse()
-    if arguments.tile is not None:
-        QUACK_TILES[:] = [QUACK_TILES[arguments.tile]]
     if arguments.compile is not None:
         if arguments.compile < len(CASES):
             measure(CASES[arguments.compile], arguments, {}, rounds=1)
@@ -116,16 +115,14 @@ def compile_all(arguments: argparse.Namespace, cases: list[Case]) -> None:
 
     QuACK's products, which take longest, have a process for each tile.
     """
-    command = [sys.executable, __file__]
-    command += ["--scattermoe", str(arguments.scattermoe)] if arguments.scattermoe else []
+    scatter = ["--scattermoe", str(arguments.scattermoe)] if arguments.scattermoe else []
     numbers = [CASES.index(case) for case in cases] + ([] if arguments.cases else [len(CASES)])
-    commands = [[*command, "--compile", str(number)] for number in numbers]
+    options = [["--compile", str(number), *scatter] for number in numbers]
     if arguments.sonicmoe:
-        sonic = [*command, "--sonicmoe", str(arguments.sonicmoe)]
-        for case, tile in itertools.product(cases, range(len(QUACK_TILES))):
-            if case.activation == "silu":
-                commands.append([*sonic, "--compile", str(CASES.index(case)), "--tile", str(tile)])
-    jobs = [subprocess.Popen(one, stderr=subprocess.DEVNULL) for one in commands]
+        gated = [CASES.index(case) for case in cases if case.activation == "silu"]
+        for number, tile in itertools.product(gated, range(len(QUACK_TILES))):
+            options.append(["--compile", str(number), "--sonicmoe", str(arguments.sonicmoe), "--tile", str(tile)])
+    jobs = [subprocess.Popen([sys.executable, __file__, *one], stderr=subprocess.DEVNULL) for one in options]
     end = time.monotonic() + COMPILE_SECONDS
     for job in jobs:
         try:
@@ -197,9 +194,10 @@ def ways_of(case: Case, ours: ExpertFFN, folders: argparse.Namespace, failed: di
     ways: dict[str, Way] = {
         "dense": (torch.compile(dense), dense), "ours": (torch.compile(ours), ours), "grouped": (grouped, grouped)
     }  # fmt: skip
-    peers = {"scattermoe": (scattermoe, folders.scattermoe)}
+    peers: dict[str, tuple[Callable[..., Way], Path | None]] = {"scattermoe": (scattermoe, folders.scattermoe)}
     if case.activation == "silu":
-        peers["sonicmoe"] = (sonicmoe, folders.sonicmoe)
+        tiles = QUACK_TILES if folders.tile is None else [QUACK_TILES[folders.tile]]
+        peers["sonicmoe"] = (partial(sonicmoe, tiles=tiles), folders.sonicmoe)
     for name, (make, folder) in peers.items():
         if folder is not None:
             try:

@@ -5,7 +5,7 @@ They choose by the same products as ours, add outputs without weights, and get n
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ssd_lit.moe.ffn import ExpertFFN
 
-QUACK_TILES = [(128, 192, True), (128, 128, True), (128, 256, False), (256, 128, False)]
-"""Rows, columns, and whether two tiles alternate in a multiprocessor: QuACK's default, and others of its list."""
+Tile = tuple[int, int, bool]
+"""Rows, columns, and whether two tiles alternate in a multiprocessor."""
+QUACK_TILES: list[Tile] = [(128, 192, True), (128, 128, True), (128, 256, False), (256, 128, False)]
+"""QuACK's default, and others of its list."""
 
 Way = tuple[Callable[[Tensor], Tensor], nn.Module]
 """A layer as a function [T, D] -> [T, D], and the module that holds its parameters."""
@@ -56,11 +58,11 @@ def scattermoe(ffn: ExpertFFN, tokens: int, folder: Path) -> Way:
     return forward, module
 
 
-def sonicmoe(ffn: ExpertFFN, tokens: int, folder: Path) -> Way:
+def sonicmoe(ffn: ExpertFFN, tokens: int, folder: Path, tiles: Sequence[Tile] = QUACK_TILES) -> Way:
     """SonicMoE's module (package `sonic-moe`, 0.1.2) with SwiGLU, from the folder into which it was unpacked.
 
     The parts of its `moe_TC_softmax_topk_layer` in its order: scores of one take the place of a softmax. QuACK tunes
-    its products over the tiles of `QUACK_TILES`; over all of its own, compiling takes more than ten minutes.
+    its products over `tiles`; over all of its own list, they were not compiled after seven minutes.
     """
     paths = [str(folder), str(folder / "nvidia_cutlass_dsl" / "python_packages")]
     sys.path[:0] = paths
@@ -71,7 +73,7 @@ def sonicmoe(ffn: ExpertFFN, tokens: int, folder: Path) -> Way:
     from sonicmoe.enums import ActivationType
 
     for tuner in (gemm_interface.gemm_tuned, gemm_interface.gemm_gated_tuned, gemm_interface.gemm_dgated_tuned):
-        tuner.configs = [c for c in tuner.configs if _on_hopper(c.kwargs["config"])]
+        tuner.configs = [c for c in tuner.configs if _on_hopper(c.kwargs["config"], tiles)]
     n_experts, d_model, top_k = ffn.experts, ffn.w_in.shape[1], ffn.top_k
     assert ffn.w_gate is not None
     swiglu = ActivationType.SWIGLU
@@ -116,7 +118,7 @@ def _directions(ffn: ExpertFFN) -> Tensor:
     return directions.to(ffn.w_in)
 
 
-def _on_hopper(config: Any) -> bool:
+def _on_hopper(config: Any, tiles: Sequence[Tile]) -> bool:
     """Whether a setting of QuACK's products is one that is tried here."""
     tile = (config.tile_m, config.tile_n, config.pingpong)
-    return config.device_capacity == 9 and config.cluster_m == 2 and not config.swap_ab and tile in QUACK_TILES
+    return config.device_capacity == 9 and config.cluster_m == 2 and not config.swap_ab and tile in tiles

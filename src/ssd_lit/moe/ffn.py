@@ -175,16 +175,20 @@ class ExpertFFN(nn.Module):
         """Whether all experts run with equal weights, which is the dense FFN."""
         return self.top_k == self.experts and self.threshold is None and not self.router.weighted and not self.upcycled
 
-    def _sparse(self, x: Tensor) -> Tensor:
-        def of_experts(p: Tensor) -> Tensor:
-            return p.view(self.experts, -1, *p.shape[1:])
+    def by_expert(self) -> Experts:
+        """The neurons of every expert, as views of the weights."""
 
-        b_in, w_gate, b_gate = (None if p is None else of_experts(p) for p in (self.b_in, self.w_gate, self.b_gate))
-        experts = Experts(of_experts(self.w_in), of_experts(self.w_out), b_in, w_gate, b_gate, self.b_out)
+        def view(part: Tensor) -> Tensor:
+            return part.view(self.experts, -1, *part.shape[1:])
+
+        b_in, w_gate, b_gate = (None if p is None else view(p) for p in (self.b_in, self.w_gate, self.b_gate))
+        return Experts(view(self.w_in), view(self.w_out), b_in, w_gate, b_gate, self.b_out)
+
+    def _sparse(self, x: Tensor) -> Tensor:
         activation = Activation(self.activation, self.hidden_dropout.p if self.training else 0.0)
         # Autocast covers torch's matrix products but not the backends. The router gets the same input as the experts.
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype)
         routing = self.route(x, self.tally)
         backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None, ragged=routing.ragged)
-        return backend(x, routing, experts, activation)
+        return backend(x, routing, self.by_expert(), activation)

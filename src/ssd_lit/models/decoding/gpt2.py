@@ -13,7 +13,6 @@ from triton import next_power_of_2
 
 from ssd_lit.models.decoding import kernels
 from ssd_lit.moe.backends.decode_gpu import COLUMNS, Choice, Norm, columns_of, down, rows_of_tile, up
-from ssd_lit.moe.backends.interface import Experts
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels import early_launch
 
@@ -51,11 +50,6 @@ class _Layer:
         self.sparse = self.ffn.mode == "sparse" and not self.ffn.chooses_all
         self.shift, self.offset = (keys.new_zeros(self.ffn.experts, dtype=torch.float32) for _ in range(2))
         self._versions: list[int] | None = None
-
-    @property
-    def experts(self) -> Experts:
-        parts = (self.ffn.w_in, self.ffn.w_out, self.ffn.b_in, self.ffn.w_gate)
-        return Experts(*(None if p is None else p.unflatten(0, (self.ffn.experts, -1)) for p in parts))  # type: ignore[arg-type]
 
     def choice(self, products: Tensor) -> Choice:
         """How the experts are found; products [blocks, E] are parts of their scores."""
@@ -149,7 +143,7 @@ class GPT2Step:
     def _ffn(self, layer: _Layer) -> Tensor:
         """Returns the new row's statistics."""
         attention, ffn, d = layer.block.attn, layer.ffn, len(self._x)
-        norm, experts = _norm(layer.block.ln_2, self._inner), layer.experts
+        norm, experts = _norm(layer.block.ln_2, self._inner), ffn.by_expert()
         products = self._x.new_empty(len(self._inner), ffn.experts)
         kernels.mix[(len(self._inner),)](
             self._parts, self._sums, self._position, attention.c_proj.weight, attention.c_proj.bias,

@@ -18,7 +18,8 @@ def decode_cpu(x: Tensor, routing: Routing, experts: Experts, activation: Activa
 
     torch.compile breaks its graph here, where the chosen experts become numbers.
     """
-    (n_experts, n_neurons, width), experts = experts.w_in.shape, experts.to(x.dtype)
+    experts = experts.to(x.dtype)
+    n_experts, n_neurons, width = experts.w_in.shape
     block = BLOCK if n_neurons % BLOCK == 0 else n_neurons
     blocks = n_neurons // block
     w_in, b_in, w_gate, b_gate = (

@@ -9,7 +9,8 @@ from ssd_lit.moe.routing import Routing
 
 def masked(x: Tensor, routing: Routing, experts: Experts, activation: Activation) -> Tensor:
     """Computes every neuron, then multiplies those of experts not chosen by zero. Saves nothing."""
-    n_experts, experts = experts.w_in.shape[0], experts.to(x.dtype)
+    experts = experts.to(x.dtype)
+    n_experts = experts.w_in.shape[0]
     weights = (
         torch.ones_like(routing.experts, dtype=x.dtype) if routing.weights is None else routing.weights.to(x.dtype)
     )
