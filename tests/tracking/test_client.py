@@ -1,5 +1,6 @@
 """MLflow through a real store: one run for each run, every point once, whatever happens."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -233,6 +234,26 @@ def test_a_stage_makes_the_store_where_there_is_none(tmp_path: Path, others: set
     end_of_process(others)
     send_runs(tmp_path, [tmp_path / "run"])  # on a busy machine the stage may have left it for later
     assert_all_arrived_once(tmp_path / "run", tmp_path, stages=1)
+
+
+def test_a_stage_whose_results_find_no_room_waits_for_what_is_being_sent(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: set[threading.Thread]
+) -> None:
+    written = threading.Event()
+
+    def slow(spool: Spool, *_: object) -> None:
+        time.sleep(0.5)
+        written.set()
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Spool, "attach", slow)
+    monkeypatch.setattr(Spool, "end", no_room)
+    with pytest.raises(OSError, match="No space left"), tracker(tmp_path, store):
+        pass
+    assert written.is_set()
+    assert not {thread for thread in set(threading.enumerate()) - others if thread.name == "mlflow"}
 
 
 @pytest.mark.parametrize("fault", ["refused", "500", "silent", "slow"])

@@ -112,9 +112,9 @@ class RunTracker:
             self._points.close()
             if error is not None or self._stage not in self._finished:
                 self._spool.end(self._stage, status, self._outcome)
-        finally:
-            self._stop.set()  # after an error too, such as a full disk
-        self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
+        finally:  # after an error too, such as a full disk: a process that ends meanwhile would leave a half written file
+            self._stop.set()
+            self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
         waiting = self._spool.waiting(store_name())
         if waiting:
             log.warning(
