@@ -256,6 +256,40 @@ def test_a_stage_whose_results_find_no_room_waits_for_what_is_being_sent(
     assert not {thread for thread in set(threading.enumerate()) - others if thread.name == "mlflow"}
 
 
+def test_versions_of_packages_can_be_asked_for_while_mlflow_is_imported(tmp_path: Path) -> None:
+    """Transformers asks while it is imported, beside the thread that imports MLflow and with it importlib_metadata."""
+    code = f"""
+import sys
+from importlib.machinery import PathFinder, SourceFileLoader
+from importlib.metadata import version
+from pathlib import Path
+
+from ssd_lit.config import load_experiment
+from ssd_lit.tracking.client import RunTracker
+
+class Slow(SourceFileLoader):
+    def get_code(self, name):
+        last = b"\\nclass PathDistribution"
+        source = self.get_data(self.path).replace(last, b"\\n__import__('time').sleep(0.3)" + last)
+        return self.source_to_code(source, self.path)
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "importlib_metadata":
+            spec = PathFinder.find_spec(name, path)
+            spec.loader = Slow(name, spec.origin)
+            return spec
+
+sys.meta_path.insert(0, Finder)
+RunTracker._send_all = lambda self: __import__("importlib_metadata")
+config, folder = load_experiment(Path("configs/quick.yaml")).runs()[0], Path({str(tmp_path)!r})
+with RunTracker(folder / "run", config, folder, stage="warmup", data_digest="", commit="abc"):
+    while not hasattr(sys.modules.get("importlib_metadata"), "PathDistribution"):
+        version("numpy")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
 @pytest.mark.parametrize("fault", ["refused", "500", "silent", "slow"])
 def test_a_server_that_is_away_does_not_hold_a_stage_and_gets_every_point_once_it_is_back(
     fault: str,

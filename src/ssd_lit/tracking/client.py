@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -101,6 +102,8 @@ class RunTracker:
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
+        # MLflow imports it, and while it is being imported no thread can ask for the version of a package.
+        import_module("importlib_metadata")
         self._thread.start()
         return self
 
@@ -112,7 +115,7 @@ class RunTracker:
             self._points.close()
             if error is not None or self._stage not in self._finished:
                 self._spool.end(self._stage, status, self._outcome)
-        finally:  # after an error too, such as a full disk: a process that ends meanwhile would leave a half written file
+        finally:  # after an error too: a process that ends while the thread writes leaves half a file
             self._stop.set()
             self._thread.join(max(CLOSE_SECONDS, CLOSE_SHARE * (time.monotonic() - self._began)))
         waiting = self._spool.waiting(store_name())
