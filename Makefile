@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Tests start many processes, which need not compile the package each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: reproduce test test-server test-slurm test-browser check lint docs ui install
+.PHONY: reproduce test test-server test-slurm test-browser check lint style types pytest docs ui install
 
 reproduce: install
 	snakemake
@@ -20,7 +20,11 @@ reproduce: install
 # Files of tests share what is dear to build, so each stays with one process.
 PYTEST := pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: style
+# mypy is one process, for a minute; tests wait now and then.
+	$(MAKE) --no-print-directory --jobs 2 types pytest
+
+pytest: install
 	$(PYTEST)
 
 test-slurm: install
@@ -42,12 +46,16 @@ test-browser: install
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock -e '.[browser-tests]'
 	pytest -rs tests/report/test_report_in_browser.py
 
-lint: install
+lint: style types
+
+style: install
 	ruff check .
 	ruff format --check .
-	mypy
 	snakefmt --check --compact-diff workflow
 	codespell
+
+types: install
+	mypy
 
 docs: install
 	mkdocs build --quiet

@@ -1,9 +1,8 @@
 """EleutherAI's harness scores models with experts, on tasks from local files, and its scores reach table and report."""
 
 import json
-import os
 import random
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'ssd-lit[harness]'")
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import model_registry
 
 from ssd_lit.evaluation.downstream import means
 from ssd_lit.evaluation.harness import FolderLM
@@ -115,21 +115,23 @@ def test_dynamic_k_is_an_argument_and_its_mean_k_is_recorded(tmp_path: Path) -> 
     assert found == {0.0: bench.runs["routed"].moe.experts, 1.0: 1}
 
 
-@pytest.mark.whole_run
 def test_the_command_line_of_the_harness_knows_our_model_type(
-    done: tuple[Bench, dict[str, Any]], tmp_path: Path
+    done: tuple[Bench, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, content = done
     bench.stage("export", bench.dir("ssd"), "--out", tmp_path / "out")
     tasks = bench.results.parent / "tasks"
     expected = {(one["mode"], one["task"]): one["value"] for one in content["harness"]["scores"]}
     moe = bench.runs["ssd"].moe
-    arguments = ["--model", "ssd_lit", "--model_args", f"path={tmp_path / 'out'},mode=sparse,top_k={moe.top_k}",
+    arguments = ["run", "--model", "ssd_lit", "--model_args", f"path={tmp_path / 'out'},mode=sparse,top_k={moe.top_k}",
                  "--include_path", tasks, "--tasks", *NAMES, "--device", "cpu",
                  "--output_path", tmp_path / "told"]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "ssd_lit.evaluation.harness", "run", *map(str, arguments)]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # As `python -m` does, but with lm_eval, which takes long, imported already.
+    monkeypatch.delitem(model_registry._objs, "ssd_lit")
+    monkeypatch.delitem(sys.modules, "ssd_lit.evaluation.harness")
+    runpy.run_module("ssd_lit.evaluation.harness", run_name="__main__")
     (written,) = (tmp_path / "told").rglob("results*.json")
     results = json.loads(written.read_text())["results"]
     assert {task: results[task]["acc,none"] for task in NAMES} == {task: expected["sparse", task] for task in NAMES}

@@ -10,8 +10,8 @@ import pytest
 from ssd_lit.support.devices import count_gpus
 
 TAKE = """
-import os, sys, torch
-torch.cuda.device_count = lambda: {there}
+import os, sys, types
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(device_count=lambda: {there}))
 from ssd_lit.support.devices import reserve_gpus
 reserve_gpus({count}); reserve_gpus({count})
 print(os.environ.get("CUDA_VISIBLE_DEVICES", "all"), flush=True)

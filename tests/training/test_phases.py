@@ -321,7 +321,8 @@ def test_a_stop_ends_the_data_workers_too(tmp_path: Path, number: signal.Signals
 def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     """Sums of gradients and of losses round differently, and no more; a cluster that gives one task does not matter.
 
-    They decide alike when a phase ends, and group neurons alike. Asked to stop, both save and end together.
+    They decide alike when a phase ends, and group neurons alike. Asked to stop, both save and end together (by SIGTERM:
+    tests/training/test_placement.py).
     """
     cluster = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
                "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}  # fmt: skip
@@ -340,7 +341,7 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
             assert main(["train", str(run), "--threads", "2"]) == 0
         else:
             command = [PROGRAM, "train", str(run), "--threads", "2"]
-            for number, alone in ((signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)):
+            for number, alone in ((signal.SIGUSR1, True), (signal.SIGINT, False)):
                 logged = curves(run)["train/loss"][-1][0] if (run / "metrics.jsonl").exists() else 0
                 process = subprocess.Popen(
                     command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True

@@ -29,9 +29,9 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
                 "checkpoint_every": 4}  # fmt: skip
     switching = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.5, "warmup_min_steps": 4, "warmup_max_steps": 8,
                  "sparse_steps": 60, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
-    config = tiny_experiment(tmp_path, training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
-    results = tmp_path / "killed"
-    run = results / "tiny/runs/ssd-seed0"
+    changes = {"training": training, "switching": switching, "arms": {"ssd": {"method": "ssd"}}}
+    killed = Bench(tmp_path, **changes)
+    config, results, run = tmp_path / "tiny.yaml", killed.results, killed.dir("ssd")
     rolling, holder = run / "work/rolling.ckpt", run / ".holder"
 
     def kill_when(reached: Callable[[], bool], kill: Callable[[int, int], None]) -> None:
@@ -56,7 +56,7 @@ def test_a_workflow_killed_in_a_sparse_phase_ends_with_the_same_weights(tmp_path
 
     (tmp_path / "whole").mkdir()
     shutil.copy(tmp_path / "text.txt", tmp_path / "whole")
-    whole = Bench(tmp_path / "whole", training=training, switching=switching, arms={"ssd": {"method": "ssd"}})
+    whole = Bench(tmp_path / "whole", **changes)
     expected = torch.load(whole.checkpoint("ssd"), weights_only=True)["state_dict"]
     got = torch.load(run / "checkpoints/sparse_phases.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(expected[name], got[name]) for name in expected)
