@@ -102,6 +102,38 @@ def mean_fraction() -> Column:
     return values
 
 
+def of_choice(choice: str, k: int) -> Column:
+    """Perplexity with k experts that the router of an arm chooses (own) or the oracle."""
+
+    def values(arm: str) -> Values:
+        frame = read(ROUTER)
+        wanted = (frame["arm"] == arm) & (frame["choice"] == choice) & (frame["k"] == k)
+        return frame.loc[wanted, "perplexity"].tolist()
+
+    return values
+
+
+def of_thresholds(*thresholds: float) -> Column:
+    """For every threshold of dynamic k the mean k and the perplexity."""
+
+    def values(arm: str) -> Values:
+        frame = read(ROUTER)
+        rows = frame[(frame["arm"] == arm) & (frame["choice"] == "dynamic")].set_index("threshold")
+        return [value for threshold in thresholds for value in rows.loc[threshold, ["k", "perplexity"]]]
+
+    return values
+
+
+def mean_recall() -> Column:
+    """The recall of the oracle's activation mass of an arm's router, mean over layers."""
+
+    def values(arm: str) -> Values:
+        frame = read("ablations/router-recall.csv")
+        return [frame.loc[frame["arm"] == arm, "recall"].mean()]
+
+    return values
+
+
 def recall() -> Column:
     """The lowest and the highest recall of the oracle's activation mass among the layers."""
 
@@ -205,7 +237,8 @@ SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
 KS = (6, 8, 12)
-ROUTERS = ("none", "direction", "mass", "norm")
+ROUTERS = ("none", "centers", "mass_mlp", "norm_mlp")
+ROUTER = "ablations/router-router_over_k.csv"
 
 TABLES = {
     "All models": Table(
@@ -270,7 +303,7 @@ TABLES = {
         ],
     ),
     "Threshold of stability, tau": grid("tau", "ssd.tau_{}"),
-    "Fraction of sparse steps, r": grid("sparse_share", "ssd.sparse_share_{}"),
+    "Fraction of sparse steps, r": grid("sparse_fraction", "ssd.sparse_fraction_{}"),
     "Cycle length": grid("cycle_length", "ssd.sparse_steps_{}"),
     "Last dense phase": grid("final_dense", "ssd.final_dense_steps_{}"),
     "First dense phase": grid("warmup", "ssd.warmup_max_steps_{}"),
@@ -282,13 +315,15 @@ TABLES = {
         [runs("ablations/construction.csv", f"val_ppl_{mode}", f"{arm}.construction_{{}}")
          for arm, mode in (("ssd", "dense"), ("ssd", "sparse"), ("posthoc", "sparse"))],
     ),
-    # k 2, k 8, the oracle and dynamic k were not kept.
     "Router": Table(
         [
-            *(f"ssd_routed.trained_router_{router}" for router in ROUTERS), "ssd_random",
-            *(f"posthoc.trained_router_{router}" for router in ROUTERS), "posthoc_random",
+            *(f"ssd_routed.posthoc_router_{router}" for router in ROUTERS), "ssd_random",
+            *(f"posthoc.posthoc_router_{router}" for router in ROUTERS), "posthoc_random",
         ],
-        [None, None, runs("ablations/router.csv", "val_ppl_sparse"), *(None,) * 5],
+        [
+            mean_recall(), *(of_choice(choice, k) for choice in ("own", "oracle") for k in (2, 4, 8)),
+            of_thresholds(0.2, 0.4),
+        ],
     ),
     "Activation": Table(
         "{}",

@@ -88,3 +88,13 @@ def test_without_a_dense_arm_there_is_nothing_to_compare_with(make_tree):
 def test_the_reference_trains_for_all_its_steps_with_the_same_model(make_tree):
     tree = make_tree((0,), ("ssd", "matched", "small", "dense", "tau"))
     assert grid_of(tree, "tau").reference.name == "dense"
+
+
+def test_ticks_say_where_they_are_however_near_the_cells(many):
+    figure, _ = draw(grid_of(many, "tau"))
+    recall, neurons = figure.axes[-1], figure.axes[-2]
+    for panel, (low, high), unit in ((recall, (0.9805, 0.9815), 0.01), (neurons, (95.2, 95.9), 1.0)):
+        panel.set_ylim(low, high)
+        figure.canvas.draw()
+        told = [float(label.get_text().rstrip("%")) * unit for label in panel.get_yticklabels()]
+        assert told == pytest.approx(panel.get_yticks().tolist(), rel=1e-5)

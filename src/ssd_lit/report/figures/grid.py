@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from ssd_lit.report.arms import Arm
 from ssd_lit.report.figures.style import GREY, MARKERS, PALETTE, WIDTH, arm_label, key, ramp, scale_perplexities
-from ssd_lit.report.formatting import shortened
+from ssd_lit.report.formatting import percent, shortened
 from ssd_lit.report.grid import QUANTITIES, Grid, Quantity, measured, table
 
 SPREAD = 0.3
@@ -111,7 +111,9 @@ def _draw_quantity(panel: Axes, grid: Grid, series: Sequence[Series], quantity: 
         scale_perplexities(panel, drawn)
     else:
         panel.set_ylim(bottom=max(0.0, panel.get_ylim()[0]))
-        panel.yaxis.set_major_formatter(lambda value, _: quantity.write(value).replace(".0%", "%"))
+        scale, unit = (100, "%") if quantity.write is percent else (1, "")
+        # As many digits as tell the ticks apart, however near to each other the cells are.
+        panel.yaxis.set_major_formatter(lambda value, _: f"{scale * value:.6g}{unit}")
 
 
 def _draw_reference(panel: Axes, grid: Grid, quantity: Quantity) -> list[float]:
