@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ssd_lit import cli
 
+PROGRAM = str(Path(sys.executable).with_name("ssd-lit"))
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ssd_lit.training.fit", "ssd_lit.training.moefication", "mlflow.tracking"])
 
@@ -67,5 +68,7 @@ def _run(arguments: list[str], stderr: Path, before: Callable[[], None] | None) 
         os.dup2(told.fileno(), sys.stderr.fileno())
     if before is not None:
         before()
-    sys.argv = ["ssd-lit", *arguments]
+    # Of a program, by whose name Lightning starts the others of a training.
+    sys.argv = [PROGRAM, *arguments]
+    sys.modules["__main__"].__spec__ = None
     cli.run()

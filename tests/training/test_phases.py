@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,6 @@ from tests.forked import Forked, run_forked
 
 pytestmark = pytest.mark.whole_run
 
-PROGRAM = str(Path(sys.executable).with_name("ssd-lit"))
 TIMES = {"train/tokens_per_second", "train/seconds"}
 
 
@@ -326,14 +324,17 @@ def test_a_stop_ends_the_data_workers_too(tmp_path: Path, number: signal.Signals
         os.killpg(process.pid, 0)
 
 
+def as_one_task_of_a_cluster() -> None:
+    os.environ |= {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+                   "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}  # fmt: skip
+
+
 def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     """Sums of gradients and of losses round differently, and no more; a cluster that gives one task does not matter.
 
     They decide alike when a phase ends, and group neurons alike. Asked to stop, both save and end together (by SIGTERM:
     tests/training/test_placement.py).
     """
-    cluster = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-               "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost"}  # fmt: skip
     model = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0}
     switching = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 8,
                  "sparse_steps": 6, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
@@ -348,20 +349,18 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
         if devices == 1:
             assert main(["train", str(run), "--threads", "2"]) == 0
         else:
-            command = [PROGRAM, "train", str(run), "--threads", "2"]
+            command = ["train", run, "--threads", "2"]
             for number, alone in ((signal.SIGUSR1, True), (signal.SIGINT, False)):
                 logged = curves(run)["train/loss"][-1][0] if (run / "metrics.jsonl").exists() else 0
-                process = subprocess.Popen(
-                    command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-                )
+                process = Forked(*command)
                 status, told = kill_when(process, run / "metrics.jsonl", logged + 3, number, alone=alone)
                 assert status == STATUS
                 assert f"stopped by {number.name} after step" in told
                 assert is_gone_within(10, process.pid)
-            done = subprocess.run(
-                command, env={**os.environ, **cluster}, check=True, timeout=300, stderr=subprocess.PIPE, text=True
-            )
-            assert done.stderr.count("begins") == 1
+            process = Forked(*command, before=as_one_task_of_a_cluster)
+            _, told = process.communicate()
+            assert process.returncode == 0, told
+            assert told.count("begins") == 1
         assert (run / "evaluation.json").exists()
         found[devices] = bench.phases("ssd"), curves(run), weights(bench.checkpoint("ssd"))
     (chain, expected, one), (other, got, two) = found[1], found[2]

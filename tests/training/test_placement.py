@@ -14,7 +14,8 @@ import torch
 from ssd_lit.pipeline.verify import verify
 from ssd_lit.training.checkpoint import check_checkpoint, read_checkpoint
 from tests.conftest import Bench
-from tests.training.test_phases import PROGRAM, curves, kill_when
+from tests.forked import Forked
+from tests.training.test_phases import curves, kill_when
 
 pytestmark = pytest.mark.whole_run
 
@@ -102,9 +103,10 @@ def test_two_machines_train_a_divided_model_and_two_devices_go_on_with_it(plain:
     stopped = read_checkpoint(run / "work/rolling.ckpt")["global_step"]
     assert stopped >= 14
 
-    command = [PROGRAM, "train", str(run), "training.nodes=1", "--threads", "2"]
-    done = subprocess.run(command, check=True, timeout=300, stderr=subprocess.PIPE, text=True)
-    assert done.stderr.count("begins") == 1
+    process = Forked("train", run, "training.nodes=1", "--threads", "2")
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert told.count("begins") == 1
     assert (run / "evaluation.json").exists()
     assert_alike(plain, divided, "ssd")
     lines: list[str] = []
