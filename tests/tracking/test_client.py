@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, set_tracking_uri
 
 from ssd_lit.config import RunConfig, dump, load_experiment
 from ssd_lit.support.files import write_text
@@ -176,6 +176,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyS
         server.start()
         yield server
         server.stop()
+        set_tracking_uri(None)  # MLflow's application makes its store that of the whole process
 
 
 @pytest.fixture
