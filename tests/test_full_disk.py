@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from ssd_lit.cli import main
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import read_checkpoint
 from tests.conftest import Bench, tiny_experiment
+from tests.tracking.test_client import end_of_process
 
 ARMS = {"sparse": {"method": "sparse"}}
 TRAINING = {"steps": 12, "batch_size": 4, "log_every": 3, "validate_every": 6, "validation_blocks": 4,
@@ -41,12 +43,14 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, results, failed = tiny_experiment(tmp_path, arms=ARMS, training=TRAINING), disk / "results", []
+    others = set(threading.enumerate())
 
     def stage(name: str, *arguments: object) -> None:
         for kilobytes in ROOM:
             fill(disk, kilobytes)
             capsys.readouterr()
             status = main([name, *map(str, arguments)])
+            end_of_process(others)
             (disk / "ballast").unlink()
             if status == 0:
                 return
@@ -80,7 +84,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
 
 
 def fill(disk: Path, kilobytes: int) -> None:
-    """Leave so much room and no more; tries again where a thread of the stage before is still writing to the store."""
+    """Leave so much room and no more; tries again where MLflow's samples of the stage before are still written."""
     with (disk / "ballast").open("wb") as file:
         for _ in range(100):
             free = os.statvfs(disk)
