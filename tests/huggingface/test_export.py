@@ -221,7 +221,7 @@ CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def data_of(folder: Path, tokenizer: dict[str, Any]) -> dict[str, Any]:
     return {"name": "grammar", "sources": [{"kind": "files", "paths": [str(folder / "text.txt")]}],
-            "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": tokenizer,
+            "validation_fraction": 0.03, "test_fraction": 0.1, "tokenizer": tokenizer,
             "sequence_length": 16}  # fmt: skip
 
 
