@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ssd_lit.records import PhaseRecord
+from ssd_lit.tracking.metrics_log import read_metrics
 from tests.conftest import tiny_experiment
 from tests.slurm.cluster import Job, jobs, kill_node, slurm, start_node, wait_for
 from tests.stress.same_results import TIMED, differences
@@ -194,9 +195,10 @@ def test_a_run_goes_on_after_its_node_died(experiment: Path, results: Path, undi
 
 
 def test_two_nodes_of_two_processes_train_a_run_and_go_on_after_a_signal(experiment: Path, results: Path) -> None:
-    # Four processes on two cores are slow.
+    # Four processes on two cores are slow, and each draws dropout for its own part of a batch.
     short = (
-        f"training: {{steps: {SHORT}, nodes: NODES, devices: NODES}}\nswitching: {{switch_points: [12, {SHORT - 12}]}}"
+        f"training: {{steps: {SHORT}, nodes: NODES, devices: NODES}}\n"
+        f"switching: {{switch_points: [12, {SHORT - 12}]}}\nmodel: {{dropout: 0.0}}"
     )
     alone, spread = (experiment.with_name(f"{nodes}.yaml") for nodes in (1, 2))
     for nodes, path in enumerate((alone, spread), start=1):
@@ -214,5 +216,8 @@ def test_two_nodes_of_two_processes_train_a_run_and_go_on_after_a_signal(experim
         assert (job.JobState, job.Restarts) == ("COMPLETED", "1")
     (sparse,) = (results / RUN).glob("phases/*-sparse/phase.json")
     assert PhaseRecord.read(sparse).provenance["began"] is None
-    ours, expected = (float(table(there, "tiny")[0]["val_ppl_sparse"]) for there in (results, by_one))
-    assert ours == pytest.approx(expected, rel=0.01)
+    ours, expected = (read_metrics(there / RUN / "metrics.jsonl")["train/loss"] for there in (results, by_one))
+    assert [step for step, _ in ours] == [step for step, _ in expected]
+    for (step, loss), (_, by_one_process) in zip(ours, expected, strict=True):
+        # Sums round differently, which grows from step to step: 4e-4 at step 100, 2 % at step 180.
+        assert loss == pytest.approx(by_one_process, rel=1e-4 if step <= 60 else 0.05), step
