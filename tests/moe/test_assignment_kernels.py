@@ -7,7 +7,7 @@ import torch
 from ssd_lit.moe import assignment
 from ssd_lit.moe.assignment import TEMPERATURES, assign, centred_costs, find_prices
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
 
 from ssd_lit.moe.kernels.prices import newton_steps
 from tests.moe.cheapest import assert_cheapest

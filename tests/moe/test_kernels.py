@@ -20,7 +20,7 @@ from ssd_lit.moe.routers import CenterRouter, build_router
 from ssd_lit.moe.routing import Routing, experts_above
 from ssd_lit.moe.statistics import mean_k
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
 
 
 def problem(
