@@ -18,6 +18,7 @@ from machine import RESULTS, machine
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -90,7 +91,7 @@ def main() -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (port, folder), nprocs=PROCESSES)
+        spawn(work, (port, folder), nprocs=PROCESSES)
         found = torch.load(Path(folder) / "gradients.pt")
     alone = gradients(Stack(checkpointed=False).cuda(), tokens().cuda())
     worst = {}

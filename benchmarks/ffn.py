@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from machine import RESULTS, machine
 from peers import QUACK_TILES, Way, scattermoe, sonicmoe
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.routers import CenterRouter
@@ -320,26 +320,27 @@ def few_tokens(rounds: int) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         case = Case(tokens, 2048, 8192, "relu", False)
         x = torch.randn(tokens, case.d_model, device="cuda", dtype=torch.bfloat16)
-        steps, stacks = {}, {}  # a graph does not keep the weights that it reads
+        graphs: dict[str, Callable[[], object]] = {}
+        stacks = []  # a graph does not keep the weights that it reads
         for name in ("dense", "decode_gpu", "fused") if tokens == 1 else ("dense", "fused"):
             ffn = build(case, "auto" if name == "dense" else name)
             ffn.set_mode("dense" if name == "dense" else "sparse")
             # Four layers in turns: one alone would stay in the cache.
-            layers = nn.Sequential(*(build(case, ffn.backend) for _ in range(4)))
+            layers = [build(case, ffn.backend) for _ in range(4)]
             for layer in layers:
                 layer.set_mode(ffn.mode)
-            stacks[name] = layers
+            stacks.append(layers)
 
-            def step(layers: nn.Sequential = layers, x: Tensor = x) -> None:
+            def step(layers: list[ExpertFFN] = layers, x: Tensor = x) -> None:
                 with torch.no_grad():
                     for layer in layers:
                         layer(x)
 
-            steps[name] = capture(step)
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
+            graphs[name] = capture(step)
+        seconds: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(rounds):
-            for name, step in steps.items():
-                seconds[name].extend(value / 4 for value in timed(step, 5))
+            for name, graph in graphs.items():
+                seconds[name].extend(value / 4 for value in timed(graph, 5))
         rows.append({"tokens": tokens, "seconds": {name: statistics.median(v) for name, v in seconds.items()}})
     return rows
 

@@ -101,7 +101,8 @@ def build(shape: str, device: str) -> Any:
         activation_function="relu", bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.device(device):
-        model = GPT2LMHeadModel(config).to(dtype_on(device)).eval()
+        model: Any = GPT2LMHeadModel(config)
+        model.to(dtype_on(device)).eval()
         for ffn in swap_ffns(model, family("gpt2"), MoEConfig(experts=E, top_k=K), router="center"):
             ffn.router.on_permuted(ffn.gating_weight)
     return model.requires_grad_(False)
@@ -145,16 +146,14 @@ def decoder(model: Any, mode: Any, setting: str, prompt: torch.Tensor, new: int)
     """Decodes `new` tokens; the prompt has been read before."""
     generator = Generator(model, compiled=setting == "compiled graph")
     set_mode(model, mode)
-    blocks = generation.row_products
     with transformers_step() if setting == "compiled graph" else nullcontext():
         generator.start(prompt, new)
 
     def run() -> None:
         set_mode(model, mode)
-        generation.row_products = blocks if setting == "blocks" else nullcontext
-        generator.rewind(PROMPT)
-        generator.advance(new - 1)
-        generation.row_products = blocks
+        with nullcontext() if setting == "blocks" else patch.object(generation, "row_products", nullcontext):
+            generator.rewind(PROMPT)
+            generator.advance(new - 1)
 
     return run
 
@@ -178,7 +177,7 @@ def bytes_of_a_step(model: Any, mode: str, batch: int, context: float) -> float:
             unread = (1 - ffn.top_k / ffn.experts) ** batch
             total -= unread * size * sum(p.numel() for p in ffn.neuron_parameters())
             total += sum(buffer.nbytes for buffer in ffn.router.buffers())
-    return total
+    return float(total)
 
 
 def reading_speed(device: str) -> float:

@@ -13,6 +13,7 @@ from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.flops import PEAK_FLOPS, Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.names import Activation
 from ssd_lit.training.module import COMPILE_MODE
 from ssd_lit.training.optim import build_optimizer
 
@@ -35,7 +36,7 @@ class Shape:
         """Tokens of a step."""
         return self.batch * self.sequence
 
-    def model(self, activation: str = "relu") -> ModelConfig:
+    def model(self, activation: Activation = "relu") -> ModelConfig:
         return ModelConfig(
             layers=self.layers, d_model=self.d_model, heads=self.heads, d_ff=4 * self.d_model, activation=activation
         )
@@ -61,7 +62,7 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, moe: MoEConfig, activation: str = "relu") -> LanguageModel:
+def build(shape: Shape, moe: MoEConfig, activation: Activation = "relu") -> LanguageModel:
     """A model with fresh weights on the device, whose neurons are experts as they stand."""
     torch.manual_seed(0)
     with DEVICE:

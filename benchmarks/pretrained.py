@@ -43,7 +43,9 @@ from ssd_lit.config import MoEConfig, PackageSource  # noqa: E402
 from ssd_lit.data.sources import documents  # noqa: E402
 from ssd_lit.huggingface.moefy import moefy_folder  # noqa: E402
 from ssd_lit.moe.ffn import ExpertFFN  # noqa: E402
-from ssd_lit.report.figures.style import GREY, LINES, PALETTE, WIDTH, figure_settings  # noqa: E402
+from ssd_lit.moe.names import Construction, UntrainedRouter  # noqa: E402
+from ssd_lit.report.figures.style import GREY, PALETTE, WIDTH, figure_settings  # noqa: E402
+from ssd_lit.report.palette import LINES  # noqa: E402
 from ssd_lit.support.files import sha256, whole_file, write_json  # noqa: E402
 from ssd_lit.support.provenance import provenance  # noqa: E402
 
@@ -52,8 +54,8 @@ ROOT = Path(__file__).parents[1]
 RESULT, FIGURE = ROOT / "benchmarks/results/pretrained.json", ROOT / "docs/images/pretrained_over_k.png"
 EXPERTS = 32
 KS = (2, 4, 6, 8, 12, 16, 24, 32)
-CONSTRUCTIONS = ("kmeans", "kmeans_activations", "coactivation", "random")
-ROUTERS = ("center", "mass_mlp", "norm_mlp")
+CONSTRUCTIONS: tuple[Construction, ...] = ("kmeans", "kmeans_activations", "coactivation", "random")
+ROUTERS: tuple[UntrainedRouter, ...] = ("center", "mass_mlp", "norm_mlp")
 CALIBRATION_TOKENS = 8192
 LARGEST_ERROR = 1e-5
 RANKED = [("kmeans", "center"), *((construction, "norm_mlp") for construction in CONSTRUCTIONS)]
@@ -113,7 +115,7 @@ def measure(source: Path, work: Path, arguments: argparse.Namespace) -> dict[str
         for router in ROUTERS:
             folder = work / f"{construction}-{router}"
             chosen = {"router": "center"} if router == "center" else {"posthoc_router": router}
-            moe = MoEConfig(experts=EXPERTS, top_k=8, construction=construction, **chosen)
+            moe = MoEConfig.model_validate({"experts": EXPERTS, "top_k": 8, "construction": construction, **chosen})
             moefy_folder(source, folder, moe, text=work / "text.txt", calibration_tokens=CALIBRATION_TOKENS)
             for model in (AutoModel.from_pretrained(folder).eval(), ssd_lit.load(folder)):
                 errors.append(float((embed(model, sentences) - expected).norm() / expected.norm()))
@@ -231,9 +233,9 @@ def drawn(content: dict[str, Any]) -> Figure:
     panels = 3 if correlations else 2
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots(1, panels)
-    routers = {"oracle": GREY, **dict(zip(ROUTERS, PALETTE, strict=False))}
+    routers: dict[str, str] = {"oracle": GREY, **dict(zip(ROUTERS, PALETTE, strict=False))}
     curves(axes[0], {one: cosines[f"kmeans, {one}"] for one in routers}, routers, "routers, with kmeans")
-    colours = dict(zip(CONSTRUCTIONS, PALETTE[3:], strict=False))
+    colours: dict[str, str] = dict(zip(CONSTRUCTIONS, PALETTE[3:], strict=False))
     curves(axes[1], {one: cosines[f"{one}, norm"] for one in colours}, colours, "constructions, with router norm")
     for one in axes[:2]:
         one.set_ylabel("mean cosine with the untouched model")

@@ -66,7 +66,7 @@ def use(deterministic: bool) -> None:
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(deterministic)
     # Only what is read before it was written needs filling, and nothing of ours is.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def train(results: Path) -> dict[str, Path]:

@@ -34,8 +34,12 @@ from machine import RESULTS, machine
 from switching import Clock, Schedule, compile_bytecode, figures, write_run
 
 from ssd_lit.config import MoEConfig, load_run
+from ssd_lit.models.flops import Costs
 from ssd_lit.models.memory import training_memory
+from ssd_lit.run import Run
 from ssd_lit.support.files import write_json
+from ssd_lit.training.logger import Recorder
+from ssd_lit.training.phase_switch import PhaseSwitch
 
 RESULT = RESULTS / "scaling.json"
 LEAST = {"small": 0.95, "1.3b": 0.97}
@@ -166,7 +170,7 @@ def occupied(profiler: Any, steps: int) -> dict[str, float]:
     return {name: nanoseconds / 1e6 / steps for name, nanoseconds in parts.items()}
 
 
-def child(run: Path, *, profiled: bool) -> int:
+def child(folder: Path, *, profiled: bool) -> int:
     """`ssd-lit train RUN` in one of the processes, with a clock and perhaps a profile."""
     from ssd_lit import cli
     from ssd_lit.training import fit
@@ -174,14 +178,14 @@ def child(run: Path, *, profiled: bool) -> int:
 
     callbacks: list[Any] = []
 
-    def watched(one: Any, switch: Any, *others: Any) -> Trainer:
-        trainer = build_trainer(one, switch, *others)
-        callbacks.extend([Clock(switch, run / "clock.json"), Profile()])
+    def watched(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorder | None) -> Trainer:
+        trainer = build_trainer(run, switch, costs, recorder)
+        callbacks.extend([Clock(switch, folder / "clock.json"), Profile()])
         trainer.callbacks[:0] = callbacks[: 2 if profiled else 1]  # type: ignore[attr-defined]
         return trainer
 
     fit.build_trainer = watched
-    status = cli.main(["train", str(run), "--until", "sparse_phases"])
+    status = cli.main(["train", str(folder), "--until", "sparse_phases"])
     if os.environ.get("LOCAL_RANK", "0") == "0":
         clock, profile = callbacks
         clock.told |= {"peak": torch.cuda.max_memory_reserved(), "profile": profile.found}

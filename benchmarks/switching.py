@@ -41,8 +41,12 @@ from lightning.pytorch import Callback, Trainer
 from machine import RESULTS, machine, synchronize
 
 from ssd_lit.config import DataConfig, RunConfig, dump
+from ssd_lit.models.flops import Costs
 from ssd_lit.paths import data_dir
+from ssd_lit.run import Run
 from ssd_lit.support.files import sha256, write_json, write_json_checked, write_text
+from ssd_lit.training.logger import Recorder
+from ssd_lit.training.phase_switch import PhaseSwitch
 
 RESULT = RESULTS / "switching.json"
 VALIDATION_BLOCKS = 256
@@ -315,7 +319,7 @@ class Clock(Callback):
         write_json(self._path, self.told)
 
 
-def child(run: Path) -> int:
+def child(folder: Path) -> int:
     """`ssd-lit train RUN`, with one more callback."""
     from ssd_lit import cli
     from ssd_lit.training import fit
@@ -323,14 +327,14 @@ def child(run: Path) -> int:
 
     clocks: list[Clock] = []
 
-    def with_clock(one: Any, switch: Any, *others: Any) -> Trainer:
-        trainer = build_trainer(one, switch, *others)
-        clocks.append(Clock(switch, run / "clock.json"))
+    def with_clock(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorder | None) -> Trainer:
+        trainer = build_trainer(run, switch, costs, recorder)
+        clocks.append(Clock(switch, folder / "clock.json"))
         trainer.callbacks.insert(0, clocks[0])  # type: ignore[attr-defined]
         return trainer
 
     fit.build_trainer = with_clock
-    status = cli.main(["train", str(run), "--until", "sparse_phases"])
+    status = cli.main(["train", str(folder), "--until", "sparse_phases"])
     if os.environ.get("LOCAL_RANK", "0") == "0":
         clocks[0].write()
     return status

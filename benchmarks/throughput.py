@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ def main() -> int:
             forget_peak()
             run(2)
             peaks[way] = gibibytes()
-        turns = seconds_in_turns(
-            {way: (lambda run=run: run(arguments.steps)) for way, run in ways.items()}, arguments.rounds
-        )
+        turns = seconds_in_turns({way: partial(run, arguments.steps) for way, run in ways.items()}, arguments.rounds)
         seconds = {way: [one / arguments.steps for one in values] for way, values in turns.items()}
         # The memory of the models before is not the trainer's.
         ways.clear()
@@ -174,7 +173,7 @@ def nanogpt(source: Any, shape: Shape, tokens: Path, *, bias: bool) -> Callable[
             )
         )  # fmt: skip
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), DEVICE.type)
-    compiled = torch.compile(model)
+    compiled: Any = torch.compile(model)
 
     def draw() -> tuple[Tensor, Tensor]:
         stream = np.memmap(tokens / "train.bin", dtype=np.uint16, mode="r")
@@ -298,7 +297,7 @@ def all_steps(rounds: int, steps: int) -> int:
 def fit(run: Run, shape: Shape, steps: int) -> tuple[Windows, float, float | None]:
     """A fit that was timed, the share of a step in which the host fetches data, and the peak memory."""
     model, costs = build(shape, MOE, "gelu"), shape.costs(MOE)
-    data = TimedData.of_run(run.config, run.tokens, noise_per_token=0)
+    data = TimedData.of_run(run.config, run.tokens, noise_per_token=0, micro_batch_size=shape.batch)
     assert isinstance(data, TimedData)
     windows = Windows(steps, WARMUP)
     points = Points(run.folder / "metrics.jsonl")
@@ -310,7 +309,7 @@ def fit(run: Run, shape: Shape, steps: int) -> tuple[Windows, float, float | Non
             windows,
             *(one for one in trainer.callbacks if not isinstance(one, RollingCheckpoint)),  # type: ignore[attr-defined]
         ]
-        trainer.fit(Pretraining(run.config, model, Causal()), data)
+        trainer.fit(Pretraining(run.config, model, Causal(), shape.batch), data)
     points.close()
     step = statistics.median(windows.seconds[OFF])
     return windows, data.seconds / data.fetched / step, gibibytes()

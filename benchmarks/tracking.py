@@ -86,7 +86,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
                 continue
             place = folder / f"server-{server}"
             ensure_store(place)
-            command = [sys.executable, ROOT / "tests/faulty_server.py", place, str(port), server]
+            command = [sys.executable, str(ROOT / "tests/faulty_server.py"), str(place), str(port), server]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             processes.append(process)
             assert process.stdout is not None

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def measure(name: str, moe: MoEConfig, rounds: int, steps: int, profile: bool) -
         forget_peak()
         found["loss"][mode] = several(mode, 2).item()
         found["peak_gibibytes"][mode] = gibibytes()
-    turns = seconds_in_turns({mode: (lambda mode=mode: several(mode, steps)) for mode in MODES}, rounds)
+    turns = seconds_in_turns({mode: partial(several, mode, steps) for mode in MODES}, rounds)
     seconds = {mode: [one / steps for one in values] for mode, values in turns.items()}
     median = {mode: statistics.median(values) for mode, values in seconds.items()}
     costs = shape.costs(moe)
@@ -119,7 +120,7 @@ def measure(name: str, moe: MoEConfig, rounds: int, steps: int, profile: bool) -
         "largest_load": largest_load(model, batch, moe),
     }
     if profile:
-        found["kernels"] = {mode: kernels(lambda mode=mode: several(mode, 3), steps=3) for mode in MODES}
+        found["kernels"] = {mode: kernels(partial(several, mode, 3), steps=3) for mode in MODES}
     return found
 
 
