@@ -186,6 +186,22 @@ def test_router_training_touches_no_other_weight_and_learns(tmp_path: Path, kind
     assert evaluated(bench, "ssd")["router"] == kind
 
 
+@pytest.mark.parametrize("kind", ["norm_mlp", "centers"])
+def test_routers_are_trained_in_the_precision_of_the_run(tmp_path: Path, kind: str) -> None:
+    moe = {"experts": 8, "top_k": 2, "posthoc_router": kind, "router_steps": 120, "router_lr": 1e-2}
+    routed = {"method": "posthoc", "parent_arm": "dense", "moe": moe}
+    arms = {"dense": {"method": "dense"}, "fp32": routed, "bf16": {**routed, "training": {"precision": "bf16"}}}
+    bench = Bench(tmp_path, arms=arms)
+    for arm in arms:
+        bench.phases(arm)
+    exact, rounded = ({name: w for name, w in weights(bench, arm).items() if ROUTER in name} for arm in ("fp32", "bf16"))
+    for name, weight in exact.items():
+        assert rounded[name].dtype == torch.float32
+        error = (rounded[name] - weight).norm() / weight.norm()
+        assert 0 < error < 0.05, name
+    assert evaluated(bench, "bf16")["loss_sparse"] == pytest.approx(evaluated(bench, "fp32")["loss_sparse"], rel=1e-3)
+
+
 def test_moments_left_behind_are_the_only_difference_that_permute_optimizer_makes(tmp_path: Path) -> None:
     bench = Bench(tmp_path, arms={"ssd": {"method": "ssd", "grid": {"moe.permute_optimizer": [True, False]}}})
     moved, left = bench.runs

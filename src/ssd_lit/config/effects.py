@@ -12,7 +12,7 @@ from ssd_lit.config.yaml_file import ConfigError
 from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 
 OF_EVERY_STAGE = ("devices", "nodes", "threads", "deterministic")
-OF_BATCHES = ("batch_size", "log_every")
+OF_BATCHES = ("batch_size", "log_every", "precision")
 """Keys of the section training that routers are trained by too."""
 NO_DROPOUT = ("llama", "mistral", "qwen2", "qwen3")
 """Families whose fresh models drop nothing."""

@@ -114,7 +114,10 @@ def router_loss(scores: Tensor, contributed: Tensor, kind: PosthocRouter) -> Ten
 
 
 def _examples(run: Run, model: LanguageModel) -> Iterator[list[Example]]:
-    """The examples of every step, without end, from the training split's first batch on."""
+    """The examples of every step, without end, from the training split's first batch on.
+
+    The frozen model computes them in the precision in which it was trained.
+    """
     config, kind = run.config, run.config.moe.posthoc_router
     assert kind is not None
     objective = build_objective(model.objective_name, run.vocab)
@@ -125,5 +128,7 @@ def _examples(run: Run, model: LanguageModel) -> Iterator[list[Example]]:
         batch = {name: x.to(device) for name, x in rows.items()}
         generator = torch.Generator(device).manual_seed(config.seed + step)
         noise = torch.rand(*batch["inputs"].shape, objective.noise_per_token, generator=generator, device=device)
-        inputs = [x.float() for x in ffn_inputs(model, objective(batch, noise))]
-        yield [(x, contributions(ffn, x, kind)) for ffn, x in zip(model.ffns, inputs, strict=True)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+            inputs = ffn_inputs(model, objective(batch, noise))
+            made = [contributions(ffn, x, kind) for ffn, x in zip(model.ffns, inputs, strict=True)]
+        yield [(x.float(), contributed.float()) for x, contributed in zip(inputs, made, strict=True)]
