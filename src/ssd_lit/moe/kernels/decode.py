@@ -192,17 +192,15 @@ def up(
 
 @triton.jit
 def _rows_of_slots(
-    row, w_out, column, taken, slots, chosen,
-    D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, H: tl.constexpr, SLOTS: tl.constexpr, CHOICE: tl.constexpr,
+    row, w_out, column, experts, rows,
+    D: tl.constexpr, EP: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """The weights [ROWS, COLUMNS] of the slots' neurons by their number, and which of them there are."""
-    if CHOICE == "scores":
-        place = tl.arange(0, EP)
-        mine = taken[None, :] & (slots[None, :] == (row // H)[:, None])
-        expert = tl.min(tl.where(mine, place[None, :], E), axis=1)
-    else:
-        expert = tl.load(chosen + row // H, mask=row < SLOTS * H, other=E).to(tl.int32)
-    inside = row < tl.where(expert < E, SLOTS * H, 0)
+    """The weights [ROWS, COLUMNS] of the slots' neurons by their number, of `rows` that there are, and which are.
+
+    experts [EP] are those of the slots.
+    """
+    inside = row < rows
+    expert = tl.gather(experts, tl.where(inside, row // H, 0), axis=0)
     tile = tl.load(
         w_out + (expert * H + row % H).to(tl.int64)[:, None] * D + column[None, :],
         mask=inside[:, None] & (column < D)[None, :], other=0.0,
@@ -222,19 +220,24 @@ def down(
 
     A program takes COLUMNS columns, and ROWS neurons at a time, the first of which it reads before it waits.
     """
-    taken, slots = 0, 0
     if PDL:
         gdc_launch_dependents()
+    place = tl.arange(0, EP)
     if CHOICE == "scores":
-        place = tl.arange(0, EP)
         shifts = tl.load(shift + place, mask=place < E, other=0.0)
         offsets = tl.load(offset + place, mask=place < E, other=0.0)
         mean, scale = norm_factors(stats_before, eps, BLOCKS, SIZE)
         score = _score(products, shifts, offsets, mean, scale, E, EP, BLOCKS, PADDED)
         taken, slots = _choose(score, E, EP, K, THRESHOLD)
+        mine = taken[None, :] & (slots[None, :] == place[:, None])
+        experts = tl.min(tl.where(mine, place[None, :], E), axis=1)
+    else:
+        experts = tl.load(chosen + place, mask=place < SLOTS, other=E).to(tl.int32)
+    # Those that are none stand behind the others.
+    rows = tl.sum((experts < E).to(tl.int32), axis=0) * H
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)
-    tile, inside = _rows_of_slots(row, w_out, column, taken, slots, chosen, D, E, EP, H, SLOTS, CHOICE)
+    tile, inside = _rows_of_slots(row, w_out, column, experts, rows, D, EP, H)
     if BIAS:
         added = tl.load(b_out + column, mask=column < D, other=0.0)
     if PDL:
@@ -246,8 +249,8 @@ def down(
     if BIAS:
         value += added.to(tl.float32)
     value += tl.sum(tile.to(tl.float32) * neurons[:, None], axis=0)
-    for first in tl.static_range(ROWS, SLOTS * H, ROWS):
-        tile, inside = _rows_of_slots(first + row, w_out, column, taken, slots, chosen, D, E, EP, H, SLOTS, CHOICE)
+    for first in range(ROWS, rows, ROWS):
+        tile, inside = _rows_of_slots(first + row, w_out, column, experts, rows, D, EP, H)
         neurons = tl.load(hidden + first + row, mask=inside, other=0.0, cache_modifier=".cg")
         value += tl.sum(tile.to(tl.float32) * neurons[:, None], axis=0)
     tl.store(y + column, value.to(y.dtype.element_ty), mask=column < D)
