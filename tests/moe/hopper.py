@@ -135,6 +135,7 @@ def main() -> int:
             decode(width, heads, experts, k)
         train(768, 48, 12, 64, gated=False)
         train(768, 48, 12, 16384, gated=False)
+        train(768, 256, 16, 16384, gated=False)
         for gated in (False, True):
             train(2048, 32, 6, 16384, gated=gated)
     if sys.argv[1:]:

@@ -174,7 +174,7 @@ def test_parts_of_a_busy_expert_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "width", "experts", "k"),
-    [(1, 16, 4, 1), (70, 40, 12, 5), (5, 300, 33, 33), (70, 300, 12, 5), (2100, 40, 12, 5)],
+    [(1, 16, 4, 1), (70, 40, 12, 5), (5, 300, 33, 33), (70, 300, 12, 5), (2100, 40, 12, 5), (2100, 40, 300, 5)],
 )
 def test_route_takes_the_largest_products(tokens: int, width: int, experts: int, k: int) -> None:
     g = torch.Generator().manual_seed(tokens)
@@ -184,7 +184,7 @@ def test_route_takes_the_largest_products(tokens: int, width: int, experts: int,
     assert torch.equal(found.sort().values, expected.sort().values)
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (5, 33), (70, 12)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (5, 33), (70, 12), (5, 300)])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.7, 1.0])
 def test_dynamic_k_is_chosen_and_counted(tokens: int, experts: int, share: float) -> None:
     g = torch.Generator().manual_seed(tokens)
@@ -234,10 +234,13 @@ def test_dynamic_k_in_kernels_is_that_of_the_masked_reference(backend: str, thre
 
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(  # few pairs, and more of them in smaller and larger blocks
-    ("tokens", "window"), [*itertools.product([1, 300, 3000], [1, 2, 1000]), (22000, 2)]
+    ("experts", "tokens", "window"),
+    [*itertools.product([7], [1, 300, 3000], [1, 2, 1000]), (7, 22000, 2), *itertools.product([200], [300, 3000], [2])],
 )
-def test_groups_hold_every_pair_once_in_order_and_tiles_cover_them(window: int, ragged: bool, tokens: int) -> None:
-    experts, k, rows = 7, 3, 16 if tokens < 3000 else 128
+def test_groups_hold_every_pair_once_in_order_and_tiles_cover_them(
+    experts: int, tokens: int, window: int, ragged: bool
+) -> None:
+    k, rows = 3, 16 if tokens < 3000 else 128
     g = torch.Generator().manual_seed(window)
     chosen = torch.stack([torch.randperm(experts, generator=g)[:k] for _ in range(tokens)])
     chosen[chosen == 5] = experts if ragged else 4  # nobody's expert

@@ -23,6 +23,8 @@ ATTEND = {"CHUNK": 64, "num_warps": 4}
 """Places of the cache that a program attends to, and its warps."""
 WIDTHS, HEAD_WIDTHS = 64, 16
 """What the model's width, and the width of a head, must be multiples of."""
+MOST_EXPERTS = 256
+"""Every program compares the scores of all pairs of experts, in registers."""
 
 
 def can_step(model: nn.Module) -> bool:
@@ -38,7 +40,8 @@ def can_step(model: nn.Module) -> bool:
 def _is_known(ffn: ExpertFFN) -> bool:
     chooses = ffn.backend in ("auto", "decode_gpu") and not ffn.oracle and ffn.router.expert_vectors() is not None
     in_float = ffn.w_in.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return in_float and ffn.b_gate is None and not ffn.upcycled and (ffn.mode == "dense" or chooses)
+    plain = in_float and ffn.b_gate is None and not ffn.upcycled
+    return plain and (ffn.mode == "dense" or (chooses and ffn.experts <= MOST_EXPERTS))
 
 
 class _Layer:

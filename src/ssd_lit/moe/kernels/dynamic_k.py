@@ -58,10 +58,11 @@ def _choose(scores: Tensor, share: float, tally: Tensor | None, softplus: bool) 
     scores = scores.contiguous()
     n_tokens, experts = scores.shape
     chosen = torch.empty(n_tokens, experts, dtype=torch.int64, device=scores.device)
-    tokens = min(16, triton.next_power_of_2(n_tokens))
+    padded = triton.next_power_of_2(experts)
+    tokens = max(1, min(16, triton.next_power_of_2(n_tokens), 1024 // padded))  # one warp's registers hold no more
     _above[(triton.cdiv(n_tokens, tokens),)](
         scores, chosen, tally, n_tokens, share,
-        E=experts, PADDED=triton.next_power_of_2(experts), TOKENS=tokens, SOFTPLUS=softplus, COUNTED=tally is not None,
+        E=experts, PADDED=padded, TOKENS=tokens, SOFTPLUS=softplus, COUNTED=tally is not None,
         num_warps=1,
     )  # fmt: skip
     return chosen

@@ -19,7 +19,9 @@ from ssd_lit.moe.kernels import early_launch
 FEW_PAIRS = 8192
 """Up to so many pairs, one kernel does all: every program reads all pairs, and places those of its expert."""
 CHUNK = 512
-"""Pairs that a program places at a time."""
+"""Pairs that a program places at a time, with few experts."""
+NUMBERS = 2**14
+"""Most numbers of a table of pairs by experts: more fit neither registers nor shared memory."""
 MOST_BLOCKS = 512
 """Each block of chunks reads the counts of all others."""
 
@@ -50,7 +52,8 @@ def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: 
     if n <= FEW_PAIRS:
         _group_few[(n_experts + ragged,)](
             chosen, pairs, bounds, tiles, n, most, n_experts, window,
-            PADDED=padded, ROWS=tile_rows, PAIRS=max(32, triton.next_power_of_2(n)), BLOCK=64, num_warps=8,
+            PADDED=padded, ROWS=tile_rows, PAIRS=max(32, triton.next_power_of_2(n)),
+            BLOCK=max(1, min(64, NUMBERS // 4 // padded)), num_warps=8,
             **early_launch(chosen),
         )  # fmt: skip
         return Groups(pairs, bounds, tiles)
@@ -60,7 +63,8 @@ def group_by_expert(chosen: Tensor, n_experts: int, *, ragged: bool, tile_rows: 
     _count[(blocks,)](chosen, counts, n, PADDED=padded, BLOCK=block, **early_launch(chosen))
     _place_and_cut[(n_experts + blocks,)](
         chosen, counts, pairs, bounds, tiles, n, blocks, most, n_experts, window,
-        PADDED=padded, ROWS=tile_rows, BLOCK=block, CHUNK=CHUNK, COUNTS=128, TILES=64,
+        PADDED=padded, ROWS=tile_rows, BLOCK=block, CHUNK=max(1, min(CHUNK, NUMBERS // padded)),
+        COUNTS=max(1, min(128, NUMBERS // 4 // padded)), TILES=max(1, min(64, NUMBERS // 4 // padded)),
         num_warps=8, **early_launch(chosen),
     )  # fmt: skip
     return Groups(pairs, bounds, tiles)

@@ -48,13 +48,16 @@ def route(x: Tensor, directions: Tensor, k: int) -> Tensor:
     if n_tokens <= SOME:
         tokens, inner, span = 16, min(128, wide), 256
     else:
-        tokens, inner, span = 64, min(128 if d >= 2048 else 64, wide), d
+        # Scores stay in registers.
+        tokens, inner, span = max(16, min(64, 2**14 // padded)), min(128 if d >= 2048 else 64, wide), d
+    # Directions of many experts fill the shared memory.
+    inner = max(16, min(inner, 2**13 // padded))
     parts, early = triton.cdiv(d, span), early_launch(x)
     scores = torch.empty(parts if parts > 1 else 0, n_tokens, experts, dtype=torch.float32, device=x.device)
     _route[(triton.cdiv(n_tokens, tokens), parts)](
         x, directions, chosen, scores, n_tokens,
         D=d, E=experts, K=k, PADDED=padded, TOKENS=tokens, INNER=inner, SPAN=span, PARTS=parts,
-        BFLOAT=x.dtype == torch.bfloat16, **early,
+        BFLOAT=x.dtype == torch.bfloat16, num_warps=4 if padded < 256 else 8, **early,
     )  # fmt: skip
     if parts > 1:
         _select[(n_tokens,)](scores, chosen, n_tokens, E=experts, K=k, PADDED=padded, PARTS=parts, num_warps=1, **early)
