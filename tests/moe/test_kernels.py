@@ -184,8 +184,10 @@ def test_route_takes_the_largest_products(tokens: int, width: int, experts: int,
     assert torch.equal(found.sort().values, expected.sort().values)
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (5, 33), (70, 12), (5, 300)])
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "share"),
+    [*((*size, share) for size in [(1, 4), (5, 33), (70, 12)] for share in (0.0, 0.05, 0.7, 1.0)), (2, 300, 0.05)],
+)
 def test_dynamic_k_is_chosen_and_counted(tokens: int, experts: int, share: float) -> None:
     g = torch.Generator().manual_seed(tokens)
     x, directions = torch.randn(tokens, 40, generator=g), torch.randn(experts, 40, generator=g)
