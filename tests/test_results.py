@@ -77,9 +77,9 @@ def of_fraction(mode: str, fraction: float, measure: str = "over_dense_mode") ->
     return values
 
 
-def totals(file: str) -> list[Column]:
+def totals(file: str, fraction: str = "sparse_share") -> list[Column]:
     """The fraction of sparse steps in percent, and FLOPs in 1e15."""
-    return [arms(file, None, "sparse_share", scale=100), arms(file, None, "flops", scale=1e-15)]
+    return [arms(file, None, fraction, scale=100), arms(file, None, "flops", scale=1e-15)]
 
 
 def by_router(k: int) -> Column:
@@ -109,6 +109,16 @@ def of_choice(choice: str, k: int) -> Column:
         frame = read(ROUTER)
         wanted = (frame["arm"] == arm) & (frame["choice"] == choice) & (frame["k"] == k)
         return frame.loc[wanted, "perplexity"].tolist()
+
+    return values
+
+
+def of_threshold(file: str, threshold: float, column: str, unit: float = 1) -> Column:
+    """The mean k or the perplexity of dynamic k."""
+
+    def values(arm: str) -> Values:
+        frame = read(file)
+        return [value / unit for value in frame.loc[(frame["arm"] == arm) & (frame["threshold"] == threshold), column]]
 
     return values
 
@@ -234,6 +244,7 @@ def grid(name: str, arm: str) -> Table:
 
 MAIN, FRONTIER, BERT = "h100/main-arms.csv", "h100/frontier-arms.csv", "h100/bert-arms.csv"
 SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t5-arms.csv"
+TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
 KS = (6, 8, 12)
@@ -281,6 +292,11 @@ TABLES = {
         ["ssd"],
         [*totals(FINE), *modes(FINE, (9, 12, 18, 24)), *wikitext2(FINE, (12,)),
          *(blimp("h100/gpt124m_fine-downstream.csv", mode) for mode in ("dense", "sparse"))],
+    ),
+    "Time to dense training's loss, and a trained router": Table(
+        ["dense", "ssd", "routed"],
+        [*totals(TIME, "sparse_fraction"), *modes(TIME, (9, 12, 18)), of_threshold(OF_TIME, 0.05, "k", 48),
+         of_threshold(OF_TIME, 0.05, "perplexity"), *wikitext2(TIME, (12,))],
     ),
     "T5, 102 M tokens": Table(["dense", "ssd", "posthoc"], [*totals(T5), *modes(T5, KS)]),
     "BERT, 151 M tokens": Table(
