@@ -34,6 +34,7 @@ SHAPES = {  # tokens, width, experts, neurons of one, experts a token
     "experts of 256": (2500, 512, 4, 256, 2),
     "experts of 512": (1500, 512, 4, 512, 2),
     "all to one expert": (1100, 256, 6, 64, 1),
+    "256 experts": (3000, 768, 256, 16, 16),
 }
 KINDS = {  # gated, bias, weighted, ragged, activation
     "plain": (False, True, False, False, "relu"),

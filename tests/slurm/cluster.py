@@ -35,9 +35,12 @@ class Job:
         return found[1]
 
     def start_now(self) -> None:
-        """Slurm lets a job that was queued again wait for two minutes."""
+        """Slurm lets a job that was queued again wait for two minutes.
+
+        Not within the second: nodes take its credential for the one that was revoked when it was queued again.
+        """
         wait_for("the job in the queue", lambda: self.JobState == "PENDING")
-        slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
 
 
 def jobs(rule: str) -> list[Job]:
