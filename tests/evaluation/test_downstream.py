@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from ssd_lit.config import GlueConfig, ModelConfig, MoEConfig
 from ssd_lit.data.benchmarks import Pair, PairSet
 from ssd_lit.data.index import VocabInfo
-from ssd_lit.evaluation import glue
+from ssd_lit.evaluation import blimp, glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
 from ssd_lit.evaluation.glue import Classifier, Texts, encode, fine_tune, outputs_for
 from ssd_lit.evaluation.resumable import ResumableResults
@@ -77,7 +77,11 @@ def one_by_one(model: LanguageModel, ids: Sequence[int]) -> float:
 
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_sentence_is_as_likely_as_its_tokens_one_by_one(family: str, mode: Any) -> None:
+@pytest.mark.parametrize("at_once", [20, 4096])
+def test_a_sentence_is_as_likely_as_its_tokens_one_by_one(
+    at_once: int, family: str, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blimp, "TOKENS", at_once)
     model = small_model(family)
     model.set_mode(mode, 2)
     rng = torch.Generator().manual_seed(1)

@@ -16,8 +16,8 @@ from ssd_lit.data.benchmarks import PairSet
 from ssd_lit.data.objectives import IGNORED
 from ssd_lit.models.language_model import LanguageModel
 
-SCORED = 64
-"""Sentences scored at once."""
+TOKENS = 4096
+"""Tokens scored at once, padding included; a sentence of more alone."""
 
 
 def score_on_blimp(
@@ -53,9 +53,7 @@ def log_likelihoods(
     """
     device = model.ffns[0].w_in.device
     sums = [0.0] * len(sentences)
-    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
-    for start in tqdm(range(0, len(order), SCORED), desc=title, disable=None):
-        rows = order[start : start + SCORED]
+    for rows in tqdm(_batches(sentences), desc=title, disable=None):
         targets = [torch.tensor(sentences[row]) for row in rows]
         inputs = [torch.tensor([eos_id, *sentences[row][:-1]]) for row in rows]
         batch = {
@@ -68,3 +66,14 @@ def log_likelihoods(
         for row, total in zip(rows, losses.view_as(batch["targets"]).sum(dim=1).tolist(), strict=True):
             sums[row] = -total
     return sums
+
+
+def _batches(sentences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The numbers of all sentences in batches, from the shortest sentence to the longest."""
+    batches: list[list[int]] = []
+    for row in sorted(range(len(sentences)), key=lambda index: len(sentences[index])):
+        # The longest of a batch is the last to come.
+        if not batches or (len(batches[-1]) + 1) * len(sentences[row]) > TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
