@@ -32,3 +32,10 @@ def test_commands_and_docstrings_are_shown(site: Path) -> None:
     python = (site / "python/index.html").read_text()
     assert 'id="ssd_lit.load"' in python
     assert "Reads safetensors only and runs nothing of the folder." in " ".join(python.split())
+
+
+def test_a_list_within_a_list_is_one(site: Path) -> None:
+    """GitHub takes two blanks before it, the site's library four."""
+    page = (site / "results/index.html").read_text()
+    item = page[page.index("No time is saved yet") :]
+    assert item.index("<ul>") < item.index("</li>")

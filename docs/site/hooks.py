@@ -15,6 +15,8 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 """Pages of the repository's root, and their names in the site."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 COMMANDS = "<!-- commands -->"
+NESTED = re.compile(r"^  (?=- )", re.MULTILINE)
+"""GitHub takes two blanks for a list within a list; Python-Markdown wants four."""
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +46,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{image}[{text}]({inside.removeprefix('docs/')}{'#' * bool(anchor)}{anchor})"
 
     parts = FENCE.split(markdown)
-    return "".join(part if part.lstrip().startswith("```") else LINK.sub(changed, part) for part in parts)
+    return "".join(
+        part if part.lstrip().startswith("```") else NESTED.sub(" " * 4, LINK.sub(changed, part)) for part in parts
+    )
 
 
 def commands() -> str:
