@@ -103,3 +103,16 @@ def test_a_threshold_chooses_as_many_experts_as_reach_it() -> None:
     gpt2(tokens[:, :5])
     read = tallies_of(gpt2) - before - whole
     assert torch.equal(before, whole + read + (whole - read))
+
+
+def test_models_that_the_kernels_do_not_fit_keep_the_step_of_transformers() -> None:
+    gpt2 = model()
+    set_mode(gpt2, "sparse")
+    assert can_step(gpt2)
+    ffn = gpt2.transformer.h[0].mlp
+    ffn.experts = decoding.MOST_EXPERTS + 1  # more than a program can compare
+    assert not can_step(gpt2)
+    set_mode(gpt2, "dense")
+    assert can_step(gpt2)
+    narrow = transformers.GPT2Config(vocab_size=97, n_embd=96, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
+    assert not can_step(transformers.GPT2LMHeadModel(narrow))
