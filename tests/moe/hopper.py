@@ -44,7 +44,7 @@ from ssd_lit.moe.kernels.dynamic_k import route_above  # noqa: E402
 from ssd_lit.moe.kernels.routing import route  # noqa: E402
 from ssd_lit.moe.routing import Routing  # noqa: E402
 
-WIDTHS = {"gpt2": (768, 12, 48, 12), "1.3b": (2048, 16, 32, 6)}
+SHAPES = [(768, 12, 48, 12), (2048, 16, 32, 6)]
 """Of GPT-2s: width, heads, experts and experts a token."""
 
 
@@ -131,7 +131,7 @@ def train(width: int, experts: int, k: int, tokens: int, *, gated: bool) -> None
 
 def main() -> int:
     with compiled_only() as found:
-        for width, heads, experts, k in WIDTHS.values():
+        for width, heads, experts, k in SHAPES:
             decode(width, heads, experts, k)
         train(768, 48, 12, 64, gated=False)
         train(768, 48, 12, 16384, gated=False)

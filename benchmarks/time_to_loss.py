@@ -1,0 +1,96 @@
+"""Seconds to dense training's loss, and where SSD's seconds go, from the records of runs.
+
+    python benchmarks/time_to_loss.py RESULTS/EXPERIMENT [--dense dense-seed0] [--other ssd-seed0]
+
+Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints included. Dense
+training's loss is its last validation loss; the other run is there when a line between its validations crosses it. A
+step of a mode is the median over windows of `log_every` steps; a change of phase is what the window with its first step
+takes beyond its steps. Runs that shared a device say nothing.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import RESULTS
+
+from ssd_lit.records import PhaseRecord
+from ssd_lit.support.files import write_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--dense", default="dense-seed0")
+    parser.add_argument("--other", default="ssd-seed0")
+    arguments = parser.parse_args()
+    runs = {name: timed(arguments.experiment / "runs" / name) for name in (arguments.dense, arguments.other)}
+    dense, other = runs.values()
+    (_, loss, dense_seconds) = dense["validations"][-1]
+    step, seconds = reached(other["validations"], loss)
+    found = {
+        "experiment": arguments.experiment.name,
+        "commit": other["commit"],
+        "loss": loss,
+        "seconds": {arguments.dense: dense_seconds, arguments.other: seconds},
+        "step": step,
+        "speed": dense_seconds / seconds,
+        "step_milliseconds": {name: run["step_milliseconds"] for name, run in runs.items()},
+        "change_seconds": other["change_seconds"],
+    }
+    first, *later = found["change_seconds"].values()
+    print(f"dense training's last validation loss {loss:.4f}: after {dense_seconds:.1f} s")
+    print(f"{arguments.other}: after {seconds:.1f} s, at step {step:.0f}: {found['speed']:.3f} times as fast")
+    for name, modes in found["step_milliseconds"].items():
+        print(f"{name}, ms a step: " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))
+    print(f"changes of phase: the first {first:.1f} s, {len(later)} more {sum(later):.1f} s together")
+    print(f"({min(later):.2f} to {max(later):.2f} s each)")
+    write_json(RESULTS / "time_to_loss.json", found)
+    return 0
+
+
+def timed(run: Path) -> dict[str, Any]:
+    """Validations as (step, loss, seconds), milliseconds a step by mode, and seconds of each change by its step."""
+    phases = [PhaseRecord.read(path) for path in run.glob("phases/*/phase.json")]
+    trained = sorted((one for one in phases if one.steps), key=lambda one: one.index)
+    began = trained[0].provenance["began"]
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = {point["step"]: point["time"] / 1000 for point in points if "train/loss" in point["values"]}
+    windows = [(a, b, clock[b] - clock[a]) for a, b in itertools.pairwise(sorted(clock))]
+    modes = {step: one.mode for one in trained for step in range(one.first_step, one.last_step)}
+    step_seconds = {
+        mode: statistics.median(s / (b - a) for a, b, s in windows if {modes[i] for i in range(a, b)} == {mode})
+        for mode in dict.fromkeys(modes.values())
+    }
+    changes = {one.first_step for one in trained[1:]}
+    return {
+        "commit": trained[0].provenance["commit"],
+        "validations": [
+            (point["step"], point["values"]["validation/loss"], point["time"] / 1000 - began)
+            for point in points
+            if "validation/loss" in point["values"]
+        ],
+        "step_milliseconds": {mode: 1000 * seconds for mode, seconds in step_seconds.items()},
+        "change_seconds": {
+            change: s - sum(step_seconds[modes[i]] for i in range(a, b))
+            for a, b, s in windows
+            for change in changes & set(range(a, b))
+        },
+    }
+
+
+def reached(validations: list[tuple[int, float, float]], loss: float) -> tuple[float, float]:
+    """Step and seconds at which a loss is first reached. Raises ValueError if it never is."""
+    for (a, above, start), (b, below, end) in itertools.pairwise(validations):
+        if above > loss >= below:
+            part = (above - loss) / (above - below)
+            return a + part * (b - a), start + part * (end - start)
+    raise ValueError(f"the loss {loss:.4f} is never reached; the lowest is {min(one[1] for one in validations):.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
