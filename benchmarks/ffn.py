@@ -3,8 +3,8 @@
     python benchmarks/ffn.py [--scattermoe FOLDER] [--sonicmoe FOLDER] [--routing FILE] [--rounds 7]
         [--cases "ReLU D 768" "SwiGLU D 2048"]
 
-One layer with E 32 and K 6 (k/E 0.1875), forward, and forward with backward: the compiled dense FFN, ours (router,
-grouping and all), torch's grouped matrix product and, from folders, ScatterMoE's kernels and, for SwiGLU, SonicMoE's.
+One layer with E 32 and K 6 (k/E 0.1875), forward, and forward with backward: the compiled dense FFN, our kernels (the
+backend `fused`; router, grouping and all), QuACK's products where they are installed, torch's grouped matrix product and, from folders, ScatterMoE's kernels and, for SwiGLU, SonicMoE's.
 All have the same weights, the same input and the same router, and their outputs are compared first. Every way is timed
 twice, in turns with the others: as it is called ("eager"), and replayed from a CUDA graph ("graph"), where no launch
 waits for Python. Speeds are against the dense FFN timed the same way; a way that cannot be captured has no time of
@@ -32,13 +32,16 @@ from peers import QUACK_TILES, Way, scattermoe, sonicmoe
 from torch import Tensor
 
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.kernels.quack import runs_here
 from ssd_lit.moe.routers import CenterRouter
 from ssd_lit.support.files import read_json, write_json
 
 E, K = 32, 6
 SHAPES = [(32768, 768, 3072), (32768, 1024, 4096), (16384, 2048, 8192), (8192, 4096, 16384)]  # T, D, F
 WANTED = {768: 2.0, 2048: 2.9, 4096: 3.3}
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 256, 1024]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 4096]
+MANY_TOKENS = 1024
+"""From here on QuACK's products are tried too."""
 PASSES = ("forward", "both")
 COMPILE_SECONDS = 300
 """What is not compiled by then is compiled when it is measured."""
@@ -186,14 +189,16 @@ def measure(case: Case, folders: argparse.Namespace, trained: dict[str, Tensor],
 
 def ways_of(case: Case, ours: ExpertFFN, folders: argparse.Namespace, failed: dict[str, str]) -> dict[str, Way]:
     """All ways with the weights of `ours`; a peer that cannot be built says why in `failed`."""
-    dense, grouped = build(case, "auto"), build(case, "grouped")
-    for copy in (dense, grouped):
+    dense, grouped, quack = build(case, "auto"), build(case, "grouped"), build(case, "quack")
+    for copy in (dense, grouped, quack):
         copy.load_state_dict(ours.state_dict())
     dense.set_mode("dense")
     # Compiled, grouped products are slower.
     ways: dict[str, Way] = {
-        "dense": (torch.compile(dense), dense), "ours": (torch.compile(ours), ours), "grouped": (grouped, grouped)
+        "dense": (torch.compile(dense), dense), "fused": (torch.compile(ours), ours), "grouped": (grouped, grouped)
     }  # fmt: skip
+    if runs_here(ours.w_in.device):
+        ways["quack"] = torch.compile(quack), quack
     peers: dict[str, tuple[Callable[..., Way], Path | None]] = {"scattermoe": (scattermoe, folders.scattermoe)}
     if case.activation == "silu":
         tiles = QUACK_TILES if folders.tile is None else [QUACK_TILES[folders.tile]]
@@ -322,7 +327,10 @@ def few_tokens(rounds: int) -> list[dict[str, Any]]:
         x = torch.randn(tokens, case.d_model, device="cuda", dtype=torch.bfloat16)
         graphs: dict[str, Callable[[], object]] = {}
         stacks = []  # a graph does not keep the weights that it reads
-        for name in ("dense", "decode_gpu", "fused") if tokens == 1 else ("dense", "fused"):
+        names = ["dense", "decode_gpu", "fused"] if tokens == 1 else ["dense", "fused"]
+        if tokens >= MANY_TOKENS and runs_here(x.device):
+            names.append("quack")
+        for name in names:
             ffn = build(case, "auto" if name == "dense" else name)
             ffn.set_mode("dense" if name == "dense" else "sparse")
             # Four layers in turns: one alone would stay in the cache.

@@ -40,9 +40,15 @@ from ssd_lit.models.decoding.gpt2 import GPT2Step  # noqa: E402
 from ssd_lit.models.family import family, swap_ffns  # noqa: E402
 from ssd_lit.moe.backends import Activation, Experts  # noqa: E402
 from ssd_lit.moe.backends.fused import fused  # noqa: E402
+from ssd_lit.moe.backends.quack import quack  # noqa: E402
+from ssd_lit.moe.kernels import quack as products  # noqa: E402
 from ssd_lit.moe.kernels.dynamic_k import route_above  # noqa: E402
 from ssd_lit.moe.kernels.routing import route  # noqa: E402
 from ssd_lit.moe.routing import Routing  # noqa: E402
+
+# Another library compiles these, where it is.
+for product in ("up", "down", "up_backward", "weight_gradient"):
+    setattr(products, product, lambda *_: None)
 
 SHAPES = [(768, 12, 48, 12), (2048, 16, 32, 6)]
 """Of GPT-2s: width, heads, experts and experts a token."""
@@ -125,8 +131,10 @@ def train(width: int, experts: int, k: int, tokens: int, *, gated: bool) -> None
     route(x.detach(), directions, k)
     route_above(x.detach(), directions, 0.1, torch.zeros(2, dtype=torch.int64))
     chosen = torch.zeros(tokens, k, dtype=torch.int64)
-    parts = Experts(weights(), weights(), None, weights() if gated else None)
-    fused(x, Routing(chosen), parts, Activation("silu" if gated else "relu")).sum().backward()
+    bias = None if gated else torch.zeros(experts, 4 * width // experts).requires_grad_()
+    parts = Experts(weights(), weights(), bias, weights() if gated else None)
+    for backend in (fused, quack):
+        backend(x, Routing(chosen), parts, Activation("silu" if gated else "relu")).sum().backward()
 
 
 def main() -> int:

@@ -189,9 +189,9 @@ def test_dropout_and_the_mode_flag_are_kept() -> None:
 
 def test_kernels_refuse_the_bias_of_a_gate_that_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssd_lit.moe.kernels.runs_on", lambda x: True)
-    for name in ("fused", "decode_gpu"):
+    for name in ("fused", "decode_gpu", "quack"):
         with pytest.raises(ValueError, match=f"{name}.*bias of a gate"):
-            choose_backend(name, torch.zeros(4, 8), Activation("silu"), gate_bias=True)
+            choose_backend(name, torch.zeros(4, 8), parts(gate_bias=True), Activation("silu"))
 
 
 def test_on_a_gpu_no_backend_of_dynamic_k_waits_for_the_host() -> None:
@@ -200,5 +200,46 @@ def test_on_a_gpu_no_backend_of_dynamic_k_waits_for_the_host() -> None:
         x, one = (torch.empty(tokens, 64, dtype=torch.bfloat16, device="cuda") for tokens in (300, 1))
     with torch.no_grad():
         for gate_bias, ragged, name in ((True, False, "grouped"), (True, True, "masked"), (False, True, "fused")):
-            assert fastest_backend(x, Activation("relu"), gate_bias=gate_bias, ragged=ragged) == name
-        assert fastest_backend(one, Activation("relu"), ragged=True) == "decode_gpu"
+            assert fastest_backend(x, parts(gate_bias=gate_bias), Activation("relu"), ragged=ragged) == name
+        assert fastest_backend(one, parts(), Activation("relu"), ragged=True) == "decode_gpu"
+
+
+OBSTACLES: dict[str, dict[str, Any]] = {
+    "needs a Hopper GPU": {"hopper": False},
+    "two bytes": {"dtype": torch.float32},
+    "activation gelu": {"activation": "gelu"},
+    "no weights": {"weighted": True},
+    "no bias beside a gate": {"gated": True, "bias": True},
+    "8 divides": {"neurons": 12},
+}
+
+
+@pytest.mark.parametrize("told", OBSTACLES)
+def test_quack_is_taken_for_many_tokens_unless_something_stands_in_the_way(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
+
+    def given(
+        hopper: bool = True, dtype: torch.dtype = torch.bfloat16, activation: str = "relu", weighted: bool = False,
+        gated: bool = False, bias: bool = False, neurons: int = 16, tokens: int = 8192,
+    ) -> tuple[tuple[Tensor, Experts, Activation], bool]:  # fmt: skip
+        monkeypatch.setattr("ssd_lit.moe.kernels.quack.runs_here", lambda _: hopper)
+        with FakeTensorMode():
+            x = torch.empty(tokens, 64, dtype=dtype, device="cuda")
+        return (x, parts(gated=gated, bias=bias, neurons=neurons), Activation(activation)), weighted
+
+    plain, few = given()[0], given(tokens=300)[0]
+    assert (fastest_backend(*plain), fastest_backend(*few)) == ("quack", "fused")
+    inputs, weighted = given(**OBSTACLES[told])
+    assert fastest_backend(*inputs, weighted=weighted) != "quack"
+    with pytest.raises(ValueError, match=f"backend 'quack'.*{told}.*take 'fused'"):
+        choose_backend("quack", *inputs, weighted=weighted)
+
+
+def parts(*, gated: bool = False, bias: bool = True, gate_bias: bool = False, neurons: int = 16) -> Experts:
+    """The neurons of four experts of width 64."""
+    weights, biases = torch.zeros(4, neurons, 64), torch.zeros(4, neurons)
+    return Experts(
+        weights, weights, biases if bias else None, weights if gated else None, biases if gate_bias else None
+    )  # fmt: skip

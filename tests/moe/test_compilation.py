@@ -29,7 +29,7 @@ def named(kernels: dict[str, dict[str, Any]], *names: str) -> list[dict[str, Any
 
 def test_kernels_compile_and_fit(kernels: dict[str, dict[str, Any]]) -> None:
     names = {kernel.split(":")[0] for kernel in kernels}
-    assert {"up", "up_backward", "down", "down_in_parts", "add_pairs", "_parts_of_gradient"} <= names
+    assert {"up", "up_backward", "down", "down_in_parts", "_add_pairs", "_parts_of_gradient"} <= names
     assert {"_route", "_select", "_above", "_count", "_place_and_cut", "_group_few"} <= names
     assert {"attend", "project", "mix", "unembed"} <= names
     assert all(found["shared"] <= SHARED for found in kernels.values())

@@ -105,7 +105,7 @@ class MoEConfig(Section):
     """Whether Adam's moments move with their neurons at MoEfication; false is for showing what that is worth."""
     backend: BackendName = "auto"
     """How the sparse FFN is computed; all agree, they differ in speed. auto takes the fastest for the device, the
-    precision and the number of tokens; fused and decode_gpu are kernels, for GPUs."""
+    precision and the number of tokens; fused, decode_gpu and, with the extra quack, quack are kernels, for GPUs."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:

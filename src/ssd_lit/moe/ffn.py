@@ -190,5 +190,7 @@ class ExpertFFN(nn.Module):
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w_in.dtype)
         routing = self.route(x, self.tally)
-        backend = choose_backend(self.backend, x, activation, gate_bias=self.b_gate is not None, ragged=routing.ragged)
-        return backend(x, routing, self.by_expert(), activation)
+        experts = self.by_expert()
+        weighted = routing.weights is not None
+        backend = choose_backend(self.backend, x, experts, activation, weighted=weighted, ragged=routing.ragged)
+        return backend(x, routing, experts, activation)

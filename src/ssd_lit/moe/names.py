@@ -13,7 +13,7 @@ PosthocRouter = Literal["mass_mlp", "norm_mlp", "centers"]
 UntrainedRouter = Literal["center", "random", PosthocRouter]
 """What can choose the experts of a model that is not trained on."""
 Mode = Literal["dense", "sparse"]
-BackendName = Literal["auto", "masked", "loop", "grouped", "decode_cpu", "fused", "decode_gpu"]
+BackendName = Literal["auto", "masked", "loop", "grouped", "decode_cpu", "fused", "decode_gpu", "quack"]
 ScheduleKind = Literal["constant", "linear", "cosine", "step"]
 Activation = Literal["relu", "relu2", "gelu", "gelu_new", "silu"]
 

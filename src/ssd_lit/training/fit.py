@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssd_lit.config import RunConfig, TrainingConfig
 from ssd_lit.data.datamodule import TokenData
@@ -199,10 +200,12 @@ def _backend(config: RunConfig, model: LanguageModel, micro_batch_size: int) -> 
     ffn, name = model.ffns[0], config.moe.backend
     activation = Activation(ffn.activation, ffn.hidden_dropout.p)
     tokens = micro_batch_size * config.data.sequence_length
-    x = torch.empty(
-        tokens, 0,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-    )  # fmt: skip
-    choose_backend(name, x, activation, gate_bias=ffn.b_gate is not None)
-    return f"{fastest_backend(x, activation, gate_bias=ffn.b_gate is not None)} (auto)" if name == "auto" else name
+    with FakeTensorMode():
+        x = torch.empty(
+            tokens, ffn.w_in.shape[1],
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
+        )  # fmt: skip
+    given = x, ffn.by_expert(), activation
+    choose_backend(name, *given, weighted=ffn.router.weighted)
+    return f"{fastest_backend(*given, weighted=ffn.router.weighted)} (auto)" if name == "auto" else name

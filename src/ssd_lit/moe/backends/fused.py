@@ -18,8 +18,9 @@ from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends.interface import Activation, Experts
 from ssd_lit.moe.kernels import early_launch, precision, products
 from ssd_lit.moe.kernels.descriptors import can_describe, describe
-from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradient
+from ssd_lit.moe.kernels.gradients import add_tiles, weight_gradient
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
+from ssd_lit.moe.kernels.pair_sums import add_pairs
 from ssd_lit.moe.routing import Routing
 
 
@@ -182,7 +183,7 @@ def _forward(
     if not sizes.whole:
         _down(hidden, w_out, None, None, groups, out, sizes, early_launch(x))
     y = torch.empty_like(x)
-    _add_pairs(out, chosen, b_out, y, shape, ragged, early_launch(x))
+    add_pairs(out, chosen, b_out, y, n_experts=shape.n_experts, ragged=ragged, launch=early_launch(x))
     return y, hidden, pre, gate, *groups
 
 
@@ -252,7 +253,7 @@ def _backward(
         known = None if side is None else side.record_event()
         if not sizes.whole:
             _down(dpre, w_in, dgate, w_gate, groups, out, sizes, launch)
-        _add_pairs(out, chosen, None, dx, shape, ragged, launch)
+        add_pairs(out, chosen, None, dx, n_experts=shape.n_experts, ragged=ragged, launch=launch)
 
     def gradient(a: Tensor, b: Tensor) -> Tensor:
         return weight_gradient(
@@ -265,11 +266,7 @@ def _backward(
         torch.cuda.current_stream().wait_event(known)
     dw_in = gradient(dpre, x)
     dw_gate = gradient(dgate, x) if dgate is not None else x.new_empty(0)
-    db_in = torch.empty_like(b_in) if b_in is not None else None
-    if db_in is not None:
-        bias_gradient[(shape.n_experts, triton.cdiv(h, 32))](
-            db_tiles, bounds, db_in, H=h, ROWS=sizes.tile_rows, TILES=32, NEURONS=32
-        )
+    db_in = None if b_in is None else add_tiles(db_tiles, bounds, b_in, sizes.tile_rows)
     if side is not None:
         torch.cuda.current_stream().wait_stream(side)
     return (
@@ -321,19 +318,6 @@ def _down(
         groups.pairs, groups.tiles, out, most,
         D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=precision(),
         DESCRIBED=described, **launch, **sizes.down,
-    )  # fmt: skip
-
-
-def _add_pairs(
-    out: Tensor, chosen: Tensor, bias: Tensor | None, y: Tensor, shape: _Shape, ragged: bool, launch: dict[str, bool]
-) -> None:
-    """Add up each token's pairs, and the bias [D]: out [N, D] -> y [T, D]."""
-    columns = min(1024, _padded(shape.d_model))
-    # Of few tokens, as many programs as there can be.
-    tokens, columns = (2, columns) if shape.n_tokens > 4096 else (1, min(512, columns))
-    products.add_pairs[(triton.cdiv(shape.n_tokens, tokens), triton.cdiv(shape.d_model, columns))](
-        out, chosen, bias, y, shape.n_tokens, shape.n_experts,
-        D=shape.d_model, K=shape.k, RAGGED=ragged, BIAS=bias is not None, TOKENS=tokens, COLUMNS=columns, **launch,
     )  # fmt: skip
 
 

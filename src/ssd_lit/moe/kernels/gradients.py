@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssd_lit.moe.kernels.descriptors import can_describe, describe
+from ssd_lit.moe.kernels.grouping import Groups
 
 ADDED = 2048
 """Weights that one program adds up over the parts of an expert."""
@@ -40,6 +41,23 @@ def weight_gradient(
         dw, kept, bounds, SIZE=h * d, E=experts, PADDED=padded, PART=part_rows, BLOCK=ADDED
     )
     return dw
+
+
+def bias_gradient(dpre: Tensor, groups: Groups, like: Tensor, tile_rows: int) -> Tensor:
+    """The sums of dpre [N, H] over each expert's rows, [E, H], of the dtype of `like`."""
+    most, h = len(groups.tiles) - 1, dpre.shape[1]
+    db_tiles = dpre.new_empty(most, h, dtype=torch.float32)
+    _sum_tiles[(most, triton.cdiv(h, 64))](
+        dpre, groups.tiles, db_tiles, most, H=h, ROWS=tile_rows, NEURONS=64
+    )  # fmt: skip
+    return add_tiles(db_tiles, groups.bounds, like, tile_rows)
+
+
+def add_tiles(db_tiles: Tensor, bounds: Tensor, like: Tensor, tile_rows: int) -> Tensor:
+    """The sums of each expert's tiles, as `up_backward` wrote them, [E, H], of the dtype of `like`."""
+    db, (experts, h) = torch.empty_like(like), like.shape
+    _add_tiles[(experts, triton.cdiv(h, 32))](db_tiles, bounds, db, H=h, ROWS=tile_rows, TILES=32, NEURONS=32)
+    return db
 
 
 @triton.jit
@@ -166,10 +184,25 @@ def bias_slot(expert, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def bias_gradient(
-    db_tiles, bounds, db, H: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NEURONS: tl.constexpr
-):
-    """db [E, H]: each expert's sum over its tiles of ROWS rows, which `up_backward` wrote."""
+def _sum_tiles(
+    dpre, tiles, db_tiles, most_tiles, H: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr
+):  # fmt: skip
+    """db_tiles: the sums of dpre [N, H] over each tile's rows, at the tile's slot."""
+    number = tl.program_id(0)
+    if number >= tl.load(tiles + most_tiles * 3):
+        return
+    expert = tl.load(tiles + number * 3)
+    first = tl.load(tiles + number * 3 + 1)
+    row = first + tl.arange(0, ROWS)
+    neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
+    mask = (row < tl.load(tiles + number * 3 + 2))[:, None] & (neuron < H)[None, :]
+    rows = tl.load(dpre + row.to(tl.int64)[:, None] * H + neuron[None, :], mask=mask, other=0.0)
+    tl.store(db_tiles + bias_slot(expert, first, ROWS) * H + neuron, tl.sum(rows.to(tl.float32), axis=0), neuron < H)
+
+
+@triton.jit
+def _add_tiles(db_tiles, bounds, db, H: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NEURONS: tl.constexpr):
+    """db [E, H]: each expert's sum over its tiles of ROWS rows."""
     expert = tl.program_id(0)
     neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     tile = tl.arange(0, TILES)

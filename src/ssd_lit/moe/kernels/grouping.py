@@ -75,6 +75,22 @@ def most_tiles(n_pairs: int, n_experts: int, tile_rows: int) -> int:
     return n_pairs // tile_rows + n_experts
 
 
+def rows_of_pairs(groups: Groups, k: int) -> tuple[Tensor, Tensor]:
+    """The token of every row of the groups, and the row of every pair t * K + k, both [N] int32."""
+    n = len(groups.pairs)
+    tokens, places = torch.empty_like(groups.pairs), torch.empty_like(groups.pairs)
+    _rows_of_pairs[(triton.cdiv(n, 1024),)](groups.pairs, tokens, places, n, K=k, BLOCK=1024)
+    return tokens, places
+
+
+@triton.jit
+def _rows_of_pairs(pairs, tokens, places, n, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.load(pairs + row, mask=row < n, other=0)
+    tl.store(tokens + row, pair // K, mask=row < n)
+    tl.store(places + pair, row, mask=row < n)
+
+
 @triton.jit
 def _group_few(
     chosen, pairs, bounds, tiles, n, most, n_experts, window,

@@ -154,7 +154,7 @@ def up_backward(
     """Gradients of the activations' inputs in `up`, from dy [T, D], and of the pairs' weights by piece of H.
 
     DOWN, with all H neurons in one piece, also writes each pair's gradient of its token, out [N, D]. With
-    BIAS, db_tiles holds the sums of dpre over each tile's rows, for `bias_gradient`.
+    BIAS, db_tiles holds the sums of dpre over each tile's rows, for `gradients.add_tiles`.
     """
     pieces: tl.constexpr = (H + NEURONS - 1) // NEURONS
     piece = tl.program_id(0) % pieces
@@ -247,29 +247,3 @@ def down(
     pair = tl.load(pairs + row, mask=row < end, other=0)
     at = out + pair.to(tl.int64)[:, None] * D + column[None, :]
     tl.store(at, product.to(out.dtype.element_ty), mask=(row < end)[:, None] & (column < D)[None, :])
-
-
-@triton.jit
-def add_pairs(
-    out, chosen, bias, y, n_tokens, n_experts,
-    D: tl.constexpr, K: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """y [T, D]: the bias [D] and each token's pairs in out [N, D], added in the order of its experts in `chosen`."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (token < n_tokens)[:, None] & (column < D)[None, :]
-    total = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    for k in tl.static_range(K):
-        pair = token.to(tl.int64) * K + k
-        mask = there
-        if RAGGED:
-            mask = there & (tl.load(chosen + pair, mask=token < n_tokens, other=0) < n_experts)[:, None]
-        total += tl.load(out + pair[:, None] * D + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        total += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
-    at = y + token.to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(at, total.to(y.dtype.element_ty), mask=there)

@@ -1,0 +1,88 @@
+"""Matrix products of the sparse FFN by QuACK (package `quack-kernels`, extra `quack`), over grouped pairs.
+
+QuACK's kernels are written for Hopper: some warps keep its copy engine busy, others its matrix units. Rows of tokens
+are gathered where they are read. All sums are in float32 and in a fixed order. Which tiles were fastest, of those that
+QuACK knows, was measured on an H200 (docs/performance.md).
+
+Shape letters: T tokens, D model width, E experts, H neurons of one expert, N pairs; rows and columns of a tile.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"relu": "relu", "relu2": "relu_sq", "gelu_new": "gelu_tanh_approx", "silu": "silu"}
+GATED_ACTIVATIONS = {"relu": "reglu", "gelu_new": "geglu", "silu": "swiglu"}
+"""QuACK's names of ours."""
+HOPPER = 9
+
+
+@cache
+def runs_here(device: torch.device) -> bool:
+    """Whether the package is there and the device is a Hopper GPU."""
+    if device.type != "cuda" or importlib.util.find_spec("quack") is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+def up(
+    x: Tensor, tokens: Tensor, bounds: Tensor, w: Tensor, bias: Tensor | None, activation: str,
+    pre: Tensor | None, hidden: Tensor,
+) -> None:  # fmt: skip
+    """hidden [N, H]: activations of x[tokens] @ w[e].T + bias[e], of w [E, H, D] and bias [E, H].
+
+    With a gate w is [E, 2 H, D], rows of the gate and of the input in turns. The activations' inputs go to `pre`
+    [N, H or 2 H], if it is given.
+    """
+    from quack.gemm_act import gemm_act
+
+    gemm_act(
+        x, w, pre, None, hidden, None, activation, *_narrow(w.shape[1]), pingpong=True,
+        rowvec_bias=bias, cu_seqlens_m=bounds, A_idx=tokens,
+    )  # fmt: skip
+
+
+def down(a: Tensor, bounds: Tensor, w: Tensor, out: Tensor) -> None:
+    """out [N, D]: a [N, H] @ w[e], of w [E, H, D]."""
+    from quack.gemm import gemm
+
+    few = w.shape[1] <= 128
+    rows, columns = (128, 256) if few else (128, 192)
+    gemm(a, w.mT, out, None, None, rows, columns, 2, 1, pingpong=not few, cu_seqlens_m=bounds)
+
+
+def up_backward(
+    dy: Tensor, tokens: Tensor, bounds: Tensor, w_out: Tensor, activation: str,
+    pre: Tensor, dpre: Tensor, hidden: Tensor,
+) -> None:  # fmt: skip
+    """From pre [N, H or 2 H] its gradient, dpre, and the activations again, hidden [N, H].
+
+    The gradient of the activations is dy[tokens] @ w_out[e].T, of dy [T, D] and w_out [E, H, D].
+    """
+    from quack.gemm_dact import gemm_dact
+
+    gemm_dact(
+        dy, w_out, dpre, pre, hidden, None, activation, *_narrow(w_out.shape[1]), pingpong=True,
+        cu_seqlens_m=bounds, A_idx=tokens,
+    )  # fmt: skip
+
+
+def weight_gradient(a: Tensor, b: Tensor, tokens: Tensor, bounds: Tensor, dw: Tensor) -> None:
+    """dw [E, H, D]: a[rows of e].T @ b[tokens[rows of e]] for every expert e, of a [N, H] and b [T, D]."""
+    from quack.gemm import gemm
+
+    h = _padded(a.shape[1])
+    rows, columns = (256, h) if h <= 192 else (128, 256)
+    gemm(b.mT, a.mT, dw.mT, None, None, rows, columns, 2, 1, cu_seqlens_k=bounds, A_idx=tokens)
+
+
+def _narrow(columns: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, and tiles of a cluster that share their columns' weights, for so many columns."""
+    padded = _padded(columns)
+    return (128, padded, 2, 1) if padded <= 192 else (64, 256, 2, 1)
+
+
+def _padded(columns: int) -> int:
+    return (columns + 31) // 32 * 32
