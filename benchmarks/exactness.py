@@ -2,9 +2,9 @@
 
     python benchmarks/exactness.py
 
-Every case compares the `fused` backend (`decode_gpu` too, for one token; QuACK's products where they can compute it)
-with the masked reference in float64 on the same rounded inputs: relative error of each tensor, by Frobenius norms. Exits with 1 if one is above 2e-2 in bfloat16 or
-1e-5 in float32, or if two runs differ in a bit.
+Every case compares the backend `fused` with the masked reference in float64 on the same rounded inputs, and where they
+can compute it `quack` and, for one token, `decode_gpu`: relative error of each tensor, by Frobenius norms. Exits with 1
+if one is above 2e-2 in bfloat16 or 1e-5 in float32, or if two runs differ in a bit.
 """
 
 import concurrent.futures
@@ -80,7 +80,8 @@ def check(shape: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     reference = outcome(BACKENDS["masked"], x.double(), exact_choice, experts.to(torch.float64), activation)
     weighted = choice.weights is not None
     able = obstacle_of_quack(x, experts, activation, weighted=weighted) is None
-    errors, same = {}, True
+    errors: dict[str, float] = {}
+    same = True
     for name in ("fused", "quack") if able else ("fused",):
         backend = choose_backend(name, x, experts, activation, weighted=weighted)
         first, second = (outcome(backend, x, choice, experts, activation) for _ in range(2))

@@ -3,8 +3,9 @@
     python benchmarks/ffn.py [--scattermoe FOLDER] [--sonicmoe FOLDER] [--routing FILE] [--rounds 7]
         [--cases "ReLU D 768" "SwiGLU D 2048"]
 
-One layer with E 32 and K 6 (k/E 0.1875), forward, and forward with backward: the compiled dense FFN, our kernels (the
-backend `fused`; router, grouping and all), QuACK's products where they are installed, torch's grouped matrix product and, from folders, ScatterMoE's kernels and, for SwiGLU, SonicMoE's.
+One layer with E 32 and K 6 (k/E 0.1875), forward, and forward with backward: the compiled dense FFN, our backends
+`fused`, `quack` (where that is installed) and `grouped`, router, grouping and all, and, from folders, ScatterMoE's
+kernels and, for SwiGLU, SonicMoE's.
 All have the same weights, the same input and the same router, and their outputs are compared first. Every way is timed
 twice, in turns with the others: as it is called ("eager"), and replayed from a CUDA graph ("graph"), where no launch
 waits for Python. Speeds are against the dense FFN timed the same way; a way that cannot be captured has no time of

@@ -13,6 +13,7 @@ from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends import BACKENDS, Activation, Backend, Experts, fused
 from ssd_lit.moe.backends.decode_gpu import decode_gpu
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.moe.kernels import gradients as weight_gradients
 from ssd_lit.moe.kernels.dynamic_k import route_above, select_above
 from ssd_lit.moe.kernels.grouping import group_by_expert
 from ssd_lit.moe.kernels.routing import route
@@ -77,8 +78,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_fused_agrees_with_the_masked_reference(case: str, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if rows is not None:
         # The pieces in which bfloat16 would be computed, for so many rows an expert.
-        plan = fused.plan
+        plan, gradient_plan = fused.plan, weight_gradients.plan
         monkeypatch.setattr(fused, "plan", lambda d, h, gated, *_: plan(d, h, gated, rows, torch.bfloat16))
+        monkeypatch.setattr(weight_gradients, "plan", lambda d, h, *_: gradient_plan(d, h, rows, torch.bfloat16))
     parts = problem(*CASES[case], **KINDS.get(case, {}))
     for reference, got in zip(*(outcome(b, parts, "relu") for b in (BACKENDS["masked"], fused.fused)), strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-4)
@@ -160,9 +162,8 @@ def test_fused_refuses_dropout_of_activations() -> None:
 
 
 def test_parts_of_a_busy_expert_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = fused.plan
-    sizes = plan(16, 8, False, 1000, torch.bfloat16)
-    monkeypatch.setattr(fused, "plan", lambda *_: sizes._replace(gradients={**sizes.gradients, "ROWS": 16}))
+    sizes, _ = weight_gradients.plan(16, 8, 1000, torch.bfloat16)
+    monkeypatch.setattr(weight_gradients, "plan", lambda *_: weight_gradients.Plan({**sizes, "ROWS": 16}, part_rows=32))
     g = torch.Generator().manual_seed(0)
     x, _, experts, leaves = problem(200, 16, 5, 8, 1)
     # Of 40 rows in an even share, one expert gets 150, one 49, one 1, and two none.

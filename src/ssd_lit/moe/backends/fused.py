@@ -6,7 +6,6 @@ operator to torch, so that torch.compile sees no break and no shape that depends
 Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T * K pairs.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import early_launch, precision, products
+from ssd_lit.moe.kernels import early_launch, precision, products, side_stream
 from ssd_lit.moe.kernels.descriptors import can_describe, describe
 from ssd_lit.moe.kernels.gradients import add_tiles, weight_gradient
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert
@@ -53,13 +52,6 @@ class Plan(NamedTuple):
     """Whether one kernel computes both projections."""
     up: dict[str, int]
     down: dict[str, int]
-    gradients: dict[str, int]
-    even_parts: int = 1
-    """Rows of a part of the gradients of an expert's weights, in units of the rows of an even load."""
-
-    def part_rows(self, n_pairs: int, n_experts: int) -> int:
-        rows = self.gradients["ROWS"]
-        return max(rows, self.even_parts * n_pairs // n_experts // rows * rows)
 
 
 def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype) -> Plan:
@@ -70,29 +62,18 @@ def plan(d_model: int, neurons: int, gated: bool, rows: int, dtype: torch.dtype)
     if rows < 512:
         return _plan_of_few(h, d, rows, gated)
     wide = min(128 if gated else 256, h)
-    small = d_model <= 1024
     up = {"NEURONS": wide, "INNER": min(64, d), "COLUMNS": min(64, d), "num_warps": 8, "num_stages": 4}
     if wide <= 128 and not gated:
         # Few enough registers for two programs to share a multiprocessor.
         up |= {"INNER": min(32, d), "num_stages": 6, "maxnreg": 128}
-    # Reading a row's token before the row itself takes half of the stages.
-    if small:
-        gradients = {"ROWS": 64, "NEURONS": min(128, h), "COLUMNS": min(128, d), "num_warps": 4, "num_stages": 5}
-    elif h >= 256:
-        gradients = {"ROWS": 32, "NEURONS": 256, "COLUMNS": 128, "num_warps": 8, "num_stages": 9}
-    else:
-        gradients = {"ROWS": 64, "NEURONS": h, "COLUMNS": 256, "num_warps": 8, "num_stages": 5}
     return Plan(
         tile_rows=128,
         # Keeps the weights of all experts in the cache, or of only a few at a time.
-        window=2 if small else 32,
+        window=2 if d_model <= 1024 else 32,
         whole=wide >= neurons,
         up=up,
         down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_warps": 8, "num_stages": 3},
-        gradients=gradients,
-        # A wide model has enough tiles for all multiprocessors, and adding up parts of them costs more.
-        even_parts=1 if small else 2,
-    )  # fmt: skip
+    )
 
 
 def _plan_of_few(h: int, d: int, rows: int, gated: bool) -> Plan:
@@ -112,7 +93,6 @@ def _plan_of_few(h: int, d: int, rows: int, gated: bool) -> Plan:
         whole=rows >= 128 and wide >= h,
         up={**up, "COLUMNS": min(64, d), **warps},
         down={"COLUMNS": min(128, d), "INNER": min(64, h), "num_stages": 2 if 32 <= rows < 128 else 3, **warps},
-        gradients={"ROWS": 32, "NEURONS": min(128, h), "COLUMNS": min(128, d), "num_stages": 5, **warps},
     )
 
 
@@ -125,7 +105,6 @@ def _plan_of_wide_numbers(h: int, d: int) -> Plan:
         whole=False,
         up={"NEURONS": min(64, h), "COLUMNS": 16, **inner},
         down={"COLUMNS": min(64, d), **inner},
-        gradients={"ROWS": 32, "NEURONS": min(64, h), "COLUMNS": min(64, d), "num_warps": 4, "num_stages": 3},
     )
 
 
@@ -238,7 +217,7 @@ def _backward(
     # Weight gradients run beside the rest: each fills what the other leaves of the device. A kernel that waits for
     # another would take room from them.
     launch = {"PDL": False}
-    side = _side_stream(x.device)
+    side = side_stream(x.device)
     if side is not None:
         side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -255,18 +234,14 @@ def _backward(
             _down(dpre, w_in, dgate, w_gate, groups, out, sizes, launch)
         add_pairs(out, chosen, None, dx, n_experts=shape.n_experts, ragged=ragged, launch=launch)
 
-    def gradient(a: Tensor, b: Tensor) -> Tensor:
-        return weight_gradient(
-            a, b, pairs, bounds, shape.k, dtype=kept,
-            part_rows=sizes.part_rows(n, shape.n_experts), sizes=sizes.gradients, precision=precision(),
-        )  # fmt: skip
-
-    dw_out = gradient(hidden, dy)
+    dw_out = weight_gradient(hidden, dy, groups, shape.k, kept)
     if known is not None:
         torch.cuda.current_stream().wait_event(known)
-    dw_in = gradient(dpre, x)
-    dw_gate = gradient(dgate, x) if dgate is not None else x.new_empty(0)
-    db_in = None if b_in is None else add_tiles(db_tiles, bounds, b_in, sizes.tile_rows)
+    dw_in = weight_gradient(dpre, x, groups, shape.k, kept)
+    dw_gate = x.new_empty(0) if dgate is None else weight_gradient(dgate, x, groups, shape.k, kept)
+    db_in = x.new_empty(0)
+    if b_in is not None and db_tiles is not None:
+        db_in = add_tiles(db_tiles, bounds, b_in, sizes.tile_rows)
     if side is not None:
         torch.cuda.current_stream().wait_stream(side)
     return (
@@ -275,7 +250,7 @@ def _backward(
         dw_in,
         dw_out,
         dw_gate,
-        x.new_empty(0) if db_in is None else db_in,
+        db_in,
     )
 
 
@@ -319,12 +294,6 @@ def _down(
         D=d, H=a.shape[1], GATED=a_gate is not None, ROWS=sizes.tile_rows, PRECISION=precision(),
         DESCRIBED=described, **launch, **sizes.down,
     )  # fmt: skip
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A second stream of the device; None where kernels are interpreted."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,6 +1,7 @@
 """The sparse FFN by QuACK's products, for training on Hopper GPUs: for most sizes faster than `fused`.
 
-Dropless and deterministic, as `fused` is. Pairs are grouped by our kernel and added up by ours; each direction is one
+Dropless and deterministic, as `fused` is. Pairs are grouped and added up by our kernels, and the gradients of weights
+are ours too: QuACK gives an expert's gradient to few programs, however many tokens chose it. Each direction is one
 operator to torch.
 
 Shape letters: T tokens, D model width, E experts, H neurons of one expert, K experts a token, N = T * K pairs.
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ssd_lit.moe.backends.interface import Activation, Experts
-from ssd_lit.moe.kernels import early_launch
+from ssd_lit.moe.kernels import early_launch, side_stream
 from ssd_lit.moe.kernels import quack as products
-from ssd_lit.moe.kernels.gradients import bias_gradient
+from ssd_lit.moe.kernels.gradients import bias_gradient, weight_gradient
 from ssd_lit.moe.kernels.grouping import Groups, group_by_expert, most_tiles, rows_of_pairs
 from ssd_lit.moe.kernels.pair_sums import add_pairs
 from ssd_lit.moe.routing import Routing
@@ -101,11 +102,18 @@ def _backward(
     products.up_backward(dy, tokens, bounds, w_out, activation, pre, dpre, hidden)
     products.down(dpre, bounds, w_up, out)
     dx = torch.empty_like(x)
-    add_pairs(out, chosen, None, dx, n_experts=n_experts, ragged=ragged, launch=early_launch(x), places=places)
-    dw_up, dw_out = (torch.empty_like(w, dtype=kept) for w in (w_up, w_out))
-    products.weight_gradient(hidden, dy, tokens, bounds, dw_out)
-    products.weight_gradient(dpre, x, tokens, bounds, dw_up)
-    db_in = x.new_empty(0) if b_in is None else bias_gradient(dpre, Groups(pairs, bounds, tiles), b_in, TILE_ROWS)
+    groups = Groups(pairs, bounds, tiles)
+    # Sums wait for memory, while the gradients of weights compute.
+    side = side_stream(x.device)
+    if side is not None:
+        side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        add_pairs(out, chosen, None, dx, n_experts=n_experts, ragged=ragged, launch={"PDL": False}, places=places)
+        db_in = x.new_empty(0) if b_in is None else bias_gradient(dpre, groups, b_in, TILE_ROWS)
+    dw_out = weight_gradient(hidden, dy, groups, chosen.shape[1], kept)
+    dw_up = weight_gradient(dpre, x, groups, chosen.shape[1], kept)
+    if side is not None:
+        torch.cuda.current_stream().wait_stream(side)
     return dx, dw_up, dw_out, db_in
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ def early_launch(x: Tensor) -> dict[str, bool]:
     """Arguments of a kernel on x that may start before the one before it is done (programmatic dependent launch)."""
     able = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second stream of the device; None where kernels are interpreted."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def precision() -> str:

@@ -8,7 +8,6 @@ Shape letters: T tokens, D model width, E experts, H neurons of one expert, N pa
 """
 
 import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,15 +15,13 @@ from torch import Tensor
 ACTIVATIONS = {"relu": "relu", "relu2": "relu_sq", "gelu_new": "gelu_tanh_approx", "silu": "silu"}
 GATED_ACTIVATIONS = {"relu": "reglu", "gelu_new": "geglu", "silu": "swiglu"}
 """QuACK's names of ours."""
-HOPPER = 9
+_HOPPER = 9
+_INSTALLED = importlib.util.find_spec("quack") is not None
 
 
-@cache
 def runs_here(device: torch.device) -> bool:
     """Whether the package is there and the device is a Hopper GPU."""
-    if device.type != "cuda" or importlib.util.find_spec("quack") is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == HOPPER
+    return _INSTALLED and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
 def up(
@@ -69,20 +66,7 @@ def up_backward(
     )  # fmt: skip
 
 
-def weight_gradient(a: Tensor, b: Tensor, tokens: Tensor, bounds: Tensor, dw: Tensor) -> None:
-    """dw [E, H, D]: a[rows of e].T @ b[tokens[rows of e]] for every expert e, of a [N, H] and b [T, D]."""
-    from quack.gemm import gemm
-
-    h = _padded(a.shape[1])
-    rows, columns = (256, h) if h <= 192 else (128, 256)
-    gemm(b.mT, a.mT, dw.mT, None, None, rows, columns, 2, 1, cu_seqlens_k=bounds, A_idx=tokens)
-
-
 def _narrow(columns: int) -> tuple[int, int, int, int]:
     """Rows and columns of a tile, and tiles of a cluster that share their columns' weights, for so many columns."""
-    padded = _padded(columns)
+    padded = (columns + 31) // 32 * 32
     return (128, padded, 2, 1) if padded <= 192 else (64, 256, 2, 1)
-
-
-def _padded(columns: int) -> int:
-    return (columns + 31) // 32 * 32
