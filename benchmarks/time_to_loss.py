@@ -1,11 +1,11 @@
 """Seconds to dense training's loss, and where SSD's seconds go, from the records of runs.
 
-    python benchmarks/time_to_loss.py RESULTS/EXPERIMENT [--dense dense-seed0] [--other ssd-seed0]
+    python benchmarks/time_to_loss.py RESULTS/EXPERIMENT [--dense dense] [--other ssd]
 
-Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints included. Dense
-training's loss is its last validation loss; the other run is there when a line between its validations crosses it. A
-step of a mode is the median over windows of `log_every` steps; a change of phase is what the window with its first step
-takes beyond its steps. Runs that shared a device say nothing.
+One pair a seed. Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints
+included. Dense training's loss is its last validation loss; the other run is there when a line between its validations
+crosses it. A step of a mode is the median over windows of `log_every` steps; a change of phase is what the window with
+its first step takes beyond its steps. Runs that shared a device say nothing.
 """
 
 import argparse
@@ -25,32 +25,50 @@ from ssd_lit.support.files import write_json
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("--dense", default="dense-seed0")
-    parser.add_argument("--other", default="ssd-seed0")
+    parser.add_argument("--dense", default="dense", help="the arm of dense training (dense)")
+    parser.add_argument("--other", default="ssd", help="the arm to compare with it (ssd)")
     arguments = parser.parse_args()
-    runs = {name: timed(arguments.experiment / "runs" / name) for name in (arguments.dense, arguments.other)}
-    dense, other = runs.values()
+    runs = arguments.experiment / "runs"
+    seeds = [path.parts[-2].rpartition("-seed")[2] for path in sorted(runs.glob(f"{arguments.other}-seed*/phases"))]
+    if not seeds:
+        parser.error(f"{runs}: no run of {arguments.other} with records")
+    found = {
+        seed: compared(*(runs / f"{arm}-seed{seed}" for arm in (arguments.dense, arguments.other))) for seed in seeds
+    }
+    for seed, one in found.items():
+        print(f"seed {seed}:")
+        show(one)
+    write_json(RESULTS / "time_to_loss.json", {"experiment": arguments.experiment.name, "seeds": found})
+    return 0
+
+
+def compared(*folders: Path) -> dict[str, Any]:
+    """Dense training and the other run."""
+    dense, other = (timed(folder) for folder in folders)
     (_, loss, dense_seconds) = dense["validations"][-1]
     step, seconds = reached(other["validations"], loss)
-    found = {
-        "experiment": arguments.experiment.name,
+    return {
         "commit": other["commit"],
         "loss": loss,
-        "seconds": {arguments.dense: dense_seconds, arguments.other: seconds},
+        "seconds": {"dense": dense_seconds, "other": seconds},
         "step": step,
         "speed": dense_seconds / seconds,
-        "step_milliseconds": {name: run["step_milliseconds"] for name, run in runs.items()},
+        "step_milliseconds": {"dense": dense["step_milliseconds"], "other": other["step_milliseconds"]},
         "change_seconds": other["change_seconds"],
     }
+
+
+def show(found: dict[str, Any]) -> None:
+    seconds = found["seconds"]
     first, *later = found["change_seconds"].values()
-    print(f"dense training's last validation loss {loss:.4f}: after {dense_seconds:.1f} s")
-    print(f"{arguments.other}: after {seconds:.1f} s, at step {step:.0f}: {found['speed']:.3f} times as fast")
+    print(f"  dense training's last validation loss {found['loss']:.4f}: after {seconds['dense']:.1f} s")
+    print(
+        f"  the other: after {seconds['other']:.1f} s, at step {found['step']:.0f}: {found['speed']:.3f} times as fast"
+    )
     for name, modes in found["step_milliseconds"].items():
-        print(f"{name}, ms a step: " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))
-    print(f"changes of phase: the first {first:.1f} s, {len(later)} more {sum(later):.1f} s together")
-    print(f"({min(later):.2f} to {max(later):.2f} s each)")
-    write_json(RESULTS / "time_to_loss.json", found)
-    return 0
+        print(f"  {name}, ms a step: " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))
+    print(f"  changes of phase: the first {first:.1f} s, {len(later)} more {sum(later):.1f} s together")
+    print(f"  ({min(later):.2f} to {max(later):.2f} s each)")
 
 
 def timed(run: Path) -> dict[str, Any]:

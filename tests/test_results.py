@@ -118,7 +118,7 @@ def of_threshold(file: str, threshold: float, column: str, unit: float = 1) -> C
 
     def values(arm: str) -> Values:
         frame = read(file)
-        return [value / unit for value in frame.loc[(frame["arm"] == arm) & (frame["threshold"] == threshold), column]]
+        return spread(frame.loc[(frame["arm"] == arm) & (frame["threshold"] == threshold), column] / unit)
 
     return values
 
