@@ -215,31 +215,36 @@ OBSTACLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("told", OBSTACLES)
-def test_quack_is_taken_for_many_tokens_unless_something_stands_in_the_way(
+def test_quack_is_taken_for_many_tokens_of_a_wide_or_gated_ffn_unless_something_stands_in_the_way(
     told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
 
     def given(
         hopper: bool = True, dtype: torch.dtype = torch.bfloat16, activation: str = "relu", weighted: bool = False,
-        gated: bool = False, bias: bool = False, neurons: int = 16, tokens: int = 8192,
+        gated: bool = False, bias: bool = False, neurons: int = 16, width: int = 2048, tokens: int = 8192,
     ) -> tuple[tuple[Tensor, Experts, Activation], bool]:  # fmt: skip
         monkeypatch.setattr("ssd_lit.moe.kernels.quack.runs_here", lambda _: hopper)
         with FakeTensorMode():
-            x = torch.empty(tokens, 64, dtype=dtype, device="cuda")
-        return (x, parts(gated=gated, bias=bias, neurons=neurons), Activation(activation)), weighted
+            x = torch.empty(tokens, width, dtype=dtype, device="cuda")
+        given = parts(gated=gated, bias=bias, neurons=neurons, width=width)
+        return (x, given, Activation(activation)), weighted
 
-    plain, few = given()[0], given(tokens=300)[0]
-    assert (fastest_backend(*plain), fastest_backend(*few)) == ("quack", "fused")
+    for chosen, sizes in (
+        ("quack", {}), ("fused", {"tokens": 300}), ("fused", {"width": 768}), ("quack", {"width": 768, "gated": True})
+    ):  # fmt: skip
+        assert fastest_backend(*given(**sizes)[0]) == chosen
     inputs, weighted = given(**OBSTACLES[told])
     assert fastest_backend(*inputs, weighted=weighted) != "quack"
     with pytest.raises(ValueError, match=f"backend 'quack'.*{told}.*take 'fused'"):
         choose_backend("quack", *inputs, weighted=weighted)
 
 
-def parts(*, gated: bool = False, bias: bool = True, gate_bias: bool = False, neurons: int = 16) -> Experts:
-    """The neurons of four experts of width 64."""
-    weights, biases = torch.zeros(4, neurons, 64), torch.zeros(4, neurons)
+def parts(
+    *, gated: bool = False, bias: bool = True, gate_bias: bool = False, neurons: int = 16, width: int = 64
+) -> Experts:
+    """The neurons of four experts."""
+    weights, biases = torch.zeros(4, neurons, width), torch.zeros(4, neurons)
     return Experts(
         weights, weights, biases if bias else None, weights if gated else None, biases if gate_bias else None
     )  # fmt: skip

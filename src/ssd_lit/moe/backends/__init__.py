@@ -33,8 +33,9 @@ FEW_TOKENS = {"cpu": 8, "cuda": 1}
 MANY_NUMBERS = 2**20
 """From this size of a float32 input on, the fused kernels are faster on a GPU than products with all neurons."""
 
-MANY_TOKENS = 4096
-"""From this number of tokens on, QuACK's products are faster than the fused kernels (benchmarks/ffn.py)."""
+MANY_TOKENS, WIDE = 4096, 2048
+"""From this number of tokens on, QuACK's products are faster than the fused kernels, for an FFN that has a gate or is
+at least so wide (benchmarks/ffn.py, training_step.py)."""
 
 
 def choose_backend(
@@ -78,7 +79,8 @@ def fastest_backend(
         return "grouped" if x.dtype == torch.bfloat16 and not ragged else "masked"
     if few:
         return "decode_gpu"
-    if len(x) >= MANY_TOKENS and obstacle_of_quack(x, experts, activation, weighted=weighted) is None:
+    large = len(x) >= MANY_TOKENS and (experts.w_gate is not None or experts.w_in.shape[2] >= WIDE)
+    if large and obstacle_of_quack(x, experts, activation, weighted=weighted) is None:
         return "quack"
     return "masked" if x.dtype == torch.float32 and x.numel() < MANY_NUMBERS else "fused"
 
