@@ -123,6 +123,18 @@ def test_smoe_dropout_freezes_its_router_lets_k_grow_and_pays_for_what_it_runs(t
     assert read_chain(bench.dir("smoe"), "sparse")[-1].flops == pytest.approx(expected, rel=0.01)
 
 
+def test_every_so_many_steps_all_experts_run_and_are_paid_for(tmp_path: Path) -> None:
+    moe = {"experts": 4, "top_k": 1, "router": "random", "k_schedule": {"all_every": 4}}
+    bench = Bench(tmp_path, arms={"sparse": {"method": "sparse", "moe": moe}})
+    bench.phases("sparse")
+    logged = read_metrics(bench.dir("sparse") / "metrics.jsonl")["experts/top_k"]
+    assert [k for _, k in logged] == [4 if (step - 1) % 4 == 0 else 1 for step, _ in logged]
+    assert {k for _, k in logged} == {1, 4}
+    costs, blocks = step_costs(bench, "sparse")
+    expected = blocks * sum(costs.sparse(bench.runs["sparse"].moe, 1 if step % 4 else 4) for step in range(40))
+    assert read_chain(bench.dir("sparse"), "sparse")[-1].flops == pytest.approx(expected)
+
+
 def test_a_learned_gate_is_trained_with_the_model(tmp_path: Path) -> None:
     bench = Bench(tmp_path, arms={"gate": {"method": "sparse", "moe": {"router": "gate"}}})
     bench.phases("gate")

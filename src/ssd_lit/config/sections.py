@@ -70,6 +70,9 @@ class KSchedule(Section):
     """k at the last step, up or down; top_k if null."""
     stairs: Positive = 4
     """step only: number of equal stretches."""
+    all_every: Annotated[int, Field(ge=2)] | None = None
+    """Every so many steps, one of a sparse phase runs all experts, so that every neuron is trained; never if null. It
+    counts as a sparse step, and its FLOPs as those of a dense one."""
 
 
 class MoEConfig(Section):

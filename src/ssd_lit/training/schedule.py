@@ -159,6 +159,9 @@ def _steps_done(history: Sequence[PhaseRecord]) -> int:
 def top_k_at(config: RunConfig, step: int) -> int:
     """The schedule's k at a global step (0-based) in a sparse phase."""
     schedule = config.moe.k_schedule
+    # Not the steps that end with a multiple of it, at which loads are logged.
+    if schedule.all_every is not None and step % schedule.all_every == 0:
+        return config.moe.experts
     end = schedule.end or config.moe.top_k
     return scheduled_k(
         step, config.training.steps, kind=schedule.kind, start=schedule.start, end=end, stairs=schedule.stairs
