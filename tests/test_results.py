@@ -240,6 +240,7 @@ def grid(name: str, arm: str) -> Table:
 MAIN, FRONTIER, BERT = "h100/main-arms.csv", "h100/frontier-arms.csv", "h100/bert-arms.csv"
 SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t5-arms.csv"
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
+LEVERS = "levers-arms.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
 KS = (6, 8, 12)
@@ -260,6 +261,14 @@ TABLES = {
         [runs("methods-summary.csv", column) for column in (
             "sparse_percent", "tera", "val_loss_dense", "val_ppl_dense", "val_loss_sparse", "val_ppl_sparse"
         )],
+    ),
+    "Levers on the gap, three seeds": Table(
+        ["dense", "ssd", "ssd_all8", "ssd_all4", "ssd_fewer", "ssd_falling"],
+        [
+            arms(LEVERS, None, "sparse_fraction", scale=100), arms(LEVERS, None, "flops", scale=1e-12),
+            arms(LEVERS, "dense"), arms(LEVERS, "dense", "over_dense_arm", scale=100),
+            arms(LEVERS, "sparse, k 4"), arms(LEVERS, "sparse, k 4", "over_dense_mode", scale=100),
+        ],
     ),
     "25 M parameters, 151 M tokens": Table(
         ["dense", "ssd", "ssd_fixed", "sparse_gate", "smoe_dropout", "posthoc", "dense_stopped", "dense_smaller"],
