@@ -190,8 +190,8 @@ def measure(case: Case, folders: argparse.Namespace, trained: dict[str, Tensor],
 
 def ways_of(case: Case, ours: ExpertFFN, folders: argparse.Namespace, failed: dict[str, str]) -> dict[str, Way]:
     """All ways with the weights of `ours`; a peer that cannot be built says why in `failed`."""
-    dense, grouped, quack = build(case, "auto"), build(case, "grouped"), build(case, "quack")
-    for copy in (dense, grouped, quack):
+    dense, grouped = build(case, "auto"), build(case, "grouped")
+    for copy in (dense, grouped):
         copy.load_state_dict(ours.state_dict())
     dense.set_mode("dense")
     # Compiled, grouped products are slower.
@@ -199,6 +199,8 @@ def ways_of(case: Case, ours: ExpertFFN, folders: argparse.Namespace, failed: di
         "dense": (torch.compile(dense), dense), "fused": (torch.compile(ours), ours), "grouped": (grouped, grouped)
     }  # fmt: skip
     if runs_here(ours.w_in.device):
+        quack = build(case, "quack")
+        quack.load_state_dict(ours.state_dict())
         ways["quack"] = torch.compile(quack), quack
     peers: dict[str, tuple[Callable[..., Way], Path | None]] = {"scattermoe": (scattermoe, folders.scattermoe)}
     if case.activation == "silu":

@@ -3,6 +3,9 @@
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
+
 import torch
 import transformers
 from torch import Tensor
@@ -12,8 +15,6 @@ from ssd_lit.huggingface.folder import set_mode
 from ssd_lit.models.decoding import gpt2 as decoding
 from ssd_lit.models.decoding.gpt2 import GPT2Step, can_step
 from ssd_lit.models.family import family, swap_ffns
-
-pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
 
 E, K, PLACES = 6, 2, 300
 

@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+
+pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -20,8 +23,6 @@ from ssd_lit.moe.kernels.routing import route
 from ssd_lit.moe.routers import CenterRouter, build_router
 from ssd_lit.moe.routing import Routing, experts_above
 from ssd_lit.moe.statistics import mean_k
-
-pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
 
 
 def problem(

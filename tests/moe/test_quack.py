@@ -3,21 +3,20 @@
 The products themselves run on a GPU alone: `benchmarks/exactness.py` compares them with float64 there.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 
 import pytest
+
+pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_lit.moe.backends import BACKENDS, Activation
+from ssd_lit.moe.backends.quack import quack
 from ssd_lit.moe.kernels import quack as products
 from tests.moe.test_kernels import CASES, KINDS, outcome, problem
-
-pytest.importorskip("triton", reason="comes with torch for CUDA, and with the extra dev")
-
-quack = importlib.import_module("ssd_lit.moe.backends.quack").quack
 
 
 def gelu_new(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ssd_lit.records import read_chain
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import ROUTER
+from ssd_lit.training.module import Pretraining
 from tests.conftest import Bench
 
 pytestmark = pytest.mark.whole_run
@@ -133,6 +134,22 @@ def test_every_so_many_steps_all_experts_run_and_are_paid_for(tmp_path: Path) ->
     costs, blocks = step_costs(bench, "sparse")
     expected = blocks * sum(costs.sparse(bench.runs["sparse"].moe, 1 if step % 4 else 4) for step in range(40))
     assert read_chain(bench.dir("sparse"), "sparse")[-1].flops == pytest.approx(expected)
+
+
+def test_a_validation_after_a_step_with_all_experts_is_of_the_schedules_k(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, ks = Pretraining.validation_step, []
+
+    def validation_step(self: Pretraining, *arguments: Any) -> None:
+        ks.append(self.model.ffns[0].top_k)
+        validate(self, *arguments)
+
+    monkeypatch.setattr(Pretraining, "validation_step", validation_step)
+    moe = {"experts": 4, "top_k": 1, "router": "random", "k_schedule": {"all_every": 3}}
+    # Steps 9, 18, 27 and 36 from 0 on run all experts; a validation follows the tenth.
+    Bench(tmp_path, arms={"sparse": {"method": "sparse", "moe": moe}}).phases("sparse")
+    assert set(ks) == {1}
 
 
 def test_a_learned_gate_is_trained_with_the_model(tmp_path: Path) -> None:

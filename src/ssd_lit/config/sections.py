@@ -72,7 +72,7 @@ class KSchedule(Section):
     """step only: number of equal stretches."""
     all_every: Annotated[int, Field(ge=2)] | None = None
     """Every so many steps, one of a sparse phase runs all experts, so that every neuron is trained; never if null. It
-    counts as a sparse step, and its FLOPs as those of a dense one."""
+    counts as a sparse step, with the FLOPs of all experts."""
 
 
 class MoEConfig(Section):

@@ -15,7 +15,7 @@ from ssd_lit.models.language_model import LanguageModel, cross_entropy
 from ssd_lit.moe.permutation import whole
 from ssd_lit.training.data_parallel import AddedUp, WholeModels, add_up_gradients
 from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
-from ssd_lit.training.schedule import top_k_at
+from ssd_lit.training.schedule import top_k_at, trained_k
 from ssd_lit.training.sharding import Shards, shard
 from ssd_lit.training.weighted_mean import WeightedMean
 
@@ -82,11 +82,11 @@ class Pretraining(LightningModule):
         return torch.rand(*batch["inputs"].shape, self._objective.noise_per_token, device=self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._set_top_k(self.global_step)
+        self._set_top_k(trained_k(self.config, self.global_step))
 
-    def _set_top_k(self, step: int) -> None:
+    def _set_top_k(self, k: int) -> None:
         if self.model.ffns[0].mode == "sparse":
-            self.model.set_mode("sparse", top_k_at(self.config, step))
+            self.model.set_mode("sparse", k)
 
     def on_fit_start(self) -> None:
         if self._adds_up and self._pieces == 1:
@@ -161,7 +161,7 @@ class Pretraining(LightningModule):
         Never compiled; gradients are those of this process alone.
         """
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
-        self._set_top_k(step)
+        self._set_top_k(trained_k(self.config, step))
         for piece in self._in_pieces(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)):
             yield self._total(*self._losses_of(self.model(piece), piece))
 
@@ -198,6 +198,8 @@ class Pretraining(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning would keep the gradients through the next forward pass, where memory is needed most.
         self.trainer.optimizers[0].zero_grad()
+        # What may follow, a validation, is of the schedule's k, though the step may have run all experts.
+        self._set_top_k(top_k_at(self.config, self.global_step - 1))
 
     def on_train_end(self) -> None:
         # Lightning would copy the moments to the host at the end, where nothing uses them.

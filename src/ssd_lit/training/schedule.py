@@ -156,12 +156,16 @@ def _steps_done(history: Sequence[PhaseRecord]) -> int:
     return history[-1].last_step if history else 0
 
 
+def trained_k(config: RunConfig, step: int) -> int:
+    """The experts that a global step (0-based) of a sparse phase trains: all, every so many steps, else `top_k_at`."""
+    every = config.moe.k_schedule.all_every
+    # Not the steps that end with a multiple of it, at which loads are logged.
+    return config.moe.experts if every is not None and step % every == 0 else top_k_at(config, step)
+
+
 def top_k_at(config: RunConfig, step: int) -> int:
     """The schedule's k at a global step (0-based) in a sparse phase."""
     schedule = config.moe.k_schedule
-    # Not the steps that end with a multiple of it, at which loads are logged.
-    if schedule.all_every is not None and step % schedule.all_every == 0:
-        return config.moe.experts
     end = schedule.end or config.moe.top_k
     return scheduled_k(
         step, config.training.steps, kind=schedule.kind, start=schedule.start, end=end, stairs=schedule.stairs
@@ -175,7 +179,7 @@ def phase_flops(config: RunConfig, phase: Phase, costs: Costs, step: int, since:
         blocks = len(steps) * costs.dense()
     else:
         copies = config.method == "upcycle"
-        blocks = sum(costs.sparse(config.moe, top_k_at(config, step), upcycled=copies) for step in steps)
+        blocks = sum(costs.sparse(config.moe, trained_k(config, step), upcycled=copies) for step in steps)
     return config.training.batch_size * blocks
 
 
