@@ -4,7 +4,7 @@
 
 One pair a seed. Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints
 included. Dense training's loss is its last validation loss; the other run is there when a line between its validations
-crosses it. A step of a mode is the median over windows of `log_every` steps; a change of phase is what the window with
+crosses it, if it ever is. Both losses are told, and when each run reached the other's. A step of a mode is the median over windows of `log_every` steps; a change of phase is what the window with
 its first step takes beyond its steps. Runs that shared a device say nothing.
 """
 
@@ -38,33 +38,41 @@ def main() -> int:
     for seed, one in found.items():
         print(f"seed {seed}:")
         show(one)
-    write_json(RESULTS / "time_to_loss.json", {"experiment": arguments.experiment.name, "seeds": found})
+    name = arguments.experiment.absolute().name
+    write_json(RESULTS / f"time_to_loss-{name}.json", {"experiment": name, "seeds": found})
     return 0
 
 
 def compared(*folders: Path) -> dict[str, Any]:
     """Dense training and the other run."""
     dense, other = (timed(folder) for folder in folders)
-    (_, loss, dense_seconds) = dense["validations"][-1]
+    (_, loss, dense_seconds), (_, other_loss, other_seconds) = dense["validations"][-1], other["validations"][-1]
     step, seconds = reached(other["validations"], loss)
     return {
         "commit": other["commit"],
-        "loss": loss,
-        "seconds": {"dense": dense_seconds, "other": seconds},
-        "step": step,
-        "speed": dense_seconds / seconds,
+        "loss": {"dense": loss, "other": other_loss},
+        "seconds": {"dense": dense_seconds, "other": other_seconds},
+        "other_at_dense_loss": {"step": step, "seconds": seconds},
+        "dense_at_other_loss": dict(zip(("step", "seconds"), reached(dense["validations"], other_loss), strict=True)),
+        "speed": None if seconds is None else dense_seconds / seconds,
         "step_milliseconds": {"dense": dense["step_milliseconds"], "other": other["step_milliseconds"]},
         "change_seconds": other["change_seconds"],
     }
 
 
 def show(found: dict[str, Any]) -> None:
-    seconds = found["seconds"]
+    loss, seconds, speed = found["loss"], found["seconds"], found["speed"]
     first, *later = found["change_seconds"].values()
-    print(f"  dense training's last validation loss {found['loss']:.4f}: after {seconds['dense']:.1f} s")
-    print(
-        f"  the other: after {seconds['other']:.1f} s, at step {found['step']:.0f}: {found['speed']:.3f} times as fast"
-    )
+    print(f"  last validation losses: dense training {loss['dense']:.4f} after {seconds['dense']:.1f} s, ", end="")
+    print(f"the other {loss['other']:.4f} after {seconds['other']:.1f} s")
+    for text, there in (
+        ("the other at dense training's", found["other_at_dense_loss"]),
+        ("dense training at the other's", found["dense_at_other_loss"]),
+    ):
+        print(f"  {text} loss: ", end="")
+        print("never" if there["seconds"] is None else f"after {there['seconds']:.1f} s, at step {there['step']:.0f}")
+    if speed is not None:
+        print(f"  {speed:.3f} times as fast")
     for name, modes in found["step_milliseconds"].items():
         print(f"  {name}, ms a step: " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))
     print(f"  changes of phase: the first {first:.1f} s, {len(later)} more {sum(later):.1f} s together")
@@ -101,13 +109,13 @@ def timed(run: Path) -> dict[str, Any]:
     }
 
 
-def reached(validations: list[tuple[int, float, float]], loss: float) -> tuple[float, float]:
-    """Step and seconds at which a loss is first reached. Raises ValueError if it never is."""
+def reached(validations: list[tuple[int, float, float]], loss: float) -> tuple[float | None, float | None]:
+    """Step and seconds at which a loss is first reached; None if it never is."""
     for (a, above, start), (b, below, end) in itertools.pairwise(validations):
         if above > loss >= below:
             part = (above - loss) / (above - below)
             return a + part * (b - a), start + part * (end - start)
-    raise ValueError(f"the loss {loss:.4f} is never reached; the lowest is {min(one[1] for one in validations):.4f}")
+    return None, None
 
 
 if __name__ == "__main__":

@@ -240,6 +240,7 @@ def grid(name: str, arm: str) -> Table:
 MAIN, FRONTIER, BERT = "h100/main-arms.csv", "h100/frontier-arms.csv", "h100/bert-arms.csv"
 SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t5-arms.csv"
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
+MEDIUM, OF_MEDIUM = "h100/gpt350m_time-arms.csv", "h100/gpt350m_time-router_over_k.csv"
 LEVERS = "levers-arms.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
@@ -249,7 +250,7 @@ ROUTER = "ablations/router-router_over_k.csv"
 
 TABLES = {
     "All models": Table(
-        ["main ssd", "gpt124m ssd", "t5 ssd", "bert ssd", "bert routed"],
+        ["main ssd", "gpt124m ssd", "gpt350m_time ssd", "t5 ssd", "bert ssd", "bert routed"],
         [
             None, flops_of_dense_against, over("dense", "over_dense_arm"), over("sparse, k 8", "over_dense_mode"),
             over("sparse, k 8", "over_dense_mode", "posthoc"), None,
@@ -301,6 +302,12 @@ TABLES = {
         ["dense", "ssd", "routed"],
         [*totals(TIME, "sparse_fraction"), *modes(TIME, (9, 12, 18)), of_threshold(OF_TIME, 0.05, "k", 48),
          of_threshold(OF_TIME, 0.05, "perplexity"), *wikitext2(TIME, (12,))],
+    ),
+    "GPT-2 medium, 246 M tokens": Table(
+        ["dense", "ssd", "routed"],
+        [*totals(MEDIUM, "sparse_fraction"), *modes(MEDIUM, KS), of_threshold(OF_MEDIUM, 0.05, "k", 32),
+         of_threshold(OF_MEDIUM, 0.05, "perplexity"), *wikitext2(MEDIUM, (8,)),
+         *(blimp("h100/gpt350m_time-downstream.csv", mode) for mode in ("dense", "sparse"))],
     ),
     "T5, 102 M tokens": Table(["dense", "ssd", "posthoc"], [*totals(T5), *modes(T5, KS)]),
     "BERT, 151 M tokens": Table(
