@@ -4,8 +4,9 @@
 
 One pair a seed. Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints
 included. Dense training's loss is its last validation loss; the other run is there when a line between its validations
-crosses it, if it ever is. Both losses are told, and when each run reached the other's. A step of a mode is the median over windows of `log_every` steps; a change of phase is what the window with
-its first step takes beyond its steps. Runs that shared a device say nothing.
+crosses it, if it ever is. Both losses are told, and when each run reached the other's. A step of a mode is the median
+over windows of `log_every` steps; a change of phase is what the window with its first step takes beyond its steps. Runs
+that shared a device say nothing.
 """
 
 import argparse

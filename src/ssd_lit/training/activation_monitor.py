@@ -107,8 +107,7 @@ class ActivationMonitor(PhaseCallback):
                 values[f"experts/dead/layer_{layer:02d}"] = float((load == 0).sum())
                 values["experts/top_k"] = ffn.top_k
         module.record(values)
-        # A step with all experts would hide that no token chooses some.
-        if ffns[0].mode == "sparse" and not ffns[0].chooses_all and trainer.is_global_zero:
+        if ffns[0].mode == "sparse" and trainer.is_global_zero:
             self._watch.update(fractions[:, 1:], ffns[0].top_k)
 
     def on_phase_end(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:

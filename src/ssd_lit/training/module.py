@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel, cross_entropy
+from ssd_lit.moe.names import Mode
 from ssd_lit.moe.permutation import whole
 from ssd_lit.training.data_parallel import AddedUp, WholeModels, add_up_gradients
 from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
@@ -27,7 +28,7 @@ LOSS_SUMS = "train_loss_sums"
 
 
 class Pretraining(LightningModule):
-    """A language model, its optimiser and its losses; the mode is set on `model` before a phase begins.
+    """A language model, its optimiser and its losses; `begin_phase` sets the mode of a phase.
 
     Random numbers (hidden tokens, dropout) are seeded with (seed, step, rank) at every step, as the data is: a resumed
     run draws the same ones, on any number of processes, and a checkpoint holds no generator state.
@@ -43,6 +44,7 @@ class Pretraining(LightningModule):
         self.micro_batch_size = micro_batch_size
         self._pieces = config.training.local_batch_size // micro_batch_size
         self._added_up: AddedUp | None = None
+        self._phase_mode: Mode = "dense"
         if config.training.activation_checkpointing:
             model.checkpoint_activations()
         self.guard = NonFiniteGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
@@ -81,12 +83,21 @@ class Pretraining(LightningModule):
     def _noise(self, batch: Batch) -> Tensor:
         return torch.rand(*batch["inputs"].shape, self._objective.noise_per_token, device=self.device)
 
+    def begin_phase(self, mode: Mode) -> None:
+        """Run in the mode of the phase that begins."""
+        self._phase_mode = mode
+        self.model.set_mode(mode)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._set_top_k(trained_k(self.config, self.global_step))
 
     def _set_top_k(self, k: int) -> None:
-        if self.model.ffns[0].mode == "sparse":
+        """Run k experts a token in a sparse phase."""
+        if self._phase_mode == "sparse":
             self.model.set_mode("sparse", k)
+            if self.model.ffns[0].chooses_all:
+                # The same function, which is compiled for dense phases already.
+                self.model.set_mode("dense")
 
     def on_fit_start(self) -> None:
         if self._adds_up and self._pieces == 1:
@@ -131,6 +142,9 @@ class Pretraining(LightningModule):
                     parameter.grad = parameter.grad.clone()
 
     def on_after_backward(self) -> None:
+        if self._phase_mode == "sparse":
+            # What follows, monitors or a validation, is of the schedule's k, though the step may have run all experts.
+            self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
         if self._adds_up and self._added_up is None:
             add_up_gradients(self.model.parameters())
 
@@ -198,8 +212,6 @@ class Pretraining(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # Lightning would keep the gradients through the next forward pass, where memory is needed most.
         self.trainer.optimizers[0].zero_grad()
-        # What may follow, a validation, is of the schedule's k, though the step may have run all experts.
-        self._set_top_k(top_k_at(self.config, self.global_step - 1))
 
     def on_train_end(self) -> None:
         # Lightning would copy the moments to the host at the end, where nothing uses them.

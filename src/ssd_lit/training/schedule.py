@@ -159,7 +159,6 @@ def _steps_done(history: Sequence[PhaseRecord]) -> int:
 def trained_k(config: RunConfig, step: int) -> int:
     """The experts that a global step (0-based) of a sparse phase trains: all, every so many steps, else `top_k_at`."""
     every = config.moe.k_schedule.all_every
-    # Not the steps that end with a multiple of it, at which loads are logged.
     return config.moe.experts if every is not None and step % every == 0 else top_k_at(config, step)
 
 
