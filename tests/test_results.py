@@ -241,7 +241,7 @@ MAIN, FRONTIER, BERT = "h100/main-arms.csv", "h100/frontier-arms.csv", "h100/ber
 SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t5-arms.csv"
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
 MEDIUM, OF_MEDIUM = "h100/gpt350m_time-arms.csv", "h100/gpt350m_time-router_over_k.csv"
-LEVERS = "levers-arms.csv"
+LEVERS, INTERLEAVED = "levers-arms.csv", "interleaved-arms.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
 KS = (6, 8, 12)
@@ -269,6 +269,14 @@ TABLES = {
             arms(LEVERS, None, "sparse_fraction", scale=100), arms(LEVERS, None, "flops", scale=1e-12),
             arms(LEVERS, "dense"), arms(LEVERS, "dense", "over_dense_arm", scale=100),
             arms(LEVERS, "sparse, k 4"), arms(LEVERS, "sparse, k 4", "over_dense_mode", scale=100),
+        ],
+    ),
+    "More sparse steps, and dense ones among them": Table(
+        ["dense", "phases45", "phases72", "phases72_all3", "phases83_all4", "phases83_all8"],
+        [
+            arms(INTERLEAVED, None, "sparse_fraction", scale=100), arms(INTERLEAVED, None, "flops", scale=1e-12),
+            arms(INTERLEAVED, "dense"), arms(INTERLEAVED, "dense", "over_dense_arm", scale=100),
+            arms(INTERLEAVED, "sparse, k 4"), arms(INTERLEAVED, "sparse, k 4", "over_dense_mode", scale=100),
         ],
     ),
     "25 M parameters, 151 M tokens": Table(
