@@ -4,9 +4,10 @@
 
 One pair a seed. Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints
 included. Dense training's loss is its last validation loss; the other run is there when a line between its validations
-crosses it, if it ever is. Both losses are told, and when each run reached the other's. A step of a mode is the median
-over windows of `log_every` steps; a change of phase is what the window with its first step takes beyond its steps. Runs
-that shared a device say nothing.
+crosses it, if it ever is. At the end of each dense phase of the other run it is told when dense training had the same
+loss: step, seconds, FLOPs. A step of a mode is the median over windows of `log_every` steps; the beginning of a run and
+a change of phase are what the window with their first step takes beyond its steps. Runs that shared a device say
+nothing.
 """
 
 import argparse
@@ -15,12 +16,20 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from machine import RESULTS
 
 from ssd_lit.records import PhaseRecord
 from ssd_lit.support.files import write_json
+
+
+class Validation(NamedTuple):
+    """A validation loss, or a place between two, and the seconds since the run began."""
+
+    step: float
+    loss: float
+    seconds: float
 
 
 def main() -> int:
@@ -47,60 +56,72 @@ def main() -> int:
 def compared(*folders: Path) -> dict[str, Any]:
     """Dense training and the other run."""
     dense, other = (timed(folder) for folder in folders)
-    (_, loss, dense_seconds), (_, other_loss, other_seconds) = dense["validations"][-1], other["validations"][-1]
-    step, seconds = reached(other["validations"], loss)
+    last, there = dense["validations"][-1], reached(other["validations"], dense["validations"][-1].loss)
+    step_flops = dense["flops"][last.step] / last.step
+    phase_ends = []
+    for validation in other["validations"]:
+        same = reached(dense["validations"], validation.loss)
+        if validation.step in other["flops"] and same is not None:
+            here = {**validation._asdict(), "flops": other["flops"][validation.step]}
+            phase_ends.append({"other": here, "dense": {**same._asdict(), "flops": same.step * step_flops}})
     return {
         "commit": other["commit"],
-        "loss": {"dense": loss, "other": other_loss},
-        "seconds": {"dense": dense_seconds, "other": other_seconds},
-        "other_at_dense_loss": {"step": step, "seconds": seconds},
-        "dense_at_other_loss": dict(zip(("step", "seconds"), reached(dense["validations"], other_loss), strict=True)),
-        "speed": None if seconds is None else dense_seconds / seconds,
+        "last": {"dense": last._asdict(), "other": other["validations"][-1]._asdict()},
+        "other_at_dense_loss": there and there._asdict(),
+        "speed": there and last.seconds / there.seconds,
+        "ends_of_dense_phases": phase_ends,
         "step_milliseconds": {"dense": dense["step_milliseconds"], "other": other["step_milliseconds"]},
-        "change_seconds": other["change_seconds"],
+        "change_seconds": {"dense": dense["change_seconds"], "other": other["change_seconds"]},
     }
 
 
 def show(found: dict[str, Any]) -> None:
-    loss, seconds, speed = found["loss"], found["seconds"], found["speed"]
-    first, *later = found["change_seconds"].values()
-    print(f"  last validation losses: dense training {loss['dense']:.4f} after {seconds['dense']:.1f} s, ", end="")
-    print(f"the other {loss['other']:.4f} after {seconds['other']:.1f} s")
-    for text, there in (
-        ("the other at dense training's", found["other_at_dense_loss"]),
-        ("dense training at the other's", found["dense_at_other_loss"]),
-    ):
-        print(f"  {text} loss: ", end="")
-        print("never" if there["seconds"] is None else f"after {there['seconds']:.1f} s, at step {there['step']:.0f}")
-    if speed is not None:
-        print(f"  {speed:.3f} times as fast")
+    for name, one in found["last"].items():
+        print(f"  {name}: last validation loss {one['loss']:.4f} after {one['seconds']:.1f} s")
+    there = found["other_at_dense_loss"]
+    if there is None:
+        print("  the other never reaches dense training's")
+    else:
+        print(f"  the other has dense training's after {there['seconds']:.1f} s, at step {there['step']:.0f}: ", end="")
+        print(f"{found['speed']:.3f} times as fast")
+    print("  the other at the end of a dense phase, dense training at the same loss: step, seconds, PFLOP")
+    for pair in found["ends_of_dense_phases"]:
+        other, dense = (
+            f"{one['step']:.0f}, {one['seconds']:.1f}, {one['flops'] / 1e15:.1f}"
+            for one in (pair["other"], pair["dense"])
+        )
+        print(f"    loss {pair['other']['loss']:.4f}: {other}; {dense}")
     for name, modes in found["step_milliseconds"].items():
         print(f"  {name}, ms a step: " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))
-    print(f"  changes of phase: the first {first:.1f} s, {len(later)} more {sum(later):.1f} s together")
-    print(f"  ({min(later):.2f} to {max(later):.2f} s each)")
+    for name, changes in found["change_seconds"].items():
+        beginning, *later = (f"{seconds:.1f}" for seconds in changes.values())
+        print(
+            f"  {name}, s beyond its steps: at the beginning {beginning}; at changes of phase {', '.join(later) or 'none'}"
+        )
 
 
 def timed(run: Path) -> dict[str, Any]:
-    """Validations as (step, loss, seconds), milliseconds a step by mode, and seconds of each change by its step."""
+    """Validations, FLOPs at the ends of dense phases, milliseconds a step by mode, seconds of each change by its step."""
     phases = [PhaseRecord.read(path) for path in run.glob("phases/*/phase.json")]
     trained = sorted((one for one in phases if one.steps), key=lambda one: one.index)
     began = trained[0].provenance["began"]
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = {point["step"]: point["time"] / 1000 for point in points if "train/loss" in point["values"]}
+    clock = {0: began} | {point["step"]: point["time"] / 1000 for point in points if "train/loss" in point["values"]}
     windows = [(a, b, clock[b] - clock[a]) for a, b in itertools.pairwise(sorted(clock))]
     modes = {step: one.mode for one in trained for step in range(one.first_step, one.last_step)}
     step_seconds = {
         mode: statistics.median(s / (b - a) for a, b, s in windows if {modes[i] for i in range(a, b)} == {mode})
         for mode in dict.fromkeys(modes.values())
     }
-    changes = {one.first_step for one in trained[1:]}
+    changes = {one.first_step for one in trained}
     return {
         "commit": trained[0].provenance["commit"],
         "validations": [
-            (point["step"], point["values"]["validation/loss"], point["time"] / 1000 - began)
+            Validation(point["step"], point["values"]["validation/loss"], point["time"] / 1000 - began)
             for point in points
             if "validation/loss" in point["values"]
         ],
+        "flops": {one.last_step: one.total.flops for one in trained if one.mode == "dense"},
         "step_milliseconds": {mode: 1000 * seconds for mode, seconds in step_seconds.items()},
         "change_seconds": {
             change: s - sum(step_seconds[modes[i]] for i in range(a, b))
@@ -110,13 +131,13 @@ def timed(run: Path) -> dict[str, Any]:
     }
 
 
-def reached(validations: list[tuple[int, float, float]], loss: float) -> tuple[float | None, float | None]:
-    """Step and seconds at which a loss is first reached; None if it never is."""
-    for (a, above, start), (b, below, end) in itertools.pairwise(validations):
-        if above > loss >= below:
-            part = (above - loss) / (above - below)
-            return a + part * (b - a), start + part * (end - start)
-    return None, None
+def reached(validations: list[Validation], loss: float) -> Validation | None:
+    """Where a loss is first reached, on a line between two validations; None if it never is."""
+    for before, after in itertools.pairwise(validations):
+        if before.loss > loss >= after.loss:
+            part = (before.loss - loss) / (before.loss - after.loss)
+            return Validation(*(a + part * (b - a) for a, b in zip(before, after, strict=True)))
+    return None
 
 
 if __name__ == "__main__":

@@ -227,6 +227,15 @@ def modes(file: str, ks: Sequence[int]) -> list[Column]:
     return [arms(file, "dense"), *(arms(file, f"sparse, k {k}") for k in ks)]
 
 
+def gaps(file: str) -> list[Column]:
+    """What was spent, each mode, and how far it is above dense training or dense mode."""
+    return [
+        arms(file, None, "sparse_fraction", scale=100), arms(file, None, "flops", scale=1e-12),
+        arms(file, "dense"), arms(file, "dense", "over_dense_arm", scale=100),
+        arms(file, "sparse, k 4"), arms(file, "sparse, k 4", "over_dense_mode", scale=100),
+    ]  # fmt: skip
+
+
 def wikitext2(file: str, ks: Sequence[int]) -> list[Column]:
     return [arms(file, mode, text="wikitext2") for mode in ("dense", *(f"sparse, k {k}" for k in ks))]
 
@@ -265,19 +274,11 @@ TABLES = {
     ),
     "Levers on the gap, three seeds": Table(
         ["dense", "ssd", "ssd_all8", "ssd_all4", "ssd_fewer", "ssd_falling"],
-        [
-            arms(LEVERS, None, "sparse_fraction", scale=100), arms(LEVERS, None, "flops", scale=1e-12),
-            arms(LEVERS, "dense"), arms(LEVERS, "dense", "over_dense_arm", scale=100),
-            arms(LEVERS, "sparse, k 4"), arms(LEVERS, "sparse, k 4", "over_dense_mode", scale=100),
-        ],
+        gaps(LEVERS),
     ),
     "More sparse steps, and dense ones among them": Table(
         ["dense", "phases45", "phases72", "phases72_all3", "phases83_all4", "phases83_all8"],
-        [
-            arms(INTERLEAVED, None, "sparse_fraction", scale=100), arms(INTERLEAVED, None, "flops", scale=1e-12),
-            arms(INTERLEAVED, "dense"), arms(INTERLEAVED, "dense", "over_dense_arm", scale=100),
-            arms(INTERLEAVED, "sparse, k 4"), arms(INTERLEAVED, "sparse, k 4", "over_dense_mode", scale=100),
-        ],
+        gaps(INTERLEAVED),
     ),
     "25 M parameters, 151 M tokens": Table(
         ["dense", "ssd", "ssd_fixed", "sparse_gate", "smoe_dropout", "posthoc", "dense_stopped", "dense_smaller"],
