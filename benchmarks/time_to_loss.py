@@ -95,13 +95,11 @@ def show(found: dict[str, Any]) -> None:
         print(f"  {name}, ms a step: " + ", ".join(f"{mode} {value:.1f}" for mode, value in modes.items()))
     for name, changes in found["change_seconds"].items():
         beginning, *later = (f"{seconds:.1f}" for seconds in changes.values())
-        print(
-            f"  {name}, s beyond its steps: at the beginning {beginning}; at changes of phase {', '.join(later) or 'none'}"
-        )
+        print(f"  {name}, s beyond its steps: the beginning {beginning}; changes of phase {', '.join(later) or 'none'}")
 
 
 def timed(run: Path) -> dict[str, Any]:
-    """Validations, FLOPs at the ends of dense phases, milliseconds a step by mode, seconds of each change by its step."""
+    """Validations, FLOPs at the ends of dense phases, ms a step by mode, seconds of each change by its step."""
     phases = [PhaseRecord.read(path) for path in run.glob("phases/*/phase.json")]
     trained = sorted((one for one in phases if one.steps), key=lambda one: one.index)
     began = trained[0].provenance["began"]
