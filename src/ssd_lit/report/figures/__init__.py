@@ -39,6 +39,16 @@ def _has_analysis(experiment: Experiment) -> bool:
     return experiment.analysis is not None
 
 
+def _has_dense_peers(experiment: Experiment) -> bool:
+    whole = [run for run in experiment.runs() if run.parent_arm is None and run.method != "posthoc"]
+    return any(
+        dense.method == "dense" and dense.match_flops_of_arm is None and dense.model == run.model
+        for dense in whole
+        for run in whole
+        if run.arm != dense.arm
+    )
+
+
 FIGURES = {
     "loss_over_steps": FigureKind(
         "Validation loss over steps",
@@ -61,6 +71,15 @@ FIGURES = {
         "The same losses, on {validation_blocks}, over the wall-clock seconds spent in training so far, MoEfication "
         "included. Runs that trained beside others on one device had a share of it only.",
         chart="loss",
+    ),
+    "above_dense": FigureKind(
+        "Above dense training, through training",
+        "gap.above_dense",
+        "Validation perplexity, on {validation_blocks}, over that of dense training with the same model and seed at "
+        "the same step, less one, each in the mode that the model is training in; sparse mode is faint. A level line "
+        "is a price paid once, a rising one learning that is lost. The learning rate of an arm with more steps falls "
+        "later: its last part says little.",
+        _has_dense_peers,
     ),
     "active_neurons": FigureKind(
         "Active neurons",
