@@ -250,6 +250,7 @@ MAIN, FRONTIER, BERT = "h100/main-arms.csv", "h100/frontier-arms.csv", "h100/ber
 SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t5-arms.csv"
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
 MEDIUM, OF_MEDIUM = "h100/gpt350m_time-arms.csv", "h100/gpt350m_time-router_over_k.csv"
+MIXED, OF_MIXED = "h100/interleaved-arms.csv", "h100/interleaved-router_over_k.csv"
 LEVERS, INTERLEAVED = "levers-arms.csv", "interleaved-arms.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
@@ -291,6 +292,15 @@ TABLES = {
             *totals(FRONTIER), arms(FRONTIER, "dense"), arms(FRONTIER, "dense", "over_dense_arm", scale=100),
             of_fraction("sparse", 0.25, "perplexity"), of_fraction("sparse", 0.25), of_fraction("sparse", 0.375),
             of_fraction("oracle", 0.25), runs("h100/frontier-summary.csv", "active_neurons"),
+        ],
+    ),
+    "Dense steps among the sparse ones": Table(
+        ["dense", "all3", "routed3"],
+        [
+            *totals(MIXED, "sparse_fraction"), arms(MIXED, "dense"), arms(MIXED, "dense", "over_dense_arm", scale=100),
+            arms(MIXED, "sparse, k 8"), arms(MIXED, "sparse, k 8", "over_dense_mode", scale=100),
+            arms(MIXED, "sparse, k 12"), of_threshold(OF_MIXED, 0.05, "k", 32),
+            of_threshold(OF_MIXED, 0.05, "perplexity"),
         ],
     ),
     "What chooses the experts": Table(

@@ -46,6 +46,8 @@ def test_runs_of_other_models_or_that_start_from_others_are_not_compared(many):
     assert {"ssd", "sparse", "gate", "matched", "tau.tau_0.6"} <= set(table["arm"])
 
 
-@pytest.mark.parametrize(("arms", "drawn"), [(("dense", "ssd"), True), (("dense", "posthoc"), False), (("ssd",), False)])
+@pytest.mark.parametrize(
+    ("arms", "drawn"), [(("dense", "ssd"), True), (("dense", "posthoc"), False), (("ssd",), False)]
+)
 def test_there_is_a_figure_where_something_was_trained_beside_dense_training(arms, drawn):
     assert ("above_dense" in figures_of(experiment((0,), arms))) is drawn
