@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
+from tqdm import tqdm
 
 from ssd_lit.config import find_experiment, load_experiment, parse_changes
 from ssd_lit.pipeline.forecast import Forecast, Outlook, device_bytes, side_by_side
@@ -74,7 +75,8 @@ def _show_hours(outlook: Outlook, repeats: int) -> None:
     where = f"one GPU of {count_gpus()}" if count_gpus() else f"CPU, {os.cpu_count()} cores"
     out.print(f"\nTiming {repeats} steps of each kind on this machine ({where}), on random tokens ...")
     shown = table("run", "training", numbers=("training",))
-    seconds = dict(outlook.step_seconds(repeats))
+    timed = tqdm(outlook.step_seconds(repeats), total=len(outlook.runs), unit="run", disable=None, leave=False)
+    seconds = dict(timed)
     for name, one in seconds.items():
         shown.add_row(escape(name), duration(one) if one else "-")
     out.print(shown)

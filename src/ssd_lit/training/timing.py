@@ -10,14 +10,15 @@ from torch import Tensor
 from ssd_lit.config import RunConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import Batch, build_objective
+from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.models.memory import largest_micro_batch
 from ssd_lit.moe.names import Mode
 from ssd_lit.training.checkpoint import build_model
 from ssd_lit.training.optim import build_optimizer
 
-CPU_TOKENS = 4096
-"""Tokens of a timed piece without a GPU, where the time of a step grows with its tokens."""
+CPU_FLOPS = 2.5e11
+"""FLOPs of a timed piece without a GPU, a few seconds, where the time of a step grows with its tokens."""
 WARMUP = 2
 
 
@@ -74,7 +75,8 @@ def _blocks(config: RunConfig, vocab: VocabInfo) -> int:
         if config.training.micro_batch_size is not None:
             return whole
         return largest_micro_batch(config, vocab, torch.cuda.get_device_properties(0).total_memory)
-    return min(whole, max(1, CPU_TOKENS // config.data.sequence_length))
+    costs = forward_costs(config.model, config.moe, vocab, config.data.sequence_length)
+    return min(whole, max(1, int(CPU_FLOPS // costs.dense())))
 
 
 def _random_batch(
