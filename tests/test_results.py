@@ -236,6 +236,12 @@ def gaps(file: str) -> list[Column]:
     ]  # fmt: skip
 
 
+def of_training(mode: str, measure: str = "perplexity", scale: float = 1) -> Column:
+    """A measure of k_of_training-arms.csv with as many experts as an arm's last sparse step takes."""
+    ks = {"k4": 4, "k6": 6, "k8": 8, "rising": 8}
+    return lambda arm: measured(OF_K, arm, f"{mode}, k {ks[arm]}", measure, scale=scale)
+
+
 def wikitext2(file: str, ks: Sequence[int]) -> list[Column]:
     return [arms(file, mode, text="wikitext2") for mode in ("dense", *(f"sparse, k {k}" for k in ks))]
 
@@ -251,7 +257,7 @@ SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
 MEDIUM, OF_MEDIUM = "h100/gpt350m_time-arms.csv", "h100/gpt350m_time-router_over_k.csv"
 MIXED, OF_MIXED = "h100/interleaved-arms.csv", "h100/interleaved-router_over_k.csv"
-LEVERS, INTERLEAVED = "levers-arms.csv", "interleaved-arms.csv"
+LEVERS, INTERLEAVED, OF_K = "levers-arms.csv", "interleaved-arms.csv", "k_of_training-arms.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
 KS = (6, 8, 12)
@@ -280,6 +286,13 @@ TABLES = {
     "More sparse steps, and dense ones among them": Table(
         ["dense", "phases45", "phases72", "phases72_all3", "phases83_all4", "phases83_all8"],
         gaps(INTERLEAVED),
+    ),
+    "More experts a token": Table(
+        ["dense", "k4", "k6", "k8", "rising"],
+        [
+            *gaps(OF_K)[:4], of_training("sparse"), of_training("sparse", "over_dense_mode", scale=100),
+            arms(OF_K, "sparse, k 4"),
+        ],
     ),
     "25 M parameters, 151 M tokens": Table(
         ["dense", "ssd", "ssd_fixed", "sparse_gate", "smoe_dropout", "posthoc", "dense_stopped", "dense_smaller"],

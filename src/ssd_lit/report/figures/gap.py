@@ -74,25 +74,37 @@ def _gaps(results: Sequence[RunResult]) -> Iterator[tuple[tuple[str, Mode], Poin
         peer = dense_peer(arm, arms)
         if peer is None or peer is arm:
             continue
-        dense = {run.config.seed: run.points.get("validation/loss", []) for run in peer.runs}
+        dense = {run.config.seed: _validations(run) for run in peer.runs}
         for run in arm.runs:
             known = dense.get(run.config.seed)
             # The steps of a run that starts from another are not those of dense training.
             if not known or run.config.parent_arm is not None:
                 continue
             first, last = known[0][0], known[-1][0]
-            points = [point for point in run.points.get("validation/loss", []) if first <= point[0] <= last]
+            points = [point for point in _validations(run) if first <= point[0] <= last]
             for mode in MODES:
                 shared = [(step, loss) for step, loss in points if _mode(run, step) == mode]
                 if shared:
                     yield (run.name, mode), _above(shared, known)
 
 
+def _validations(run: RunResult) -> Points:
+    return [(step, loss) for step, loss in run.points.get("validation/loss", []) if step > 0 and np.isfinite(loss)]
+
+
 def _above(points: Points, dense: Points) -> Points:
-    """The perplexity of losses over that of dense training at the same step, on a line between two, less one."""
+    """The perplexity of losses over that of dense training at the same step, less one.
+
+    Between two validations a loss runs below the line that joins them, the more so the earlier: a curve over the
+    logarithm of steps goes through them instead, which bends no more often than they do.
+    """
+    from scipy.interpolate import PchipInterpolator
+
     steps, losses = np.array(points, dtype=np.float64).T
     dense_steps, dense_losses = np.array(dense, dtype=np.float64).T
-    above = np.exp(losses - np.interp(steps, dense_steps, dense_losses)) - 1
+    if len(dense) > 1:
+        dense_losses = PchipInterpolator(np.log(dense_steps), dense_losses)(np.log(steps))
+    above = np.exp(losses - dense_losses) - 1
     return [(step, float(value)) for (step, _), value in zip(points, above, strict=True)]
 
 
