@@ -236,10 +236,10 @@ def gaps(file: str) -> list[Column]:
     ]  # fmt: skip
 
 
-def of_training(mode: str, measure: str = "perplexity", scale: float = 1) -> Column:
-    """A measure of k_of_training-arms.csv with as many experts as an arm's last sparse step takes."""
+def of_training(measure: str = "perplexity", scale: float = 1) -> Column:
+    """A measure of sparse mode in k_of_training-arms.csv with the k of an arm's last sparse step."""
     ks = {"k4": 4, "k6": 6, "k8": 8, "rising": 8}
-    return lambda arm: measured(OF_K, arm, f"{mode}, k {ks[arm]}", measure, scale=scale)
+    return lambda arm: measured(OF_K, arm, f"sparse, k {ks[arm]}", measure, scale=scale)
 
 
 def wikitext2(file: str, ks: Sequence[int]) -> list[Column]:
@@ -290,7 +290,7 @@ TABLES = {
     "More experts a token": Table(
         ["dense", "k4", "k6", "k8", "rising"],
         [
-            *gaps(OF_K)[:4], of_training("sparse"), of_training("sparse", "over_dense_mode", scale=100),
+            *gaps(OF_K)[:4], of_training(), of_training("over_dense_mode", scale=100),
             arms(OF_K, "sparse, k 4"),
         ],
     ),

@@ -195,6 +195,11 @@ class RunConfig(Section):
         """Folder name of the run whose FLOPs this one may spend."""
         return None if self.match_flops_of_arm is None else f"{self.match_flops_of_arm}-seed{self.seed}"
 
+    def is_dense_training_of(self, other: "RunConfig") -> bool:
+        """Whether this is dense training, for all its steps, of the other run's model on its data."""
+        whole = self.method == "dense" and self.match_flops_of_arm is None
+        return whole and self.model == other.model and self.data == other.data
+
     def warmup(self) -> str:
         """All that decides the first phase of an ssd run: two runs with the same text train it alike."""
         s = self.switching

@@ -75,8 +75,8 @@ def _show_hours(outlook: Outlook, repeats: int) -> None:
     where = f"one GPU of {count_gpus()}" if count_gpus() else f"CPU, {os.cpu_count()} cores"
     out.print(f"\nTiming {repeats} steps of each kind on this machine ({where}), on random tokens ...")
     shown = table("run", "training", numbers=("training",))
-    timed = tqdm(outlook.step_seconds(repeats), total=len(outlook.runs), unit="run", disable=None, leave=False)
-    seconds = dict(timed)
+    timing = outlook.step_seconds(repeats)
+    seconds = dict(tqdm(timing, total=len(outlook.runs), unit="run", disable=None, leave=False))
     for name, one in seconds.items():
         shown.add_row(escape(name), duration(one) if one else "-")
     out.print(shown)

@@ -76,11 +76,7 @@ def arms_of(results: Sequence[RunResult]) -> list[Arm]:
 
 def dense_peer(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The dense arm of the same model and data that trained for all its steps."""
-    for other in arms:
-        same = other.config.model == arm.config.model and other.config.data == arm.config.data
-        if same and other.method == "dense" and other.config.match_flops_of_arm is None:
-            return other
-    return None
+    return next((other for other in arms if other.config.is_dense_training_of(arm.config)), None)
 
 
 def reference_arm(arm: Arm, arms: Sequence[Arm]) -> Arm | None:

@@ -6,6 +6,7 @@ The workflow reads this while it plans, so nothing here loads a library for tabl
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,9 @@ def _has_analysis(experiment: Experiment) -> bool:
 
 
 def _has_dense_peers(experiment: Experiment) -> bool:
-    whole = [run for run in experiment.runs() if run.parent_arm is None and run.method != "posthoc"]
+    from_the_start = [run for run in experiment.runs() if run.parent_arm is None]
     return any(
-        dense.method == "dense" and dense.match_flops_of_arm is None and dense.model == run.model
-        for dense in whole
-        for run in whole
-        if run.arm != dense.arm
+        dense.is_dense_training_of(run) for dense, run in permutations(from_the_start, 2) if dense.arm != run.arm
     )
 
 

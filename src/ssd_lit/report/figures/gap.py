@@ -28,6 +28,7 @@ from ssd_lit.report.results import RUN, Points, RunResult, by_arm
 
 MODES: tuple[Mode, ...] = ("dense", "sparse")
 FAINT = 0.45
+"""Opacity of the curves in sparse mode."""
 SETTLED = 0.2
 """The plot's height fits what comes after this fraction of the steps: losses are far apart before, for few steps."""
 
@@ -89,6 +90,7 @@ def _gaps(results: Sequence[RunResult]) -> Iterator[tuple[tuple[str, Mode], Poin
 
 
 def _validations(run: RunResult) -> Points:
+    """The validation losses that can be compared: of an untrained model there is no logarithm of steps."""
     return [(step, loss) for step, loss in run.points.get("validation/loss", []) if step > 0 and np.isfinite(loss)]
 
 
