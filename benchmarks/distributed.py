@@ -1,11 +1,14 @@
-"""The fused kernels in two processes on two GPUs: gradients under DDP and FSDP beside those of one process.
+"""Training on two GPUs: gradients beside those of one process that is not compiled.
 
     python benchmarks/distributed.py
 
-A stack of sparse FFNs in float32, D 256, F 1024, E 32, K 6, 4096 tokens, checkpointed and not, compiled and not. Errors
-are relative to the largest gradient of each parameter.
+A GPT-2 of three layers in float32, D 256, F 1024, in dense mode and in sparse mode (E 32, K 6, fused), 16 x 128 tokens.
+Gradients are added up (`training.devices`) or divided (`training.shard`), plain and compiled, with activations kept and
+computed again. They are those of the third pass, when CUDA graphs run from their records. Errors are relative to the
+largest gradient of each parameter.
 """
 
+import itertools
 import socket
 import sys
 import tempfile
@@ -14,70 +17,62 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpt2 import Shape, build, random_batch
 from machine import RESULTS, machine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
-from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routers import CenterRouter
+from ssd_lit.config import MoEConfig
+from ssd_lit.data.objectives import Batch
+from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.names import Mode
 from ssd_lit.support.files import write_json
+from ssd_lit.training.data_parallel import GradientSums
+from ssd_lit.training.sharding import shard
 
-PROCESSES, LAYERS, D, F, E, K, TOKENS = 2, 3, 256, 1024, 32, 6, 4096
+PROCESSES, PASSES = 2, 3
+SHAPE = Shape(layers=3, d_model=256, heads=4, batch=16, sequence=128, vocabulary=512)
+MOE = MoEConfig(experts=32, top_k=6, backend="fused")
+MODES: tuple[Mode, ...] = ("dense", "sparse")
 MOST = 1e-4
 
 
-class Stack(nn.Module):
-    """Residual sparse FFNs."""
-
-    def __init__(self, *, checkpointed: bool):
-        super().__init__()
-        torch.manual_seed(0)
-        self.checkpointed = checkpointed
-        self.layers = nn.ModuleList()
-        for _ in range(LAYERS):
-            ffn = ExpertFFN(D, F, experts=E, top_k=K, router=CenterRouter(D, E), backend="fused")
-            ffn.router.on_permuted(ffn.gating_weight)
-            ffn.set_mode("sparse")
-            self.layers.append(ffn)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + (checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x))
-        return x
-
-
-def gradients(net: Any, x: Tensor) -> dict[str, Tensor]:
-    net(x).square().mean().backward()
-    found = {}
-    for name, parameter in net.named_parameters():
-        grad: Any = parameter.grad
-        whole = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-        found[name.replace("module.", "").replace("_orig_mod.", "")] = whole.cpu()
-    return found
-
-
-def tokens() -> Tensor:
-    return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(1))
+def gradients(model: LanguageModel, batch: Batch, mode: Mode, sums: GradientSums | None = None) -> dict[str, Tensor]:
+    """The gradients of the last of some passes, by name, on the CPU."""
+    model.set_mode(mode)
+    for _ in range(PASSES):
+        model.zero_grad()
+        loss = model.loss(batch)
+        if sums is None:
+            loss.backward()
+        else:
+            sums.begin()
+            (loss / PROCESSES).backward()
+            sums.finish()
+    grads: dict[str, Any] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: (g.full_tensor() if hasattr(g, "full_tensor") else g).cpu() for name, g in grads.items()}
 
 
 def work(rank: int, port: int, folder: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
-    mine, mesh = tokens().chunk(PROCESSES)[rank].cuda(), init_device_mesh("cuda", (PROCESSES,))
+    mesh = init_device_mesh("cuda", (PROCESSES,))
     found = {}
-    for checkpointed in (False, True):
-        kind = "checkpointed" if checkpointed else "plain"
-        found[f"DDP, {kind}"] = gradients(DistributedDataParallel(Stack(checkpointed=checkpointed).cuda()), mine)
-        sharded = Stack(checkpointed=checkpointed).cuda()
-        for layer in sharded.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        found[f"FSDP, {kind}"] = gradients(sharded, mine)
-    found["DDP, compiled"] = gradients(torch.compile(DistributedDataParallel(Stack(checkpointed=False).cuda())), mine)
+    for divided, compiled, checkpointed in itertools.product((False, True), repeat=3):
+        model = build(SHAPE, MOE)
+        batch = {name: rows.chunk(PROCESSES)[rank] for name, rows in random_batch(SHAPE).items()}
+        if checkpointed:
+            model.checkpoint_activations()
+        if compiled:
+            model.compile_layers(graphs=not divided)
+        if divided:
+            shard(model, mesh)
+        sums = None if divided else GradientSums(model)
+        way = ["divided" if divided else "added up", *["compiled"] * compiled, *["checkpointed"] * checkpointed]
+        for mode in MODES * 2:
+            found[", ".join([mode, *way])] = gradients(model, batch, mode, sums)
+        torch._dynamo.reset()
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
     dist.destroy_process_group()
@@ -93,12 +88,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (port, folder), nprocs=PROCESSES)
         found = torch.load(Path(folder) / "gradients.pt")
-    alone = gradients(Stack(checkpointed=False).cuda(), tokens().cuda())
+    model = build(SHAPE, MOE)
+    batch = random_batch(SHAPE)
+    alone = {mode: gradients(model, batch, mode) for mode in MODES}
     worst = {}
     for way, theirs in found.items():
-        errors = {name: float((theirs[name] - own).abs().max() / own.abs().max()) for name, own in alone.items()}
-        worst[way] = max(errors.values())
-        print(f"{way:<20} worst relative error of a gradient {worst[way]:.1e}")
+        own = alone[MODES[way.startswith("sparse")]]
+        worst[way] = max(float((theirs[name] - grad).abs().max() / grad.abs().max()) for name, grad in own.items())
+        print(f"{way:<40} worst relative error of a gradient {worst[way]:.1e}")
     write_json(RESULTS / "distributed.json", {"machine": machine(), "worst_relative_error": worst, "most": MOST})
     return 0 if max(worst.values()) <= MOST else 1
 

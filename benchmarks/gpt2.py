@@ -14,7 +14,6 @@ from ssd_lit.data.objectives import Batch
 from ssd_lit.models.flops import PEAK_FLOPS, Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.names import Activation
-from ssd_lit.training.module import COMPILE_MODE
 from ssd_lit.training.optim import build_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,13 +83,13 @@ def autocast() -> AbstractContextManager[Any]:
 
 
 def stepper(model: LanguageModel, batch: Batch) -> Callable[[], Tensor]:
-    """One whole step of training on the batch: compiled loss, backward pass, clipping, AdamW; returns the loss."""
+    """One whole step of training on the batch: compiled layers, backward pass, clipping, AdamW; returns the loss."""
     optimizer = build_optimizer(model, OptimConfig())
-    loss_of = torch.compile(model.loss, mode=COMPILE_MODE)
+    model.compile_layers()
 
     def step() -> Tensor:
         with autocast():
-            loss = loss_of(batch)
+            loss = model.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

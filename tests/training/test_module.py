@@ -30,14 +30,15 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_a_phase_compiles_once_with_monitors_validation_and_checkpoints_between(
-    tmp_path: Path, graphs: list[int]
+@pytest.mark.parametrize("more", [{}, {"activation_checkpointing": True}], ids=["plain", "checkpointed"])
+def test_a_mode_compiles_one_layer_however_deep_the_model_is(
+    tmp_path: Path, graphs: list[int], more: dict[str, Any]
 ) -> None:
-    bench = Bench(tmp_path, training=TRAINING, moe=MOE)
-    bench.phases("dense")
-    assert len(graphs) == 1
-    bench.phases("sparse")
-    assert len(graphs) == 2
+    """Once, with monitors, validations and checkpoints between; beside it the cross-entropy."""
+    model = {"layers": 3, "d_model": 16, "heads": 2, "d_ff": 32}
+    bench = Bench(tmp_path, training={**TRAINING, **more}, model=model, moe=MOE)
+    bench.phases("ssd")
+    assert len(graphs) == 3
 
 
 def test_every_number_of_experts_is_compiled_however_many_there_are(tmp_path: Path, graphs: list[int]) -> None:
@@ -45,4 +46,4 @@ def test_every_number_of_experts_is_compiled_however_many_there_are(tmp_path: Pa
     model = {"layers": 1, "d_model": 16, "heads": 2, "d_ff": 24}
     moe = {**MOE, "experts": 12, "top_k": 12, "k_schedule": {"kind": "linear", "start": 1}}
     Bench(tmp_path, training=TRAINING, model=model, moe=moe).phases("sparse")
-    assert len(graphs) == 12
+    assert len(graphs) == 1 + 12

@@ -1,12 +1,13 @@
 """The model of training and evaluation: a backbone whose FFNs are ExpertFFNs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
@@ -19,6 +20,8 @@ from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.names import Mode
 
 WHOLE_BLOCKS = "whole_blocks"
+LAYER_KINDS = 4
+"""Most kinds of layers in a model: the first and the others, of encoder and decoder."""
 
 
 def _attend(
@@ -85,6 +88,8 @@ class LanguageModel(nn.Module):
         attend_whole_blocks(self.backbone)
         # A plain tuple: the backbone already registers these modules.
         self._ffns = swap_ffns(self.backbone, kind, moe, router=router or moe.router, upcycled=upcycled)
+        self._cross_entropy: Callable[[Tensor, Batch], Tensor] = cross_entropy
+        self._graphs = False
 
     @property
     def ffns(self) -> Sequence[ExpertFFN]:
@@ -98,7 +103,27 @@ class LanguageModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on compute the activations of each layer again in the backward pass instead of keeping them."""
-        self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self.layers:
+            # Inside of what is compiled, where Transformers puts it outside in some versions.
+            layer.forward = _checkpointed(layer.forward)
+
+    def compile_layers(self, *, graphs: bool = True) -> None:
+        """From now on run the compiled code of each layer, and of `loss`; after `checkpoint_activations`, if at all.
+
+        All layers share their code, so that a mode, and each k, is compiled in the time of one layer, however deep the
+        model is. With `graphs` a GPU runs CUDA graphs of each layer's forward and backward pass: a sparse layer is a
+        dozen short kernels, and launching them one by one would keep it waiting. Those that read weights at other
+        places in every step, as sharded ones do, go without.
+        """
+        # Beyond its limits torch would run uncompiled. It counts the layers of an encoder-decoder together.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, LAYER_KINDS * (self._ffns[0].experts + 1))
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
+        self._graphs = graphs and torch.cuda.is_available()
+        for layer in self.layers:
+            layer.forward = torch.compile(layer.forward, mode="reduce-overhead" if self._graphs else None)
+        # So that the logits of a large vocabulary need not be held in float32.
+        self._cross_entropy = torch.compile(cross_entropy)
 
     def set_mode(self, mode: Mode, top_k: int | None = None, threshold: float | None = None) -> None:
         """Put every FFN into dense mode, or sparse mode with `top_k` experts a token or dynamic k."""
@@ -106,6 +131,9 @@ class LanguageModel(nn.Module):
             ffn.set_mode(mode, top_k, threshold)
 
     def forward(self, batch: Batch, *, head: bool = True) -> Any:
+        if self._graphs:
+            # Graphs of earlier passes may be written over from here on.
+            torch.compiler.cudagraph_mark_step_begin()
         output = self._run(self.backbone if head else self.backbone.base_model, batch)
         return output.logits if head else None
 
@@ -120,7 +148,7 @@ class LanguageModel(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """`cross_entropy` of the model's logits."""
-        return cross_entropy(self(batch), batch)
+        return self._cross_entropy(self(batch), batch)
 
     def gate_losses(self) -> Tensor:
         """Load-balancing loss and z-loss [2] of the last sparse training pass, averaged over layers.
@@ -129,6 +157,13 @@ class LanguageModel(nn.Module):
         """
         losses = [torch.stack(ffn.gate_losses) for ffn in self._ffns if ffn.gate_losses is not None]
         return torch.stack(losses).mean(dim=0)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*inputs: Any, **settings: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, **settings)
+
+    return run
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

@@ -164,8 +164,7 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
                 # Data workers ignore the SIGTERM that schedulers send to all, and Python would wait for them.
                 worker.kill()
                 worker.join()
-    # CUDA graphs hold operations of the process group, which would wait for them for ever.
-    torch.compiler.reset()
+    torch.compiler.reset()  # CUDA graphs hold memory
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # The measurements that follow run in this process only.

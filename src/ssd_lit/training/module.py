@@ -11,18 +11,15 @@ from torch.optim import Optimizer
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
-from ssd_lit.models.language_model import LanguageModel, cross_entropy
+from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.names import Mode
 from ssd_lit.moe.permutation import whole
-from ssd_lit.training.data_parallel import AddedUp, WholeModels, add_up_gradients
+from ssd_lit.training.data_parallel import GradientSums, WholeModels
 from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
 from ssd_lit.training.schedule import top_k_at, trained_k
 from ssd_lit.training.sharding import Shards, shard
 from ssd_lit.training.weighted_mean import WeightedMean
 
-COMPILE_MODE = "reduce-overhead"
-"""Forward and backward pass become CUDA graphs: a sparse layer is a dozen short kernels, and launching them one by one
-would keep the GPU waiting. Has no effect without a GPU."""
 LOSS_SUMS = "train_loss_sums"
 """Checkpoint key of the sums of the training loss since its last logged point, a row a process."""
 
@@ -43,7 +40,7 @@ class Pretraining(LightningModule):
         self.model = model
         self.micro_batch_size = micro_batch_size
         self._pieces = config.training.local_batch_size // micro_batch_size
-        self._added_up: AddedUp | None = None
+        self._sums: GradientSums | None = None
         self._phase_mode: Mode = "dense"
         if config.training.activation_checkpointing:
             model.checkpoint_activations()
@@ -51,22 +48,13 @@ class Pretraining(LightningModule):
         self._objective = objective
         self._train_loss = WeightedMean()
         self._validation_loss = WeightedMean()
-        self._loss = self._losses
-        self._cross_entropy = cross_entropy
-        if config.training.compile and config.training.shard:
-            self._cross_entropy = torch.compile(cross_entropy)
-        elif config.training.compile:
-            # The loss is compiled too, so that the logits of a large vocabulary need not be held as a whole.
-            self._loss = torch.compile(self._losses, mode=COMPILE_MODE)
         if config.training.compile:
-            # One graph for every k of a schedule: beyond the limit torch would run uncompiled.
-            dynamo = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, config.moe.experts + 1)
+            model.compile_layers(graphs=not config.training.shard)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):
             assert self.device_mesh is not None
-            shard(self.model, self.device_mesh["data_parallel"], compiled=self.config.training.compile)
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Inputs and targets of the objective; noise is fresh in training and the blocks' own in validation."""
@@ -100,8 +88,8 @@ class Pretraining(LightningModule):
                 self.model.set_mode("dense")
 
     def on_fit_start(self) -> None:
-        if self._adds_up and self._pieces == 1:
-            self._added_up = AddedUp(self.model)
+        if self._adds_up:
+            self._sums = GradientSums(self.model)
 
     @property
     def _adds_up(self) -> bool:
@@ -114,7 +102,7 @@ class Pretraining(LightningModule):
         self._count_choices(pieces)
         language = losses = torch.zeros((), device=self.device)
         for place, piece in enumerate(pieces):
-            loss, gate = self._loss(piece)
+            loss, gate = self._losses(piece)
             total = self._total(loss, gate)
             language = language + loss.detach() / len(pieces)
             losses = losses + total.detach() / len(pieces)
@@ -122,6 +110,8 @@ class Pretraining(LightningModule):
             part = total * (1.0 + 0.0 * total.detach()) / parts
             if place < len(pieces) - 1:
                 self._back(part, first=place == 0)
+        if self._sums is not None:
+            self._sums.begin()
         # One step that is not finite must not hide the loss of all others.
         finite = language.isfinite()
         self._train_loss.update(torch.where(finite, language, 0.0), _targets(batch) * finite)
@@ -145,8 +135,8 @@ class Pretraining(LightningModule):
         if self._phase_mode == "sparse":
             # What follows, monitors or a validation, is of the schedule's k, though the step may have run all experts.
             self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
-        if self._adds_up and self._added_up is None:
-            add_up_gradients(self.model.parameters())
+        if self._sums is not None:
+            self._sums.finish()
 
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Nothing: Lightning calls it after the backward passes of all pieces but the last."""
@@ -164,7 +154,7 @@ class Pretraining(LightningModule):
         choices = []
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for piece in pieces:
-                self._loss(piece)
+                self._losses(piece)
                 choices.append(torch.stack([ffn.choices for ffn in self.model.ffns if ffn.choices is not None]))
         for ffn, load in zip(self.model.ffns, torch.stack(choices).mean(dim=0), strict=True):
             ffn.load = load
@@ -177,7 +167,9 @@ class Pretraining(LightningModule):
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
         self._set_top_k(trained_k(self.config, step))
         for piece in self._in_pieces(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)):
-            yield self._total(*self._losses_of(self.model(piece), piece))
+            with torch.compiler.set_stance("force_eager"):
+                total = self._total(*self._losses(piece))
+            yield total
 
     def _total(self, loss: Tensor, gate: Tensor | None) -> Tensor:
         if gate is None:
@@ -187,15 +179,8 @@ class Pretraining(LightningModule):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The loss, and the two auxiliary losses of a learned router."""
-        if self._added_up is None:
-            logits = self.model(batch)
-        else:
-            logits = torch.func.functional_call(self.model, self._added_up.weights(), (batch,))
-        return self._losses_of(logits, batch)
-
-    def _losses_of(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        gate = self.model.gate_losses() if self.config.moe.router == "gate" else None
-        return self._cross_entropy(logits, batch), gate
+        loss = self.model.loss(batch)
+        return loss, self.model.gate_losses() if self.config.moe.router == "gate" else None
 
     def configure_gradient_clipping(
         self,
@@ -222,7 +207,9 @@ class Pretraining(LightningModule):
         return self._take(self._train_loss).item()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._validation_loss.update(self.model.loss(batch), _targets(batch))
+        # Not worth a compilation: validation is a small part of a run.
+        with torch.compiler.set_stance("force_eager"):
+            self._validation_loss.update(self.model.loss(batch), _targets(batch))
 
     def on_validation_epoch_end(self) -> None:
         loss = self._take(self._validation_loss)

@@ -52,15 +52,12 @@ class Shards(ModelParallelStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
 
-def shard(model: LanguageModel, mesh: DeviceMesh, *, compiled: bool) -> None:
+def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Divide the weights of a model among the devices of a mesh of one dimension, layer by layer.
 
-    Layers are gathered in float32, so that a step computes what it computes on one device. With `compiled` each layer
-    is compiled by itself: gathering stands between them.
+    Layers are gathered in float32, so that a step computes what it computes on one device.
     """
     for layer in model.layers:
-        if compiled:
-            layer.compile()
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

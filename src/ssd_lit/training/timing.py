@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ssd_lit.config import RunConfig
 from ssd_lit.data.index import VocabInfo
@@ -39,12 +38,13 @@ def step_seconds(config: RunConfig, vocab: VocabInfo, mode: Mode, repeats: int) 
     blocks = _blocks(config, vocab)
     batch = _random_batch(config, vocab, model, blocks, device)
     optimizer = build_optimizer(model, config.optim)
-    loss_of = _compiled(model) if config.training.compile else model.loss
+    if config.training.compile:
+        model.compile_layers(graphs=not config.training.shard)
 
     def piece() -> None:
         bf16 = config.training.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            loss = loss_of(batch)
+            loss = model.loss(batch)
         loss.backward()
 
     def update() -> None:
@@ -58,14 +58,6 @@ def step_seconds(config: RunConfig, vocab: VocabInfo, mode: Mode, repeats: int) 
     pieces, updates = ([pair[i] for pair in seconds[WARMUP:]] for i in (0, 1))
     torch.compiler.reset()  # CUDA graphs hold memory
     return config.training.local_batch_size / blocks * statistics.median(pieces) + statistics.median(updates)
-
-
-def _compiled(model: LanguageModel) -> Callable[[Batch], Tensor]:
-    """The loss, compiled as training does."""
-    # Imported late: it takes Lightning along, which takes seconds.
-    from ssd_lit.training.module import COMPILE_MODE
-
-    return torch.compile(model.loss, mode=COMPILE_MODE)
 
 
 def _blocks(config: RunConfig, vocab: VocabInfo) -> int:
