@@ -171,7 +171,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of products and activations in training; weights and moments are float32 always."""
     compile: bool = False
-    """torch.compile the forward pass and loss."""
+    """torch.compile the layers and the loss."""
     deterministic: bool = False
     """Use only algorithms that give the same bits whenever they are run. Those that are fastest on a GPU, or compiled
     for several CPU threads, add up in the order in which their parts happen to be done."""
