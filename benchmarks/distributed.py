@@ -3,6 +3,7 @@
     python benchmarks/distributed.py
 
 A GPT-2 of three layers in float32, D 256, F 1024, in dense mode and in sparse mode (E 32, K 6, fused), 16 x 128 tokens.
+Its activation is smooth: of ReLUs whose input is zero but for rounding, some would fire in one of them alone.
 Gradients are added up (`training.devices`) or divided (`training.shard`), plain and compiled, with activations kept and
 computed again. They are those of the third pass, when CUDA graphs run from their records. Errors are relative to the
 largest gradient of each parameter.
@@ -60,7 +61,7 @@ def work(rank: int, port: int, folder: str) -> None:
     mesh = init_device_mesh("cuda", (PROCESSES,))
     found = {}
     for divided, compiled, checkpointed in itertools.product((False, True), repeat=3):
-        model = build(SHAPE, MOE)
+        model = build(SHAPE, MOE, "gelu_new")
         batch = {name: rows.chunk(PROCESSES)[rank] for name, rows in random_batch(SHAPE).items()}
         if checkpointed:
             model.checkpoint_activations()
@@ -88,7 +89,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (port, folder), nprocs=PROCESSES)
         found = torch.load(Path(folder) / "gradients.pt")
-    model = build(SHAPE, MOE)
+    model = build(SHAPE, MOE, "gelu_new")
     batch = random_batch(SHAPE)
     alone = {mode: gradients(model, batch, mode) for mode in MODES}
     worst = {}
