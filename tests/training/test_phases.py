@@ -332,8 +332,8 @@ def as_one_task_of_a_cluster() -> None:
 def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
     """Sums of gradients and of losses round differently, and no more; a cluster that gives one task does not matter.
 
-    They decide alike when a phase ends, and group neurons alike. Asked to stop, both save and end together (by SIGTERM:
-    tests/training/test_placement.py).
+    Two compute their parts of a batch in pieces. They decide alike when a phase ends, and group neurons alike. Asked to
+    stop, both save and end together (by SIGTERM: tests/training/test_placement.py).
     """
     model = {"layers": 2, "d_model": 16, "heads": 2, "d_ff": 32, "dropout": 0.0}
     switching = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_steps": 4, "warmup_max_steps": 8,
@@ -343,7 +343,8 @@ def test_two_processes_train_the_same_run_as_one(tmp_path: Path) -> None:
         folder = tmp_path / str(devices)
         folder.mkdir()
         training = {"steps": 32, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 7,
-                    "checkpoint_every": 4, "devices": devices, "workers": devices - 1}  # fmt: skip
+                    "checkpoint_every": 4, "devices": devices, "workers": devices - 1,
+                    "micro_batch_size": 4 // devices**2}  # fmt: skip
         bench = Bench(folder, training=training, model=model, switching=switching, arms=SSD)
         run = bench.dir("ssd")
         if devices == 1:
