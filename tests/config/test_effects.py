@@ -6,7 +6,17 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from ssd_lit.config import ConfigError, Method, RunConfig, Section, dump, load_experiment, load_resolved, load_run
+from ssd_lit.config import (
+    ConfigError,
+    Method,
+    RunConfig,
+    Section,
+    dump,
+    load_downstream,
+    load_experiment,
+    load_resolved,
+    load_run,
+)
 from ssd_lit.config.effects import RULES
 from ssd_lit.config.experiment import Experiment
 from ssd_lit.paths import write_configs
@@ -129,3 +139,18 @@ def test_every_rule_is_about_a_key_that_there_is() -> None:
     known |= {f"data.tokenizer.{key}" for key in ("vocab_size", "train_megabytes")}
     assert {key for rule in RULES for key in rule.keys} <= known
     assert {arm["method"] for arm in ARMS.values()} == set(get_args(Method))
+
+
+def test_what_models_are_tried_on_must_be_there_before_work_and_may_be_gone_after_it(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    path = experiment(tmp_path, **only("dense"), downstream={"blimp": {"file": str(pairs)}})
+    checked = load_experiment(path)
+    (tmp_path / "done.yaml").write_text(dump(checked), encoding="utf-8")
+    assert checked.downstream is not None
+    (tmp_path / "downstream.yaml").write_text(dump(checked.downstream), encoding="utf-8")
+    pairs.rmdir()
+    assert load_resolved(tmp_path / "done.yaml") == checked
+    for reads in (lambda: load_experiment(path), lambda: load_downstream(tmp_path / "downstream.yaml")):
+        with pytest.raises(ConfigError, match=rf"downstream\.blimp: no file or folder '{pairs}'"):
+            reads()

@@ -48,6 +48,8 @@ def load_experiment(path: Path, changes: Mapping[str, Any] | None = None) -> Exp
         experiment = checked(Experiment, content)
         runs = experiment.runs()
         check_effects(experiment, runs, own)
+        if experiment.downstream is not None:
+            experiment.downstream.check_files()
         for folder in sorted({run.model.pretrained for run in runs if run.model.pretrained is not None}):
             check_checkpoint(Path(folder), experiment.data)
     except ConfigError as error:
@@ -83,8 +85,10 @@ def load_analysis(path: Path) -> AnalysisConfig:
 
 
 def load_downstream(path: Path) -> DownstreamConfig:
-    """Read the downstream section that `dump` wrote."""
-    return _load(DownstreamConfig, path)
+    """Read the downstream section that `dump` wrote, for which all files must be there."""
+    section = _load(DownstreamConfig, path)
+    section.check_files()
+    return section
 
 
 def load_evaluation(path: Path) -> EvaluationConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ssd_lit.config.section import Fraction, Positive, Section, Seed
-from ssd_lit.config.yaml_file import shown
+from ssd_lit.config.yaml_file import ConfigError, shown
 from ssd_lit.moe.names import Construction
 
 
@@ -57,12 +57,6 @@ class GlueConfig(Section):
     """Learn from the first so many examples of a task only; null takes all."""
 
     @model_validator(mode="after")
-    def _folder_exists(self) -> Self:
-        if not Path(self.folder).exists():
-            raise ValueError(f"no file or folder {self.folder!r}")
-        return self
-
-    @model_validator(mode="after")
     def _each_once(self) -> Self:
         for key in ("tasks", "seeds"):
             values = getattr(self, key)
@@ -78,12 +72,6 @@ class BlimpConfig(Section):
     """BLiMP.zip as published, or a folder of its .jsonl files."""
     limit: Positive | None = None
     """Score the first so many pairs of each set only; null takes all."""
-
-    @model_validator(mode="after")
-    def _file_exists(self) -> Self:
-        if not Path(self.file).exists():
-            raise ValueError(f"no file or folder {self.file!r}")
-        return self
 
 
 class HarnessConfig(Section):
@@ -102,9 +90,7 @@ class HarnessConfig(Section):
     """Questions scored at once."""
 
     @model_validator(mode="after")
-    def _can_be_done(self) -> Self:
-        if self.folder is not None and not Path(self.folder).is_dir():
-            raise ValueError(f"no folder {self.folder!r}")
+    def _each_once(self) -> Self:
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks {shown(self.tasks)}: each may stand there once")
         return self
@@ -125,3 +111,12 @@ class DownstreamConfig(Section):
         if self.glue is None and self.blimp is None and self.harness is None:
             raise ValueError("nothing is asked for; allowed: glue, blimp, harness")
         return self
+
+    def check_files(self) -> None:
+        """Raises ConfigError if a file or folder to read is not there. Results stand without them."""
+        if self.glue is not None and not Path(self.glue.folder).exists():
+            raise ConfigError(f"downstream.glue: no file or folder {self.glue.folder!r}")
+        if self.blimp is not None and not Path(self.blimp.file).exists():
+            raise ConfigError(f"downstream.blimp: no file or folder {self.blimp.file!r}")
+        if self.harness is not None and self.harness.folder is not None and not Path(self.harness.folder).is_dir():
+            raise ConfigError(f"downstream.harness: no folder {self.harness.folder!r}")
