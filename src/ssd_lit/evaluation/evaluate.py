@@ -51,8 +51,9 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     has_dense, has_sparse = run.has_dense_mode, run.has_experts
     routed = config.moe.posthoc_router is not None
     ks = sorted({top_k, *(k for k in settings.top_k_curve if k <= config.moe.experts)}) if has_sparse else []
-    curve = {k: _loss(model, batches, "sparse", k) for k in tqdm(ks, desc="top-k curve", disable=None)}
-    oracle = {k: _oracle_loss(model, batches, k) for k in tqdm(ks, desc="oracle curve", disable=None)}
+    dense = _loss(model, batches, "dense") if has_dense else None
+    curve = {k: _sparse_loss(model, batches, k, dense) for k in tqdm(ks, desc="top-k curve", disable=None)}
+    oracle = {k: _oracle_loss(model, batches, k, dense) for k in tqdm(ks, desc="oracle curve", disable=None)}
     ratios = _by_layer(model, batches, active_ratio, "dense") if has_dense else None
     held_out = {
         name: _held_out(model, batches_of(name), has_dense, ks)
@@ -62,7 +63,7 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
         "split": SPLIT,
         "blocks": count,
         "tokens": count * config.data.sequence_length,
-        "loss_dense": _loss(model, batches, "dense") if has_dense else None,
+        "loss_dense": dense,
         "loss_sparse": curve.get(top_k),
         "experts": config.moe.experts if has_sparse else None,
         "top_k": top_k if has_sparse else None,
@@ -128,10 +129,11 @@ def tables(content: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
 
 def _held_out(model: LanguageModel, batches: Sequence[Batch], has_dense: bool, ks: Sequence[int]) -> dict[str, Any]:
     """The losses on one held-out text, in dense mode and over k."""
+    dense = _loss(model, batches, "dense") if has_dense else None
     return {
         "blocks": sum(len(batch["inputs"]) for batch in batches),
-        "loss_dense": _loss(model, batches, "dense") if has_dense else None,
-        "curve": [{"top_k": k, "loss": _loss(model, batches, "sparse", k)} for k in ks],
+        "loss_dense": dense,
+        "curve": [{"top_k": k, "loss": _sparse_loss(model, batches, k, dense)} for k in ks],
     }
 
 
@@ -150,11 +152,19 @@ def _targets(batch: Batch) -> Tensor:
     return (batch["targets"] != IGNORED).sum()
 
 
-def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int) -> float:
+def _sparse_loss(model: LanguageModel, batches: Sequence[Batch], k: int, dense: float | None) -> float:
+    """The loss with k experts a token; the known one of dense mode where that is the same function."""
+    model.set_mode("sparse", k)
+    if dense is not None and all(ffn.chooses_all for ffn in model.ffns):
+        return dense
+    return _loss(model, batches, "sparse", k)
+
+
+def _oracle_loss(model: LanguageModel, batches: Sequence[Batch], k: int, dense: float | None) -> float:
     """The sparse loss with routing by the true activation mass."""
     for ffn in model.ffns:
         ffn.oracle = True
-    loss = _loss(model, batches, "sparse", k)
+    loss = _sparse_loss(model, batches, k, dense)
     for ffn in model.ffns:
         ffn.oracle = False
     return loss
