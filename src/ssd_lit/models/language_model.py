@@ -119,6 +119,8 @@ class LanguageModel(nn.Module):
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, LAYER_KINDS * (self._ffns[0].experts + 1))
         dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, dynamo.recompile_limit)
+        # What a learned router keeps of a forward pass need not be kept once more where activations are computed again.
+        dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         self._graphs = graphs and torch.cuda.is_available()
         for layer in self.layers:
             layer.forward = torch.compile(layer.forward, mode="reduce-overhead" if self._graphs else None)
