@@ -393,7 +393,6 @@ def _first_use(results: Path, begin: "multiprocessing.synchronize.Barrier") -> N
     folder = results / f"run{os.getpid()}"
     write_text(folder / "config.yaml", dump(run_config()))
     begin.wait()
-    ensure_store(results)
     with tracker(folder, results) as t:
         t.log(1, {"a": 1.0})
 

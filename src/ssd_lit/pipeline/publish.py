@@ -110,7 +110,7 @@ def store(results: Path) -> str:
 def ui(results: Path, port: int) -> str:
     import socket
 
-    from ssd_lit.tracking.store import connect, ensure_store, masked, reason, serve, tracking_uri
+    from ssd_lit.tracking.store import connect, masked, reason, serve, tracking_uri
     from ssd_lit.tracking.view import chart_link
 
     if tracking_uri(results).startswith(("http:", "https:")):
@@ -118,7 +118,6 @@ def ui(results: Path, port: int) -> str:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise ConfigError(f"port {port} is taken; give another with --port")
-    ensure_store(results)
     try:
         experiments = connect(results).search_experiments()
     except Exception as error:  # of many types, from the database

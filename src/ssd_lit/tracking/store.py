@@ -46,7 +46,7 @@ def masked(uri: str) -> str:
 
 
 def ensure_store(results: Path) -> None:
-    """Create the local store, if there is none, before several processes use it: two cannot create it at once.
+    """Create the local store, if there is none, once for all processes that ask: two cannot create it at once.
 
     Created under a temporary name, because MLflow cannot complete a partial one. Raises OSError if that fails.
     """
@@ -82,6 +82,7 @@ def serve(results: Path, port: int) -> list[str]:
 
 
 def connect(results: Path) -> "MlflowClient":
+    """A client of the store, which is created if there is none."""
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # MLflow logs a traceback for each database error that it raises, which is reported in one line instead.
@@ -92,7 +93,8 @@ def connect(results: Path) -> "MlflowClient":
 
 
 def _store_uri(results: Path) -> str:
-    """The tracking URI, after updating the artifact locations of a local store."""
+    """The tracking URI, after creating a local store or updating its artifact locations."""
+    ensure_store(results)
     follow_results(results)
     return tracking_uri(results)
 
