@@ -27,7 +27,7 @@ def test_a_stage_writes_nothing_but_our_lines_to_stderr(tmp_path: Path) -> None:
     srun.write_text("#!/bin/sh\nexit 1\n")
     srun.chmod(0o755)
     environment = {**os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}"}
-    stages = [["train", run], ["summarise", run.parent.parent]]
+    stages = [["train", run, "--until", "sparse_phases"], ["evaluate", run], ["summarise", run.parent.parent]]
     for stage in stages:
         command = [sys.executable, "-c", STAGE, *map(str, stage), "--threads", "1"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

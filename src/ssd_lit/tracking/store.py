@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 # Read by MLflow. By default it retries for minutes; here the thread retries, after checking whether a request without
-# a response was executed. A request may take half a minute. By default MLflow also sends telemetry, and prints URLs
-# into the stages' logs.
+# a response was executed. A request may take half a minute. By default MLflow also sends telemetry, and prints URLs and
+# what it is doing into the stages' logs; it sets its loggers' level where it is imported.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -83,8 +84,6 @@ def serve(results: Path, port: int) -> list[str]:
 
 def connect(results: Path) -> "MlflowClient":
     """A client of the store, which is created if there is none."""
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     # MLflow logs a traceback for each database error that it raises, which is reported in one line instead.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
