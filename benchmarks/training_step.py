@@ -5,8 +5,8 @@
 
 A step is the forward pass of compiled layers, the loss, the backward pass, gradient clipping and fused AdamW: bf16 over
 float32 weights, sequences of 1024 (512 for 30m), E 32 and K 6, the centre router, unless told otherwise. Medians over
-rounds of some steps each. Peak memory is that of all tensors, weights and optimizer included. With --profile the kernels
-that take the time are told, for each mode.
+rounds of some steps each. Peak memory is that of all tensors, weights and optimizer included. With --profile the
+kernels that take the time are told, for each mode.
 Shapes that were measured before stay in the JSON.
 """
 
