@@ -230,11 +230,18 @@ def assert_all_arrived_once(run_dir: Path, results: Path, stages: int) -> None:
     assert all(c.info.status == "FINISHED" and c.data.tags["ended_by"] == "stable" for c in children)
 
 
-def test_a_stage_makes_the_store_where_there_is_none(tmp_path: Path, others: set[threading.Thread]) -> None:
+def test_a_store_is_made_where_there_is_none_and_filled_again(tmp_path: Path, others: set[threading.Thread]) -> None:
     train(tmp_path / "run", tmp_path)
     end_of_process(others)
     send_runs(tmp_path, [tmp_path / "run"])  # on a busy machine the stage may have left it for later
     assert_all_arrived_once(tmp_path / "run", tmp_path, stages=1)
+    assert send_runs(tmp_path, [tmp_path / "run"]) == 0
+    other = tmp_path / "other"  # another place, since MLflow holds a file open that it read
+    shutil.copytree(tmp_path / "run", other / "run")
+    assert send_runs(other, [other / "run"]) == 1
+    assert_all_arrived_once(other / "run", other, stages=1)
+    MlflowClient(tracking_uri(other)).delete_run(active_runs(other, other / "run")[0])
+    assert send_runs(other, [other / "run"]) == 0
 
 
 def test_a_stage_whose_results_find_no_room_waits_for_what_is_being_sent(

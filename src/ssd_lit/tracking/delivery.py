@@ -147,15 +147,19 @@ class Delivery:
 def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
     """Send what is not sent yet of several runs; returns the number of runs that had anything.
 
-    Skips a run whose stage is running, which sends it. Raises ValueError if MLflow is unreachable.
+    That is all of a run which the store does not have, because it was made anew. Skips a run whose stage is running,
+    which sends it. Raises ValueError if MLflow is unreachable.
     """
     sent = 0
     for run_dir in run_dirs:
-        if not Spool.exists(run_dir) or not Spool(run_dir).waiting(store_name()):
+        if not Spool.exists(run_dir):
             continue
         try:
+            client, spool = connect(results), Spool(run_dir)
+            if not spool.waiting(store_name()) and _is_known(client, spool.record.run_id):
+                continue
             with FileLock(run_dir / ".lock", timeout=0):
-                delivery = Delivery(connect(results), results, load_run(run_dir / "config.yaml"), Spool(run_dir))
+                delivery = Delivery(client, results, load_run(run_dir / "config.yaml"), Spool(run_dir))
                 delivery.connect()
                 delivery.send_points()
                 delivery.send_endings()
@@ -276,15 +280,27 @@ def _delete(client: "MlflowClient", run_id: str) -> None:
 
 def _is_active(client: "MlflowClient", run_id: str) -> bool:
     """Whether MLflow has the run, not deleted."""
+    return _lifecycle(client, run_id) == "active"
+
+
+def _is_known(client: "MlflowClient", run_id: str | None) -> bool:
+    """Whether MLflow has the run, if there was one; one that was deleted there is not brought back."""
+    return run_id is None or _lifecycle(client, run_id) is not None
+
+
+def _lifecycle(client: "MlflowClient", run_id: str) -> str | None:
+    """`active`, `deleted`, or None if MLflow does not have the run.
+
+    `forbidden` on a server with accounts, also for a run that it does not have.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+        return str(client.get_run(run_id).info.lifecycle_stage)
     except MlflowException as error:
-        # A server with accounts says that a run it does not have is forbidden.
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
             raise
-        return False
+        return "forbidden" if error.error_code == "PERMISSION_DENIED" else None
 
 
 def _log_outcome(client: "MlflowClient", run: "MlflowRun", ending: Mapping[str, Any], step: int) -> None:
