@@ -27,7 +27,7 @@ from torch.multiprocessing.spawn import spawn
 from ssd_lit.config import MoEConfig
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.names import Mode
+from ssd_lit.moe.names import Activation, Mode
 from ssd_lit.support.files import write_json
 from ssd_lit.training.data_parallel import GradientSums
 from ssd_lit.training.sharding import shard
@@ -35,6 +35,7 @@ from ssd_lit.training.sharding import shard
 PROCESSES, PASSES = 2, 3
 SHAPE = Shape(layers=3, d_model=256, heads=4, batch=16, sequence=128, vocabulary=512)
 MOE = MoEConfig(experts=32, top_k=6, backend="fused")
+ACTIVATION: Activation = "gelu_new"
 MODES: tuple[Mode, ...] = ("dense", "sparse")
 MOST = 1e-4
 
@@ -61,7 +62,7 @@ def work(rank: int, port: int, folder: str) -> None:
     mesh = init_device_mesh("cuda", (PROCESSES,))
     found = {}
     for divided, compiled, checkpointed in itertools.product((False, True), repeat=3):
-        model = build(SHAPE, MOE, "gelu_new")
+        model = build(SHAPE, MOE, ACTIVATION)
         batch = {name: rows.chunk(PROCESSES)[rank] for name, rows in random_batch(SHAPE).items()}
         if checkpointed:
             model.checkpoint_activations()
@@ -89,7 +90,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (port, folder), nprocs=PROCESSES)
         found = torch.load(Path(folder) / "gradients.pt")
-    model = build(SHAPE, MOE, "gelu_new")
+    model = build(SHAPE, MOE, ACTIVATION)
     batch = random_batch(SHAPE)
     alone = {mode: gradients(model, batch, mode) for mode in MODES}
     worst = {}

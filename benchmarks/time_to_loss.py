@@ -3,11 +3,11 @@
     python benchmarks/time_to_loss.py RESULTS/EXPERIMENT [--dense dense] [--other ssd]
 
 One pair a seed. Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints
-included. Dense training's loss is its last validation loss; the other run is there when a line between its validations
-crosses it, if it ever is. At the end of each dense phase of the other run it is told when dense training had the same
-loss: step, seconds, FLOPs. A step of a mode is the median over windows of `log_every` steps; the beginning of a run and
-a change of phase are what the window with their first step takes beyond its steps. Runs that shared a device say
-nothing.
+included. Dense training's loss is its last validation loss; the other run is there when a line between its
+validations crosses it, if it ever is; its FLOPs there are told too. At the end of each dense phase of the other run
+it is told when dense training had the same loss: step, seconds, FLOPs. A step of a mode is the median over windows of
+`log_every` steps; the beginning of a run and a change of phase are what the window with their first step takes beyond
+its steps. Runs that shared a device say nothing.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from machine import RESULTS
 
 from ssd_lit.records import PhaseRecord
@@ -57,22 +58,25 @@ def compared(*folders: Path) -> dict[str, Any]:
     """Dense training and the other run."""
     dense, other = (timed(folder) for folder in folders)
     last, there = dense["validations"][-1], reached(other["validations"], dense["validations"][-1].loss)
-    step_flops = dense["flops"][last.step] / last.step
     phase_ends = []
     for validation in other["validations"]:
         same = reached(dense["validations"], validation.loss)
-        if validation.step in other["flops"] and same is not None:
-            here = {**validation._asdict(), "flops": other["flops"][validation.step]}
-            phase_ends.append({"other": here, "dense": {**same._asdict(), "flops": same.step * step_flops}})
+        if validation.step in other["dense_ends"] and same is not None:
+            phase_ends.append({"other": placed(validation, other), "dense": placed(same, dense)})
     return {
         "commit": other["commit"],
-        "last": {"dense": last._asdict(), "other": other["validations"][-1]._asdict()},
-        "other_at_dense_loss": there and there._asdict(),
+        "last": {"dense": placed(last, dense), "other": placed(other["validations"][-1], other)},
+        "other_at_dense_loss": there and placed(there, other),
         "speed": there and last.seconds / there.seconds,
         "ends_of_dense_phases": phase_ends,
         "step_milliseconds": {"dense": dense["step_milliseconds"], "other": other["step_milliseconds"]},
         "change_seconds": {"dense": dense["change_seconds"], "other": other["change_seconds"]},
     }
+
+
+def placed(validation: Validation, run: dict[str, Any]) -> dict[str, float]:
+    """A validation with the FLOPs that the run had taken, on a line between the ends of phases."""
+    return {**validation._asdict(), "flops": float(np.interp(validation.step, *run["flops"]))}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -83,7 +87,8 @@ def show(found: dict[str, Any]) -> None:
         print("  the other never reaches dense training's")
     else:
         print(f"  the other has dense training's after {there['seconds']:.1f} s, at step {there['step']:.0f}: ", end="")
-        print(f"{found['speed']:.3f} times as fast")
+        flops = found["last"]["dense"]["flops"] / there["flops"]
+        print(f"{found['speed']:.3f} times as fast, for {flops:.3f} times fewer FLOPs ({there['flops'] / 1e15:.1f} P)")
     print("  the other at the end of a dense phase, dense training at the same loss: step, seconds, PFLOP")
     for pair in found["ends_of_dense_phases"]:
         other, dense = (
@@ -99,7 +104,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def timed(run: Path) -> dict[str, Any]:
-    """Validations, FLOPs at the ends of dense phases, ms a step by mode, seconds of each change by its step."""
+    """Validations, FLOPs at ends of phases, ends of dense ones, ms a step by mode, seconds of a change by step."""
     phases = [PhaseRecord.read(path) for path in run.glob("phases/*/phase.json")]
     trained = sorted((one for one in phases if one.steps), key=lambda one: one.index)
     began = trained[0].provenance["began"]
@@ -119,7 +124,8 @@ def timed(run: Path) -> dict[str, Any]:
             for point in points
             if "validation/loss" in point["values"]
         ],
-        "flops": {one.last_step: one.total.flops for one in trained if one.mode == "dense"},
+        "flops": ([0, *(one.last_step for one in trained)], [0.0, *(one.total.flops for one in trained)]),
+        "dense_ends": {one.last_step for one in trained if one.mode == "dense"},
         "step_milliseconds": {mode: 1000 * seconds for mode, seconds in step_seconds.items()},
         "change_seconds": {
             change: s - sum(step_seconds[modes[i]] for i in range(a, b))

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
-from ssd_lit.config import ModelConfig, MoEConfig
+from ssd_lit.config import ModelConfig, MoEConfig, TrainingConfig
 from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import IGNORED, Batch
 from ssd_lit.models.family import family, swap_ffns
@@ -100,6 +100,13 @@ class LanguageModel(nn.Module):
     def layers(self) -> Sequence[nn.Module]:
         """The Transformer layers, in the order in which the model runs them."""
         return [module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def train_as(self, training: TrainingConfig) -> None:
+        """Compute activations again, and run compiled code, where a config says so."""
+        if training.activation_checkpointing:
+            self.checkpoint_activations()
+        if training.compile:
+            self.compile_layers(graphs=not training.shard)
 
     def checkpoint_activations(self) -> None:
         """From now on compute the activations of each layer again in the backward pass instead of keeping them."""

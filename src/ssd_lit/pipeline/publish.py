@@ -100,11 +100,9 @@ def verify(folder: Path) -> str:
 
 
 def store(results: Path) -> str:
-    from ssd_lit.tracking.store import ensure_store, follow_results, masked, tracking_uri
+    from ssd_lit.tracking.store import masked, ready_store
 
-    ensure_store(results)
-    follow_results(results)
-    return masked(tracking_uri(results))
+    return masked(ready_store(results))
 
 
 def ui(results: Path, port: int) -> str:

@@ -150,16 +150,17 @@ def send_runs(results: Path, run_dirs: Iterable[Path]) -> int:
     That is all of a run which the store does not have, because it was made anew. Skips a run whose stage is running,
     which sends it. Raises ValueError if MLflow is unreachable.
     """
-    sent = 0
+    sent, client = 0, None
     for run_dir in run_dirs:
         if not Spool.exists(run_dir):
             continue
         try:
-            client, spool = connect(results), Spool(run_dir)
-            if not spool.waiting(store_name()) and _is_known(client, spool.record.run_id):
-                continue
+            client = client or connect(results)
             with FileLock(run_dir / ".lock", timeout=0):
-                delivery = Delivery(client, results, load_run(run_dir / "config.yaml"), Spool(run_dir))
+                spool = Spool(run_dir)
+                if not spool.waiting(store_name()) and _is_known(client, spool.record.run_id):
+                    continue
+                delivery = Delivery(client, results, load_run(run_dir / "config.yaml"), spool)
                 delivery.connect()
                 delivery.send_points()
                 delivery.send_endings()

@@ -74,7 +74,7 @@ def serve(results: Path, port: int) -> list[str]:
     # One worker and no job runner start in a third of the time and a sixth of the memory.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # Not an argument: every user of the machine can read those, and a URI may hold a password.
-    os.environ["MLFLOW_BACKEND_STORE_URI"] = _store_uri(results)
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = ready_store(results)
     return [
         sys.executable, "-m", "mlflow", "server",
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
@@ -88,10 +88,10 @@ def connect(results: Path) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
-    return MlflowClient(_store_uri(results))
+    return MlflowClient(ready_store(results))
 
 
-def _store_uri(results: Path) -> str:
+def ready_store(results: Path) -> str:
     """The tracking URI, after creating a local store or updating its artifact locations."""
     ensure_store(results)
     follow_results(results)

@@ -42,14 +42,11 @@ class Pretraining(LightningModule):
         self._pieces = config.training.local_batch_size // micro_batch_size
         self._sums: GradientSums | None = None
         self._phase_mode: Mode = "dense"
-        if config.training.activation_checkpointing:
-            model.checkpoint_activations()
+        model.train_as(config.training)
         self.guard = NonFiniteGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
         self._objective = objective
         self._train_loss = WeightedMean()
         self._validation_loss = WeightedMean()
-        if config.training.compile:
-            model.compile_layers(graphs=not config.training.shard)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):

@@ -32,14 +32,11 @@ def step_seconds(config: RunConfig, vocab: VocabInfo, mode: Mode, repeats: int) 
     model = build_model(config, vocab).to(device)
     for ffn in model.ffns:
         ffn.router.on_permuted(ffn.gating_weight)
-    if config.training.activation_checkpointing:
-        model.checkpoint_activations()
+    model.train_as(config.training)
     model.set_mode(mode, config.moe.top_k if mode == "sparse" else None)
     blocks = _blocks(config, vocab)
     batch = _random_batch(config, vocab, model, blocks, device)
     optimizer = build_optimizer(model, config.optim)
-    if config.training.compile:
-        model.compile_layers(graphs=not config.training.shard)
 
     def piece() -> None:
         bf16 = config.training.precision == "bf16"
