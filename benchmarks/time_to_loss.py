@@ -1,13 +1,13 @@
 """Seconds to dense training's loss, and where SSD's seconds go, from the records of runs.
 
-    python benchmarks/time_to_loss.py RESULTS/EXPERIMENT [--dense dense] [--other ssd]
+    python benchmarks/time_to_loss.py RESULTS/EXPERIMENT [--dense dense] [--others ssd ...]
 
-One pair a seed. Seconds count from the beginning of a run's first phase, compilation, validations and checkpoints
-included. Dense training's loss is its last validation loss; the other run is there when a line between its
-validations crosses it, if it ever is; its FLOPs there are told too. At the end of each dense phase of the other run
-it is told when dense training had the same loss: step, seconds, FLOPs. A step of a mode is the median over windows of
-`log_every` steps; the beginning of a run and a change of phase are what the window with their first step takes beyond
-its steps. Runs that shared a device say nothing.
+One pair for each seed of each other arm. Seconds count from the beginning of a run's first phase, compilation,
+validations and checkpoints included. Dense training's loss is its last validation loss; the other run is there when a
+line between its validations crosses it, if it ever is; its FLOPs there are told too. At the end of each dense phase of
+the other run it is told when dense training had the same loss: step, seconds, FLOPs. A step of a mode is the median
+over windows of `log_every` steps; the beginning of a run and a change of phase are what the window with their first
+step takes beyond its steps. Runs that shared a device say nothing.
 """
 
 import argparse
@@ -37,25 +37,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
     parser.add_argument("--dense", default="dense", help="the arm of dense training (dense)")
-    parser.add_argument("--other", default="ssd", help="the arm to compare with it (ssd)")
+    parser.add_argument("--others", nargs="+", default=["ssd"], help="the arms to compare with it (ssd)")
     arguments = parser.parse_args()
     runs = arguments.experiment / "runs"
-    seeds = [path.parts[-2].rpartition("-seed")[2] for path in sorted(runs.glob(f"{arguments.other}-seed*/phases"))]
-    if not seeds:
-        parser.error(f"{runs}: no run of {arguments.other} with records")
-    found = {
-        seed: compared(*(runs / f"{arm}-seed{seed}" for arm in (arguments.dense, arguments.other))) for seed in seeds
-    }
-    for seed, one in found.items():
-        print(f"seed {seed}:")
-        show(one)
+    found: dict[str, dict[str, Any]] = {}
+    for arm in arguments.others:
+        seeds = [path.parts[-2].rpartition("-seed")[2] for path in sorted(runs.glob(f"{arm}-seed*/phases"))]
+        if not seeds:
+            parser.error(f"{runs}: no run of {arm} with records")
+        found[arm] = {
+            seed: compared(runs / f"{arguments.dense}-seed{seed}", runs / f"{arm}-seed{seed}") for seed in seeds
+        }
+        for seed, one in found[arm].items():
+            print(f"{arm}, seed {seed}:")
+            show(one)
     name = arguments.experiment.absolute().name
-    write_json(RESULTS / f"time_to_loss-{name}.json", {"experiment": name, "seeds": found})
+    write_json(RESULTS / f"time_to_loss-{name}.json", {"experiment": name, "arms": found})
     return 0
 
 
 def compared(*folders: Path) -> dict[str, Any]:
-    """Dense training and the other run."""
+    """Dense training's run and the other."""
     dense, other = (timed(folder) for folder in folders)
     last, there = dense["validations"][-1], reached(other["validations"], dense["validations"][-1].loss)
     phase_ends = []

@@ -257,6 +257,7 @@ SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
 MEDIUM, OF_MEDIUM = "h100/gpt350m_time-arms.csv", "h100/gpt350m_time-router_over_k.csv"
 LARGE = "h100/gpt1b_time-arms.csv"
+RIVALS, OF_RIVALS = "h100/gpt124m_rivals-arms.csv", "h100/gpt124m_rivals-router_over_k.csv"
 MIXED, OF_MIXED = "h100/interleaved-arms.csv", "h100/interleaved-router_over_k.csv"
 LEVERS, INTERLEAVED, OF_K = "levers-arms.csv", "interleaved-arms.csv", "k_of_training-arms.csv"
 SHARE = "share.sparse_share_"
@@ -267,7 +268,8 @@ ROUTER = "ablations/router-router_over_k.csv"
 
 TABLES = {
     "All models": Table(
-        ["main ssd", "gpt124m ssd", "gpt350m_time ssd", "gpt1b_time ssd", "t5 ssd", "bert ssd", "bert routed"],
+        ["main ssd", "gpt124m ssd", "gpt350m_time ssd", "gpt1b_time ssd", "gpt1b_time ssd_k8", "t5 ssd", "bert ssd",
+         "bert routed"],
         [
             None, flops_of_dense_against, over("dense", "over_dense_arm"), over("sparse, k 8", "over_dense_mode"),
             over("sparse, k 8", "over_dense_mode", "posthoc"), None,
@@ -342,8 +344,14 @@ TABLES = {
          of_threshold(OF_MEDIUM, 0.05, "perplexity"), *wikitext2(MEDIUM, (8,)),
          *(blimp("h100/gpt350m_time-downstream.csv", mode) for mode in ("dense", "sparse"))],
     ),
+    "Rivals for the same seconds": Table(
+        ["dense", "ssd", "routed", "sparse_gate", "smoe_dropout"],
+        [runs("h100/gpt124m_rivals-summary.csv", "steps"), arms(RIVALS, None, "seconds"),
+         arms(RIVALS, None, "flops", scale=1e-15), *modes(RIVALS, KS), of_threshold(OF_RIVALS, 0.05, "k", 32),
+         of_threshold(OF_RIVALS, 0.05, "perplexity")],
+    ),
     "The 1.3 B shape, 62 M tokens": Table(
-        ["dense", "ssd"], [*totals(LARGE, "sparse_fraction"), *modes(LARGE, KS), *wikitext2(LARGE, (8,))]
+        ["dense", "ssd", "ssd_k8"], [*totals(LARGE, "sparse_fraction"), *modes(LARGE, KS), *wikitext2(LARGE, (8,))]
     ),
     "T5, 102 M tokens": Table(["dense", "ssd", "posthoc"], [*totals(T5), *modes(T5, KS)]),
     "BERT, 151 M tokens": Table(
