@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from ssd_lit.config import RunConfig, load_run
+from ssd_lit.config.effects import digest_of
 from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.paths import checkpoint_path, data_dir, results_of, stage_path
 from ssd_lit.records import PhaseRecord, StageRecord, read_chain, read_phases
@@ -72,7 +73,7 @@ class Run:
             start = self.other(config.shares_warmup).stage("warmup").weights
         elif config.parent_run is not None:
             start = self.other(config.parent_run).final().weights
-        inputs: Inputs = {"config": config.digest, "tokens": self.tokens_digest, "start": start}
+        inputs: Inputs = {"config": digest_of(config), "tokens": self.tokens_digest, "start": start}
         if config.matches is not None:
             inputs["matched"] = self.other(config.matches).final().weights
         return inputs
@@ -160,4 +161,6 @@ class Run:
         result = self.folder / MEASUREMENTS[measurement][1]
         if not result.exists() or not stage_path(self.folder, self.training_stages[-1]).exists():
             return False
-        return bool(read_json_checked(result).get("inputs") == self.measured_from(measurement))
+        # Weights of other settings may lie there still.
+        of_these = self.final().inputs == self.made_from()
+        return of_these and read_json_checked(result).get("inputs") == self.measured_from(measurement)

@@ -185,9 +185,46 @@ def test_what_is_lost_or_of_other_settings_is_planned_and_nothing_else(quick: Pa
     assert (dense / "evaluation.json").exists()
 
 
-def planned(results: Path, experiment: str | Path = "quick") -> set[str]:
+@pytest.mark.parametrize("jobs", ["stages", "runs"])
+def test_what_an_ended_call_left_undone_is_planned_by_the_next(quick: Path, tmp_path: Path, jobs: str) -> None:
+    results = tmp_path / "copy"
+    shutil.copytree(quick, results)
+    # As Snakemake leaves it when it began a job anew that did not come to its end.
+    (results / "quick/runs/ssd-seed0/evaluation.json").unlink()
+    assert planned(results, jobs=jobs) == {"evaluate ssd" if jobs == "stages" else "run ssd"}
+    told = snakemake("quick", results, "-n", jobs=jobs)
+    assert all(f"rule {rule}:" in told for rule in ("summarise", "figures", "write_report"))
+
+
+@pytest.mark.parametrize("jobs", ["stages", "runs"])
+def test_other_settings_are_planned_after_their_files_are_written(quick: Path, tmp_path: Path, jobs: str) -> None:
+    results, other = tmp_path / "copy", tmp_path / "other.yaml"
+    shutil.copytree(quick, results)
+    shutil.rmtree(results / "quick/figures")
+    text = {"base": str(ROOT / "configs/quick.yaml"), "arms": {"dense": {"training": {"steps": 100}}}}
+    other.write_text(yaml.safe_dump(text), encoding="utf-8")
+    main(["configs", str(other), "--results", str(results)])
+    dense = {"dense dense", "evaluate dense"} if jobs == "stages" else {"run dense"}
+    assert dense <= planned(results, other, jobs=jobs)
+
+
+def test_what_decides_no_weights_trains_nothing_anew(quick: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    for changes in (
+        {"arms": {"ssd": {"label": "Ours"}}},
+        {"training": {"checkpoint_every": 20, "workers": 1}},
+    ):
+        other.write_text(yaml.safe_dump({"base": str(ROOT / "configs/quick.yaml"), **changes}), encoding="utf-8")
+        assert planned(quick, other) == set()
+    # Dense training and a Mixture of Experts from scratch read no schedule of phases.
+    text = {"base": str(ROOT / "configs/quick.yaml"), "switching": {"sparse_fraction": 0.3}}
+    other.write_text(yaml.safe_dump(text), encoding="utf-8")
+    assert {stage.split()[1] for stage in planned(quick, other)} == {"ssd"}
+
+
+def planned(results: Path, experiment: str | Path = "quick", jobs: str = "stages") -> set[str]:
     """The stages of runs that would be done, as RULE ARM."""
-    told = snakemake(experiment, results, "-n")
+    told = snakemake(experiment, results, "-n", jobs=jobs)
     return {
         f"{rule} {arm}"
         for rule, arm in re.findall(r"^rule (\w+):\n(?:    .*\n)*?    wildcards: run=(\w+)-seed0", told, re.M)

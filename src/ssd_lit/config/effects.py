@@ -1,5 +1,7 @@
-"""Which settings have an effect where: a key that nothing reads is refused where it is given."""
+"""Which settings have an effect where: a key that nothing reads is refused where it is given, and decides no weights."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ from ssd_lit.config.experiment import Experiment, cells
 from ssd_lit.config.measurements import AnalysisConfig
 from ssd_lit.config.run_config import RUN_SECTIONS, RunConfig
 from ssd_lit.config.section import Section
-from ssd_lit.config.sections import MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
+from ssd_lit.config.sections import KEEPING, PLACEMENT, MoEConfig, OptimConfig, SwitchingConfig, TrainingConfig
 from ssd_lit.config.yaml_file import ConfigError
 from ssd_lit.moe.names import NEEDS_ACTIVATIONS
 
@@ -203,6 +205,21 @@ def check_effects_in_run(run: RunConfig, given: Mapping[str, Any], analysis: Ana
     """Raise ConfigError for a key among the settings `given` of a run that it does not read."""
     for path, _ in _leaves(given):
         _check(".".join(path), path, [run], analysis)
+
+
+def digest_of(run: RunConfig) -> str:
+    """SHA-256 of all settings that decide a run's weights and curves, but for rounding.
+
+    Not of what it does not read, of its name in figures, of how its work is spread, or of how often it is saved.
+    """
+    unread = {key for rule in RULES if not rule.is_read(run, None) for key in rule.keys}
+    left_out = {"label", *unread, *(f"training.{key}" for key in (*PLACEMENT, *KEEPING))}
+    read = {
+        ".".join(path): value
+        for path, value in _leaves(run.model_dump(mode="json"))
+        if not any(".".join(path[: i + 1]) in left_out for i in range(len(path)))
+    }
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def _check(key: str, path: tuple[str, ...], runs: Sequence[RunConfig], analysis: AnalysisConfig | None) -> None:

@@ -1,6 +1,5 @@
 """One run, arm x seed, with all its settings resolved; and an arm, from which runs come."""
 
-import hashlib
 import json
 from itertools import pairwise
 from typing import Any, Self
@@ -10,7 +9,6 @@ from pydantic import model_validator
 from ssd_lit.config.data import DataConfig
 from ssd_lit.config.section import Method, Name, Section, Seed
 from ssd_lit.config.sections import (
-    PLACEMENT,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -172,13 +170,6 @@ class RunConfig(Section):
     def from_scratch(self) -> bool:
         """Whether experts are made of weights that were never trained."""
         return self.method == "sparse" and self.parent_arm is None and self.model.pretrained is None
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that decides the weights, but for rounding: not how the work is spread over devices."""
-        left_out = {*PLACEMENT, *(["steps"] if self.match_flops_of_arm is not None else [])}
-        content = self.model_dump(mode="json", exclude={"training": left_out})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def name(self) -> str:

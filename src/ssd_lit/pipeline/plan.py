@@ -133,9 +133,14 @@ class Plan:
         return [_newer_than_all()] if self._is_other_text else []
 
     def stale_tables(self) -> list[Path]:
-        """A file newer than any result, if the tables are of an experiment with other settings; else none."""
+        """A file newer than any result, if the tables are of other settings or a measurement is missing; else none.
+
+        Snakemake removes what a job is to make anew. Where that job ended without it, tables of before would stand:
+        it does not make a missing file for a result that is there.
+        """
         path = self.here / "experiment.yaml"
-        return [_newer_than_all()] if path.exists() and not self._as_written(path) else []
+        missing = not all(result.exists() for run in self.configs for result in self.measurements(run))
+        return [_newer_than_all()] if missing or (path.exists() and not self._as_written(path)) else []
 
     @cached_property
     def _is_other_text(self) -> bool:
@@ -150,8 +155,7 @@ class Plan:
     def _is_stale(self, run: str, stage: str) -> bool:
         if not self.stage(run, stage).exists():
             return False
-        settings = ("config.yaml", *MEASUREMENTS[stage][:1]) if stage in MEASUREMENTS else ("config.yaml",)
-        if not all(self._as_written(self._runs[run].folder / name) for name in settings):
+        if stage in MEASUREMENTS and not self._as_written(self._runs[run].folder / MEASUREMENTS[stage][0]):
             return True
         try:
             return not self._runs[run].is_done(stage)
