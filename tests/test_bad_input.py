@@ -385,6 +385,8 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
      "--from 05-sparse: run dense-seed0 has not reached it; allowed: none"),
     ("no phase", Command(f"train {RUN} --from ²-dense"),
      "--from ²-dense: run dense-seed0 has not reached it; allowed: none"),
+    ("a measurement for a beginning", Command(f"train {RUN} --from evaluate"),
+     "--from evaluate: trains nothing; `snakemake --forcerun evaluate` measures again"),
     ("a run and a phase, as once", Command(f"train {RUN} 00-dense"),
      "'00-dense': expected KEY=VALUE, such as training.steps=100"),
     ("a run before the one that it starts from", Command(f"train {POSTHOC}"),
@@ -395,6 +397,7 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
      "00-dense/phase.json: not found; `ssd-lit train /"),
     ("an experiment not yet run", Command("summarise results/quick"),
      f"00-dense/phase.json: not found; `ssd-lit train {RUN}` trains the run to its end"),
+    ("no experiment to verify", Command("verify /"), "/: neither an experiment's folder nor that of one of its runs"),
     ("nothing to MoEfy", Command("moefy"), "Error: Missing option '--model'."),
     ("a model that is missing", Command("moefy --model none --experts 2 --top-k 1 --out x"), "'none': no such folder"),
 ]  # fmt: skip

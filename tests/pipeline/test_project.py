@@ -7,6 +7,7 @@ import yaml
 
 from ssd_lit.cli import main
 from ssd_lit.config import load_experiment
+from ssd_lit.data.sources import files_of
 from ssd_lit.pipeline.forecast import Outlook
 from ssd_lit.pipeline.plan import experiment_of
 from ssd_lit.support.shipped import CONFIGS
@@ -59,6 +60,28 @@ def test_experiments_are_found_by_name_here_first_and_then_as_shipped(
     assert ["own", "8", "Is", "it", "mine?"] in lines
     assert ["methods", "45"] in [line[:2] for line in lines]
     assert not any(line[0].startswith("sizes") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "mistake", ["seeds: 3", "arms: {a: {method: ssd, grid: {moe.top_k: 3}}}", "arms: {a: {grid: }}"]
+)
+def test_a_mistake_in_one_experiment_hides_no_other(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    content = {"experiment": "mine", "arms": {"a": {"method": "ssd"}}, **yaml.safe_load(mistake)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["list"]) == 0
+    assert "default" in capsys.readouterr().out
+
+
+def test_a_project_in_a_place_of_any_name_is_planned(tmp_path: Path, capsys: Captured) -> None:
+    text = tmp_path / "a[1].txt"
+    text.write_text("Some words. " * 50, encoding="utf-8")
+    assert main(["init", str(tmp_path / "my proj"), "--text", str(text)]) == 0
+    assert f"cd '{tmp_path / 'my proj'}'" in capsys.readouterr().out
+    assert load_experiment(tmp_path / "my proj/experiment.yaml").data.sources
+    assert files_of(load_experiment(tmp_path / "my proj/experiment.yaml").data.sources[0]) == [text]
 
 
 def test_a_plan_says_what_the_records_say_later(tmp_path: Path) -> None:

@@ -155,6 +155,18 @@ def test_a_damaged_record_is_told_beside_the_other_runs(tmp_path: Path) -> None:
     assert found["ssd"].state == "waiting"
 
 
+def test_an_experiment_that_cannot_be_read_hides_no_other(tmp_path: Path, capsys: Captured) -> None:
+    bench = Bench(tmp_path, arms=ARMS)
+    damaged = bench.results / "another"
+    damaged.mkdir()
+    (damaged / "experiment.yaml").write_text("arms: [")
+    assert main(["status", "--results", str(bench.results)]) == 0
+    told = capsys.readouterr().out
+    assert "another" in told
+    assert "tiny: " in told
+    assert main(["status", str(damaged)]) == 1
+
+
 def test_a_terminal_gets_a_table_that_fits_it(tmp_path: Path) -> None:
     bench = Bench(tmp_path, arms=ARMS)
     out = Console(width=100, force_terminal=True, record=True, file=(tmp_path / "screen").open("w"))

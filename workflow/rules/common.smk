@@ -22,7 +22,7 @@ REQUEUE = (
 )
 shell.prefix(PREFIX + REQUEUE if workflow.remote_exec else PREFIX)
 
-RESULTS = Path(config.get("results", "results"))
+RESULTS = Path(str(config.get("results", "results")))
 
 try:
     if {"{", "}"} & set(str(RESULTS)):

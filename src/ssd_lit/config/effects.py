@@ -1,4 +1,4 @@
-"""Which settings have an effect where: a key that nothing reads is refused where it is given, and decides no weights."""
+"""Which settings a run reads: one that nothing reads is refused where it is given, and decides no weights."""
 
 import hashlib
 import json

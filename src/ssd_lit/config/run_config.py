@@ -116,7 +116,7 @@ class RunConfig(Section):
         if moe.router == "gate" and moe.top_k == 1:
             raise ValueError("moe.top_k 1: a learned router weighs the chosen by a softmax; allowed: 2 and more")
         if moe.router == "center" and method == "upcycle":
-            raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: learned, random")
+            raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: gate, random")
         if moe.posthoc_router is not None and method not in ("ssd", "posthoc"):
             raise ValueError(f"moe.posthoc_router: only methods ssd and posthoc train one afterwards, not {method}")
         if self.from_scratch and moe.construction not in ("random", "contiguous"):

@@ -1,8 +1,10 @@
 """`ssd-lit init` and `ssd-lit list`: a project of one's own, and the experiments that there are."""
 
+import glob
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,14 +59,23 @@ def init(folder: Path, text: Sequence[Path], size: SizeName | None) -> str:
     size = size or ("gpu" if count_gpus() else "cpu")
     name = re.sub(r"[^a-z0-9_.]+", "_", folder.resolve().name.lower()).strip("_.")[:60] or "experiment"
     template = jinja2.Template((TEMPLATES / "experiment.yaml.j2").read_text("utf-8"), keep_trailing_newline=True)
-    paths = json.dumps([str(path.resolve()) for path in text] or ["text"], ensure_ascii=False)
-    write_text(folder / "experiment.yaml", template.render(name=name, paths=paths, size=SIZES[size]))
+    # A file's path is a pattern there, a folder's is not.
+    paths = [str(path.resolve()) if path.is_dir() else glob.escape(str(path.resolve())) for path in text] or ["text"]
+    write_text(
+        folder / "experiment.yaml",
+        template.render(name=name, paths=json.dumps(paths, ensure_ascii=False), size=SIZES[size]),
+    )
     for file, target in (("Snakefile", "Snakefile"), ("Makefile", "Makefile"), ("gitignore", ".gitignore")):
         write_text(folder / target, (TEMPLATES / file).read_text("utf-8"))
     shutil.copytree(WORKFLOW / "profiles", folder / "profiles")
     if not text:
         (folder / "text").mkdir()
-    steps = [f"cd {folder}", *([] if text else ["cp YOUR.txt text/"]), "ssd-lit plan experiment.yaml", "snakemake"]
+    steps = [
+        f"cd {shlex.quote(str(folder))}",
+        *([] if text else ["cp YOUR.txt text/"]),
+        "ssd-lit plan experiment.yaml",
+        "snakemake",
+    ]
     return f"{folder}: a project for a {size.upper()}; next:\n" + "".join(f"  {step}\n" for step in steps)
 
 
@@ -101,7 +112,10 @@ def _listed(name: str, path: Path) -> Listed | None:
     if "experiment" not in content or not isinstance(arms, dict):
         return None
     grids = [arm.get("grid", {}) for arm in arms.values() if isinstance(arm, dict)]
-    runs = len(content.get("seeds", [0])) * sum(math.prod(map(len, grid.values())) for grid in grids)
+    try:
+        runs = len(content.get("seeds", [0])) * sum(math.prod(map(len, grid.values())) for grid in grids)
+    except (TypeError, AttributeError):  # a mistake in it, which is told where it is run
+        return None
     return Listed(name, runs, re.split(r"(?<=[.?])\s", " ".join(str(content.get("description", "")).split()))[0])
 
 

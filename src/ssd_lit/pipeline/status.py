@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -36,31 +37,46 @@ def status(exp_dir: Path | None, results: Path, *, watch: bool) -> None:
     folders = [exp_dir] if exp_dir is not None else experiment_dirs(results)
     if not folders:
         raise ConfigError(f"{results}: holds no experiment yet; `ssd-lit list` shows those that can be run")
-    found = [progress_of(folder) for folder in folders]
-    out = console()
+    look = partial(_look, folders, strict=exp_dir is not None)
+    found, out = look(), console()
     if not watch:
         out.print(_shown(found))
     elif sys.stdout.isatty():
         with Live(_shown(found), console=out, auto_refresh=False) as live:
             while not _all_done(found):
                 time.sleep(SECONDS)
-                found = [progress_of(folder) for folder in folders]
+                found = look()
                 live.update(_shown(found), refresh=True)
     else:
         out.print(_shown(found))
         while not _all_done(found):
             time.sleep(PIPED_SECONDS)
-            found = [progress_of(folder) for folder in folders]
+            found = look()
             out.print(time.strftime("\n%H:%M:%S"))
             out.print(_shown(found))
 
 
-def _all_done(found: Sequence[Progress]) -> bool:
-    return all(run.state == "done" for progress in found for run in progress.runs)
+def _look(folders: Sequence[Path], *, strict: bool) -> list[Progress | str]:
+    """How each experiment stands, or why that cannot be told; with `strict` that is raised instead."""
+    found: list[Progress | str] = []
+    for folder in folders:
+        try:
+            found.append(progress_of(folder))
+        except ValueError as error:
+            if strict:
+                raise
+            found.append(f"{folder}: {error}")
+    return found
 
 
-def _shown(found: Sequence[Progress]) -> RenderableType:
-    return Group(*[part for progress in found for part in _experiment(progress)])
+def _all_done(found: Sequence[Progress | str]) -> bool:
+    return all(run.state == "done" for one in found if isinstance(one, Progress) for run in one.runs)
+
+
+def _shown(found: Sequence[Progress | str]) -> RenderableType:
+    """The experiments; those that cannot be read first."""
+    broken = [Text(one, style=COLOURS["failed"]) for one in found if isinstance(one, str)]
+    return Group(*broken, *[part for one in found if isinstance(one, Progress) for part in _experiment(one)])
 
 
 def _experiment(progress: Progress) -> list[RenderableType]:

@@ -65,7 +65,7 @@ def _train_as_first(
     stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
     with exclusive(run.folder, f"train to {last}"), noting_end(run.folder, "train"):
-        resume_step = _remove_stale(run) if start is None else _remove_from(run, start)
+        resume_step = _remove_stale(run) if start is None else _remove_from(run, start, stages)
         _restore_stage_records(run)
         missing = [stage for stage in stages if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]
@@ -226,11 +226,14 @@ def _remove_stale(run: Run) -> int | None:
     return 0
 
 
-def _remove_from(run: Run, start: str) -> int:
+def _remove_from(run: Run, start: str, stages: Sequence[str]) -> int:
     """Remove the results of a stage or a phase and of all after it; returns the step at which it began.
 
-    Raises ConfigError if there is no such phase, or if no checkpoint from before it was kept.
+    Raises ConfigError if there is no such phase, if it is none of the `stages` that are asked for, or if no checkpoint
+    from before it was kept.
     """
+    if start in MEASUREMENTS:
+        raise ConfigError(f"--from {start}: trains nothing; `snakemake --forcerun {start}` measures again")
     phases, config = run.phases(), run.config
     places = {stage_of(config.method, record.index, record.mode): record.index for record in reversed(phases)}
     places |= {record.name: record.index for record in phases}
@@ -239,6 +242,8 @@ def _remove_from(run: Run, start: str) -> int:
             f"--from {start}: run {config.name} has not reached it; allowed: {', '.join(places) or 'none'}"
         )
     index = places[start]
+    if stage_of(config.method, index, phases[index].mode) not in stages:
+        raise ConfigError(f"--from {start}: comes after --until {stages[-1]}")
     done = [stage for stage in run.training_stages if run.is_done(stage) and run.has_checkpoint(stage)]
     saved = [-1, *(run.stage(stage).phase for stage in done)]  # phases with a checkpoint of their end
     saved += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]

@@ -41,7 +41,7 @@ def verify(folder: Path, say: Callable[[str], None]) -> tuple[int, int]:
 
 def _checks(folder: Path) -> Iterator[Check]:
     whole = (folder / "experiment.yaml").is_file()
-    exp_dir = folder if whole else folder.parents[1]
+    exp_dir = folder if whole else folder.parent.parent
     not_a_folder = ValueError(f"{folder}: neither an experiment's folder nor that of one of its runs")
     if not (exp_dir / "experiment.yaml").is_file():
         raise not_a_folder

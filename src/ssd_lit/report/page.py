@@ -30,9 +30,9 @@ PAPERS = {
     "random": ("SMoE-Dropout", "2303.01610"),
     "mass_mlp": ("an MLP that predicts activation mass", "2110.01786, 2310.17157"),
     "norm_mlp": ("an MLP that predicts output norms (D2DMoE)", "2310.04361"),
-    "coactivation": ("experts by co-activation", "2110.01786"),
 }
-"""What a method, router or construction is called, and its papers' numbers on arXiv."""
+"""What a method or router is called, and its papers' numbers on arXiv."""
+COACTIVATION = ("experts by co-activation", "2110.01786")
 
 
 def write_report(
@@ -130,11 +130,12 @@ def _grid(grid: Grid) -> dict[str, Any]:
 
 def _papers(arms: Sequence[Arm]) -> list[tuple[str, str]]:
     """Names and arXiv numbers of what the arms use."""
-    used = set()
+    used, grouped = set(), False
     for arm in arms:
-        moe = arm.config.moe
-        used |= {arm.method, *((moe.router, moe.posthoc_router, moe.construction) if arm.method != "dense" else ())}
-    return [paper for key, paper in PAPERS.items() if key in used]
+        moe, has_experts = arm.config.moe, arm.method != "dense"
+        used |= {arm.method, *((moe.router, moe.posthoc_router) if has_experts else ())}
+        grouped |= has_experts and moe.construction == "coactivation"
+    return [*(paper for key, paper in PAPERS.items() if key in used), *([COACTIVATION] if grouped else [])]
 
 
 def inline_svg(path: Path) -> Markup:
