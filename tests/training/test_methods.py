@@ -146,6 +146,32 @@ def test_every_so_many_steps_all_experts_run_and_are_paid_for(tmp_path: Path, mo
     assert read_chain(bench.dir("sparse"), "sparse")[-1].flops == pytest.approx(expected)
 
 
+def test_the_last_dense_phase_may_have_sparse_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, validate, ran, validated = Pretraining._losses, Pretraining.validation_step, [], []
+
+    def losses(self: Pretraining, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        ran.append(self.model.ffns[0].mode)
+        return loss(self, batch)
+
+    def validation_step(self: Pretraining, *arguments: Any) -> None:
+        validated.append((self.global_step, self.model.ffns[0].mode))
+        validate(self, *arguments)
+
+    monkeypatch.setattr(Pretraining, "_losses", losses)
+    monkeypatch.setattr(Pretraining, "validation_step", validation_step)
+    switching = {"switch_points": [8, 12, 16, 28], "final_sparse_every": 4}
+    bench = Bench(tmp_path, arms={"ssd": {"method": "ssd", "switching": switching, "training": {"validate_every": 3}}})
+    chain = bench.phases("ssd")
+    sparse = {*range(8, 12), *range(16, 28), 28, 32, 36}
+    assert ran == ["sparse" if step in sparse else "dense" for step in range(40)]
+    # After step 33, which was sparse, too.
+    assert (33, "dense") in validated
+    assert all(mode == "dense" for step, mode in validated if step > 28)
+    costs, blocks = step_costs(bench, "ssd")
+    moe, last = bench.runs["ssd"].moe, [record for record in chain if record.steps][-1]
+    assert last.flops == pytest.approx(blocks * (3 * costs.sparse(moe, moe.top_k) + 9 * costs.dense()))
+
+
 def test_a_validation_after_a_step_with_all_experts_is_of_the_schedules_k(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

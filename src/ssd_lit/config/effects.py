@@ -152,7 +152,7 @@ RULES = (
         "only dense phases are checked, of methods dense and ssd",
     ),
     Rule(
-        _all_of(SwitchingConfig, "switching", "check_every", "switch_points"),
+        _all_of(SwitchingConfig, "switching", "check_every", "switch_points", "final_sparse_every"),
         lambda run, _: run.switching.switch_points is None,
         "switching.switch_points says when the mode changes",
     ),
@@ -210,13 +210,14 @@ def check_effects_in_run(run: RunConfig, given: Mapping[str, Any], analysis: Ana
 def digest_of(run: RunConfig) -> str:
     """SHA-256 of all settings that decide a run's weights and curves, but for rounding.
 
-    Not of what it does not read, of its name in figures, of how its work is spread, or of how often it is saved.
+    Not of what it does not read, of its name in figures, of how its work is spread, or of how often it is saved. What
+    is null leaves no trace: results stand when there is a new setting that is off.
     """
     unread = {key for rule in RULES if not rule.is_read(run, None) for key in rule.keys}
     left_out = {"label", *unread, *(f"training.{key}" for key in (*PLACEMENT, *KEEPING))}
     read = {
         ".".join(path): value
-        for path, value in _leaves(run.model_dump(mode="json"))
+        for path, value in _leaves(run.model_dump(mode="json", exclude_none=True))
         if not any(".".join(path[: i + 1]) in left_out for i in range(len(path)))
     }
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()

@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 from ssd_lit.config import RunConfig
 from ssd_lit.data.objectives import IGNORED, Batch, Objective
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.moe.names import Mode
 from ssd_lit.moe.permutation import whole
 from ssd_lit.training.data_parallel import GradientSums, WholeModels
 from ssd_lit.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, leave_out_if
-from ssd_lit.training.schedule import top_k_at, trained_k
+from ssd_lit.training.schedule import Phase, top_k_at, trained_k
 from ssd_lit.training.sharding import Shards, shard
 from ssd_lit.training.weighted_mean import WeightedMean
 
@@ -41,7 +40,7 @@ class Pretraining(LightningModule):
         self.micro_batch_size = micro_batch_size
         self._pieces = config.training.local_batch_size // micro_batch_size
         self._sums: GradientSums | None = None
-        self._phase_mode: Mode = "dense"
+        self._phase = Phase(0, "dense", 0)
         model.train_as(config.training)
         self.guard = NonFiniteGuard(1 if config.training.non_finite == "stop" else config.training.non_finite_limit)
         self._objective = objective
@@ -68,21 +67,28 @@ class Pretraining(LightningModule):
     def _noise(self, batch: Batch) -> Tensor:
         return torch.rand(*batch["inputs"].shape, self._objective.noise_per_token, device=self.device)
 
-    def begin_phase(self, mode: Mode) -> None:
+    def begin_phase(self, phase: Phase) -> None:
         """Run in the mode of the phase that begins."""
-        self._phase_mode = mode
-        self.model.set_mode(mode)
+        self._phase = phase
+        self._set_mode_of_phase()
+
+    def _set_mode_of_phase(self) -> None:
+        """Run in the phase's mode, of the schedule's k, whatever single steps do."""
+        if self._phase.mode == "sparse":
+            self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
+        else:
+            self.model.set_mode("dense")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._set_top_k(trained_k(self.config, self.global_step))
+        self._set_mode_of_step(self.global_step)
 
-    def _set_top_k(self, k: int) -> None:
-        """Run k experts a token in a sparse phase."""
-        if self._phase_mode == "sparse":
+    def _set_mode_of_step(self, step: int) -> None:
+        k = trained_k(self.config, self._phase, step)
+        if k is not None:
             self.model.set_mode("sparse", k)
-            if self.model.ffns[0].chooses_all:
-                # The same function, which is compiled for dense phases already.
-                self.model.set_mode("dense")
+        if k is None or self.model.ffns[0].chooses_all:
+            # All experts are the same function, which is compiled for dense phases already.
+            self.model.set_mode("dense")
 
     def on_fit_start(self) -> None:
         if self._adds_up:
@@ -129,9 +135,8 @@ class Pretraining(LightningModule):
                     parameter.grad = parameter.grad.clone()
 
     def on_after_backward(self) -> None:
-        if self._phase_mode == "sparse":
-            # What follows, monitors or a validation, is of the schedule's k, though the step may have run all experts.
-            self.model.set_mode("sparse", top_k_at(self.config, self.global_step))
+        # What follows, monitors or a validation, is of the phase.
+        self._set_mode_of_phase()
         if self._sums is not None:
             self._sums.finish()
 
@@ -162,7 +167,7 @@ class Pretraining(LightningModule):
         Never compiled; gradients are those of this process alone.
         """
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
-        self._set_top_k(trained_k(self.config, step))
+        self._set_mode_of_step(step)
         for piece in self._in_pieces(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)):
             with torch.compiler.set_stance("force_eager"):
                 total = self._total(*self._losses(piece))

@@ -174,7 +174,7 @@ class PhaseSwitch(Callback):
 
     def _begin(self, trainer: Trainer, module: Pretraining) -> None:
         """Set the phase's mode and call the callbacks."""
-        module.begin_phase("sparse" if self.phase.mode == "sparse" else "dense")
+        module.begin_phase(self.phase)
         for callback in _phase_callbacks(trainer):
             callback.on_phase_start(trainer, module, self.phase)
         self._began = None if self._seconds else time.time()

@@ -9,6 +9,7 @@ posthoc   moefy, on another run's final model
 ssd and posthoc may end with a phase `router`, which trains only the router.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +22,8 @@ from ssd_lit.paths import phase_name
 from ssd_lit.records import PhaseRecord, Totals
 
 PhaseMode = Literal["dense", "sparse", "moefy", "router"]
+BUDGET = "budget"
+"""Why the last phase of steps ends: there are no more."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Phase:
     @property
     def name(self) -> str:
         return phase_name(self.index, self.mode)
+
+    @property
+    def is_last_dense(self) -> bool:
+        """Whether all steps that are left are this dense phase's."""
+        return self.mode == "dense" and self.at_max == BUDGET
 
     def ended_by(self, steps: int, similarity: float | None) -> str | None:
         """Why the phase ends after `steps` of its own, or None; `similarity` of a check at this step, if any."""
@@ -78,13 +86,13 @@ def next_phase(config: RunConfig, history: Sequence[PhaseRecord]) -> Phase | Non
     """The phase that follows `history`, None after the last."""
     match config.method:
         case "dense":
-            return None if history else _dense(config, history, config.training.steps, "budget")
+            return None if history else _dense(config, history, config.training.steps, BUDGET)
         case "posthoc":
             return _router(config, history) if history else _moefy(history)
         case "sparse" | "upcycle":
             if not history:
                 return _moefy(history)
-            return _sparse(history, config.training.steps, "budget") if len(history) == 1 else None
+            return _sparse(history, config.training.steps, BUDGET) if len(history) == 1 else None
         case "ssd" if config.switching.switch_points is not None:
             return _next_of_fixed(config, history, config.switching.switch_points)
         case "ssd":
@@ -102,7 +110,7 @@ def _next_of_adaptive(config: RunConfig, history: Sequence[PhaseRecord]) -> Phas
         return _dense(config, history, s.warmup_max_steps, "ceiling", s.warmup_min_steps)
     match history[-1].mode:
         case "sparse" if sparse_left <= 0 or before_final <= s.dense_min_steps:
-            return _dense(config, history, left, "budget")
+            return _dense(config, history, left, BUDGET)
         case "sparse":
             # At least one step must be left for the sparse phase after it.
             ceiling = min(s.dense_max_steps, before_final - 1)
@@ -124,7 +132,7 @@ def _next_of_fixed(config: RunConfig, history: Sequence[PhaseRecord], points: Se
     if done == config.training.steps:
         return _router(config, history)
     index = next(i for i, end in enumerate(ends) if end > done)
-    steps, at_max = ends[index] - done, "budget" if index == len(points) else "switch point"
+    steps, at_max = ends[index] - done, BUDGET if index == len(points) else "switch point"
     # Dense and sparse in turn, dense first.
     return _sparse(history, steps, at_max) if index % 2 else _dense(config, history, steps, at_max)
 
@@ -156,10 +164,17 @@ def _steps_done(history: Sequence[PhaseRecord]) -> int:
     return history[-1].last_step if history else 0
 
 
-def trained_k(config: RunConfig, step: int) -> int:
-    """The experts that a global step (0-based) of a sparse phase trains: all, every so many steps, else `top_k_at`."""
-    every = config.moe.k_schedule.all_every
-    return config.moe.experts if every is not None and step % every == 0 else top_k_at(config, step)
+def trained_k(config: RunConfig, phase: Phase, step: int) -> int | None:
+    """The experts a token with which a phase takes a global step (0-based); None for a dense step.
+
+    In a sparse phase `top_k_at`, and every so many steps all of them; in the last dense phase of SSD none, or every so
+    many steps `top_k_at`.
+    """
+    if phase.mode == "sparse":
+        every = config.moe.k_schedule.all_every
+        return config.moe.experts if every is not None and step % every == 0 else top_k_at(config, step)
+    every = config.switching.final_sparse_every if config.method == "ssd" and phase.is_last_dense else None
+    return top_k_at(config, step) if every is not None and step % every == 0 else None
 
 
 def top_k_at(config: RunConfig, step: int) -> int:
@@ -174,11 +189,12 @@ def top_k_at(config: RunConfig, step: int) -> int:
 def phase_flops(config: RunConfig, phase: Phase, costs: Costs, step: int, since: int | None = None) -> float:
     """Training FLOPs of a phase up to the global step `step`, from its first step or from `since` on."""
     steps = range(phase.first_step if since is None else since, step)
-    if phase.mode == "dense":
-        blocks = len(steps) * costs.dense()
-    else:
-        copies = config.method == "upcycle"
-        blocks = sum(costs.sparse(config.moe, trained_k(config, step), upcycled=copies) for step in steps)
+    ks = Counter(trained_k(config, phase, step) for step in steps)
+    copies = config.method == "upcycle"
+    blocks = sum(
+        count * (costs.dense() if k is None else costs.sparse(config.moe, k, upcycled=copies))
+        for k, count in ks.items()
+    )
     return config.training.batch_size * blocks
 
 
