@@ -17,7 +17,7 @@ from ssd_lit.config import (
     load_resolved,
     load_run,
 )
-from ssd_lit.config.effects import RULES
+from ssd_lit.config.effects import RULES, digest_of
 from ssd_lit.config.experiment import Experiment
 from ssd_lit.paths import write_configs
 from tests.conftest import tiny_experiment
@@ -154,3 +154,24 @@ def test_what_models_are_tried_on_must_be_there_before_work_and_may_be_gone_afte
     for reads in (lambda: load_experiment(path), lambda: load_downstream(tmp_path / "downstream.yaml")):
         with pytest.raises(ConfigError, match=rf"downstream\.blimp: no file or folder '{pairs}'"):
             reads()
+
+
+def test_the_digest_is_of_what_decides_a_runs_numbers(tmp_path: Path) -> None:
+    def digests(**content: Any) -> dict[str, str]:
+        return {run.arm: digest_of(run) for run in load_experiment(experiment(tmp_path, **content)).runs()}
+
+    before = digests()
+    assert len(set(before.values())) == len(ARMS)
+    for same in (
+        {"arms": {"ssd": {"label": "Ours"}}}, {"training": {"devices": 2}}, {"training": {"checkpoint_every": 7}},
+    ):  # fmt: skip
+        assert digests(**same) == before
+    # A changed setting is told from the one before by the arms that read it, and by no others.
+    for content, arms in (
+        ({"switching": {"tau": 0.123}}, {"ssd"}),
+        ({"switching": {"final_sparse_every": 3}}, {"ssd"}),
+        ({"moe": {"top_k": 1}}, set(ARMS) - {"dense"}),
+        ({"optim": {"beta2": 0.9}}, set(ARMS) - {"posthoc"}),
+        ({"training": {"devices": 2, "shard": True}}, set(ARMS) - {"posthoc"}),
+    ):
+        assert {arm for arm, digest in digests(**content).items() if digest != before[arm]} == arms

@@ -113,6 +113,14 @@ def test_ranks_read_each_validation_block_once(corpus: Path, world_size: int) ->
     assert sorted(read) == sorted(tuple(blocks[block]["inputs"].tolist()) for block in spread_blocks(len(blocks), 10))
 
 
+@pytest.mark.parametrize("blocks", [2, 5, 7])
+def test_in_step_every_rank_has_as_many_validation_batches(corpus: Path, blocks: int) -> None:
+    modules = ranks(corpus, 2, validation_blocks=blocks, micro_batch_size=1, in_step=True)
+    batches = [[batch["inputs"] for batch in module.val_dataloader()] for module in modules]
+    assert [len(one) for one in batches] == [blocks // 2] * 2
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
 def test_batch_that_devices_do_not_divide(corpus: Path) -> None:
     with pytest.raises(ValueError, match="batch_size 4 is not divisible by the 3 devices"):
         ranks(corpus, 3)[0].train_dataloader()

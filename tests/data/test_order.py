@@ -30,6 +30,12 @@ def test_started_at_a_step_equals_the_tail(start: int) -> None:
     assert steps(10, start_step=start) == steps(start + 10)[start:]
 
 
+@pytest.mark.parametrize("first", [1, 8, 23, 50])
+def test_the_text_after_some_blocks_is_the_tail(first: int) -> None:
+    whole = list(chain.from_iterable(steps(40)))
+    assert list(chain.from_iterable(steps(9, batch_size=6, first_block=first))) == whole[first : first + 54]
+
+
 def test_a_step_can_be_asked_for_in_any_order() -> None:
     batches, order = steps(20), [13, 2, 19, 3]
     sampler = StepBatchSampler(23, 4, seed=7)

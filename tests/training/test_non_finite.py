@@ -16,6 +16,7 @@ from torch import Tensor
 from ssd_lit.cli import main
 from ssd_lit.data.objectives import Batch
 from ssd_lit.moe.ffn import ExpertFFN
+from ssd_lit.support import signals
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.module import Pretraining
 from tests.conftest import Bench
@@ -118,6 +119,28 @@ def test_a_run_that_diverges_tells_where_before_any_checkpoint(
     told = train(bench, capsys)
     assert "step 2 is not finite, first in the output of backbone.transformer" in told
     assert "no checkpoint yet" in told
+    assert not list(bench.dir("dense").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(("stopped", "check_every"), [(True, 40), (False, BAD)], ids=["signal", "similarity"])
+def test_weights_that_overflowed_are_not_saved_at_a_step_that_is_not_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stopped: bool, check_every: int
+) -> None:
+    ends = Pretraining.on_train_batch_end
+
+    def overflow(module: Pretraining, *arguments: Any) -> None:
+        ends(module, *arguments)
+        if module.global_step == BAD - 1:
+            module.model.ffns[1].w_in.data[0, 0] = torch.inf
+            if stopped:
+                monkeypatch.setattr(signals, "pending", lambda: "SIGTERM")
+
+    monkeypatch.setattr(Pretraining, "on_train_batch_end", overflow)
+    training = {**TRAINING, "log_every": 10, "checkpoint_every": 30, "validate_every": 30}
+    arms = {"dense": {"method": "dense", "switching": {"check_every": check_every}}}
+    bench = Bench(tmp_path, training=training, arms=arms)
+    told = train(bench, capsys)
+    assert told.startswith(f"dense-seed0 00-dense: step {BAD} is not finite, first in the ")
     assert not list(bench.dir("dense").rglob("*.ckpt"))
 
 

@@ -292,6 +292,22 @@ def test_a_config_changed_after_an_interruption_starts_the_run_anew(tmp_path: Pa
     assert curves(alone.dir("dense")) == curves(run)
 
 
+def test_from_a_phase_with_other_settings_the_run_is_made_anew(tmp_path: Path) -> None:
+    training = {"steps": 40, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 6,
+                "checkpoint_every": 50, "keep_phases": True}  # fmt: skip
+    arms = {"ssd": {"method": "ssd", "switching": {"switch_points": [8, 12, 16, 28]}}}
+    for name in ("changed", "alone"):
+        (tmp_path / name).mkdir()
+    bench = Bench(tmp_path / "changed", training=training, arms=arms)
+    bench.phases("ssd")
+    run = bench.dir("ssd")
+    # What was kept before the phase is of the other learning rate.
+    bench.stage("train", run, "optim.lr=0.0003", "--from", "05-sparse", "--until", "sparse_phases", "--threads", "1")
+    alone = Bench(tmp_path / "alone", training=training, arms=arms, optim={"lr": 3e-4, "warmup_steps": 3})
+    alone.phases("ssd")
+    assert curves(alone.dir("ssd")) == curves(run)
+
+
 def test_a_run_of_another_method_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
     bench = Bench(tmp_path, arms={"one": {"method": "ssd"}})
     bench.phases("one")

@@ -24,7 +24,11 @@ SWITCHING = {"tau": 0.9, "check_every": 4, "sparse_fraction": 0.4, "warmup_min_s
              "sparse_steps": 6, "dense_min_steps": 2, "dense_max_steps": 4, "final_dense_steps": 8}  # fmt: skip
 TRAINING = {"steps": 32, "batch_size": 4, "log_every": 3, "validate_every": 10, "validation_blocks": 8,
             "checkpoint_every": 4}  # fmt: skip
-ARMS = {"ssd": {"method": "ssd"}, "gate": {"method": "sparse", "moe": {"router": "gate", "balance_weight": 0.5}}}
+ARMS = {
+    "ssd": {"method": "ssd"}, "gate": {"method": "sparse", "moe": {"router": "gate", "balance_weight": 0.5}},
+    # Another tau: else the two would share their warm-up.
+    "routed": {"method": "ssd", "moe": {"posthoc_router": "centers", "router_steps": 20}, "switching": {"tau": 0.95}},
+}  # fmt: skip
 CURVES = ("train/loss", "train/lr", "train/flops", "validation/loss", "activation/active_ratio/layer_01")
 
 
@@ -65,7 +69,10 @@ def assert_alike(plain: Bench, other: Bench, arm: str) -> None:
 def test_pieces_of_a_batch_and_activations_computed_again_change_nothing(
     plain: Bench, tmp_path: Path, arm: str
 ) -> None:
-    """The load-balancing loss of a learned router is that of the whole batch, not the mean of those of its pieces."""
+    """The load-balancing loss of a learned router is that of the whole batch, not the mean of those of its pieces.
+
+    A router is trained behind the model in pieces too.
+    """
     pieces = bench(tmp_path / "pieces", micro_batch_size=2, activation_checkpointing=True)
     pieces.phases(arm)
     assert_alike(plain, pieces, arm)

@@ -207,9 +207,9 @@ class TrainingConfig(Section):
     """Steps between snapshots of the weights, from which pairs of moments are compared; null keeps none."""
 
 
-PLACEMENT = ("devices", "nodes", "shard", "micro_batch_size", "activation_checkpointing")
+PLACEMENT = ("devices", "nodes", "micro_batch_size", "activation_checkpointing")
 """Keys of the section training that say how the work is spread: a run goes on with others, but for rounding and for the
-noise of masks and dropout, which every process draws for its own part."""
+noise of masks and dropout, which every process draws for its own part. Not `shard`: its checkpoints are others."""
 KEEPING = ("checkpoint_every", "checkpoint_minutes", "workers")
 """Keys of the section training that decide no number of a run: how often it is saved, and who reads its batches."""
 

@@ -76,14 +76,22 @@ class StepBatchSampler(Sampler[list[int]]):
     """An endless batch sampler: the blocks of each step, from `start_step` on.
 
     All epochs, each with its own permutation of the blocks, form one endless sequence; step n takes batch_size places
-    from n * batch_size on. So a batch may span two epochs, and every epoch reads each block once. Each rank takes its
-    own slice of every batch.
+    from first_block + n * batch_size on. So a batch may span two epochs, and every epoch reads each block once. Each
+    rank takes its own slice of every batch.
 
     Raises ValueError if batch_size is not divisible by world_size, or if there are no blocks.
     """
 
     def __init__(
-        self, n_blocks: int, batch_size: int, seed: int, start_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        n_blocks: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        first_block: int = 0,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} is not divisible by the {world_size} devices")
@@ -93,6 +101,7 @@ class StepBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.seed = seed
         self.start_step = start_step
+        self.first_block = first_block
         self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._epoch = -1
         self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -102,8 +111,8 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def batch(self, step: int) -> list[int]:
         """This rank's blocks of a step."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)[self._slice]
-        return [self._block(place) for place in places]
+        first = self.first_block + step * self.batch_size
+        return [self._block(place) for place in range(first, first + self.batch_size)[self._slice]]
 
     def _block(self, place: int) -> int:
         epoch, position = divmod(place, self.n_blocks)

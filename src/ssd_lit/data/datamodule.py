@@ -20,8 +20,10 @@ class TokenData(LightningDataModule):
 
     A batch is {"inputs": [B, S], "targets": [B, S]}, int64; `batch_size` is B over all devices, each of which reads
     its own part. Validation batches have `micro_batch_size` blocks at most; they also have "noise"
-    [B, S, noise_per_token] if the objective needs it. The first `skipped_steps` batches are left out. The trainer needs
-    use_distributed_sampler=False and no gradient accumulation of its own, as one training batch is one global step.
+    [B, S, noise_per_token] if the objective needs it. The first `first_block` blocks of the endless order are left out.
+    With `in_step` all devices have as many validation batches, for a model whose parts they gather together. The
+    trainer needs use_distributed_sampler=False and no gradient accumulation of its own, as one training batch is one
+    global step.
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class TokenData(LightningDataModule):
         seed: int,
         workers: int,
         noise_per_token: int = 0,
-        skipped_steps: int = 0,
+        first_block: int = 0,
+        in_step: bool = False,
     ) -> None:
         super().__init__()
         self.tokens_dir = tokens_dir
@@ -44,7 +47,8 @@ class TokenData(LightningDataModule):
         self.seed = seed
         self.workers = workers
         self.noise_per_token = noise_per_token
-        self.skipped_steps = skipped_steps
+        self.first_block = first_block
+        self.in_step = in_step
 
     @classmethod
     def of_run(
@@ -54,7 +58,7 @@ class TokenData(LightningDataModule):
         noise_per_token: int,
         *,
         micro_batch_size: int,
-        skipped_steps: int = 0,
+        first_block: int = 0,
     ) -> "TokenData":
         """From the config of a run."""
         return cls(
@@ -65,21 +69,27 @@ class TokenData(LightningDataModule):
             seed=config.seed,
             workers=config.training.workers,
             noise_per_token=noise_per_token,
-            skipped_steps=skipped_steps,
+            first_block=first_block,
+            in_step=config.training.shard,
         )
 
     def train_dataloader(self) -> Batches:
         """Endless, from the trainer's global step on. Raises ValueError if B is not divisible by the devices."""
         blocks = TokenBlocks(self.tokens_dir, "train")
         rank, world_size = self._place()
-        start = self.skipped_steps + (self.trainer.global_step if self.trainer else 0)
-        return self._loader(blocks, StepBatchSampler(len(blocks), self.batch_size, self.seed, start, rank, world_size))
+        start = self.trainer.global_step if self.trainer else 0
+        order = StepBatchSampler(
+            len(blocks), self.batch_size, self.seed, start, rank, world_size, first_block=self.first_block
+        )
+        return self._loader(blocks, order)
 
     def train_batch(self, step: int) -> dict[str, Tensor]:
         """This device's part of the batch of a global step."""
         blocks = TokenBlocks(self.tokens_dir, "train")
-        order = StepBatchSampler(len(blocks), self.batch_size, self.seed, 0, *self._place())
-        batch: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(self.skipped_steps + step)))
+        order = StepBatchSampler(
+            len(blocks), self.batch_size, self.seed, 0, *self._place(), first_block=self.first_block
+        )
+        batch: dict[str, Tensor] = default_collate(blocks.__getitems__(order.batch(step)))
         return batch
 
     def val_dataloader(self) -> Batches:
@@ -92,7 +102,10 @@ class TokenData(LightningDataModule):
         chosen = spread_blocks(len(blocks), self.validation_blocks)
         if len(chosen) < world_size:
             raise ValueError(f"{len(chosen)} validation blocks are too few for {world_size} devices")
-        return self._loader(blocks, in_batches(chosen[rank::world_size], self.micro_batch_size))
+        own = chosen[rank::world_size]
+        # Blocks that not every device has are left out, where one would wait for the others in vain.
+        own = own[: len(chosen) // world_size] if self.in_step else own
+        return self._loader(blocks, in_batches(own, self.micro_batch_size))
 
     def _place(self) -> tuple[int, int]:
         """(rank, world size) of this process."""

@@ -15,6 +15,7 @@ from ssd_lit.data.index import VocabInfo
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.family import family
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.support.processes import this_process
 
 MEMORY_FRACTION = 0.95
 """Fraction of a GPU's memory that training may take by the estimate (docs/performance.md, "Several GPUs")."""
@@ -124,6 +125,25 @@ def largest_micro_batch(config: RunConfig, vocab: VocabInfo, memory: float) -> i
     whole = config.training.local_batch_size
     sizes = [n for n in range(1, whole + 1) if whole % n == 0]
     return max([n for n in sizes if memory_of_device(config, vocab, n) <= MEMORY_FRACTION * memory], default=1)
+
+
+def blocks_at_once(config: RunConfig, vocab: VocabInfo) -> int:
+    """The blocks that a device of this machine computes at once: the config's, else the most whose memory it has.
+
+    Raises ValueError if the machine has too few GPUs.
+    """
+    training = config.training
+    if not torch.cuda.is_available():
+        return training.micro_batch_size or training.local_batch_size
+    if training.devices > torch.cuda.device_count():
+        raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    if training.micro_batch_size is not None:
+        return training.micro_batch_size
+    memory, whole = torch.cuda.get_device_properties(0).total_memory, training.local_batch_size
+    size = largest_micro_batch(config, vocab, memory)
+    if size < whole and this_process().is_first:
+        print(f"{config.name}: {size} of {whole} blocks at once, for {memory / 2**30:.0f} GiB", flush=True)
+    return size
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def _train_as_first(
     stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
     with exclusive(run.folder, f"train to {last}"), noting_end(run.folder, "train"):
-        resume_step = _remove_stale(run) if start is None else _remove_from(run, start, stages)
+        resume_step = _remove_stale(run)
+        if start is not None and resume_step is None:  # else all is made anew
+            resume_step = _remove_from(run, start, stages)
         _restore_stage_records(run)
         missing = [stage for stage in stages if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -169,8 +169,12 @@ class RollingCheckpoint(Callback):
     that is due by the clock, at the steps at which they wait for each other anyway, those that are logged or validated.
     """
 
-    def __init__(self, checkpoints: Checkpoints, training: TrainingConfig):
+    def __init__(
+        self, checkpoints: Checkpoints, training: TrainingConfig, check: Callable[[Trainer, Pretraining], None]
+    ):
+        """`check` raises an error for a state that must not be saved."""
         self._checkpoints = checkpoints
+        self._check = check
         self._writer = checkpoints.writer
         self._training = training
         self._saved_at = time.monotonic()
@@ -186,16 +190,16 @@ class RollingCheckpoint(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         if not (trainer.should_stop or trainer.global_step % self._training.validate_every == 0):
-            self._close_step(trainer, agree=trainer.global_step % self._training.log_every == 0)
+            self._close_step(trainer, module, agree=trainer.global_step % self._training.log_every == 0)
 
     def on_validation_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         if not trainer.should_stop:  # the stage's own checkpoint was saved
-            self._close_step(trainer, agree=True)
+            self._close_step(trainer, module, agree=True)
 
     def on_train_end(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         signals.raise_on_signal()
 
-    def _close_step(self, trainer: Trainer, *, agree: bool) -> None:
+    def _close_step(self, trainer: Trainer, module: Pretraining, *, agree: bool) -> None:
         training, several = self._training, trainer.world_size > 1
         self._overdue |= trainer.global_step % training.checkpoint_every == 0
         minutes = training.checkpoint_minutes
@@ -207,6 +211,7 @@ class RollingCheckpoint(Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
             due = trainer.strategy.broadcast(due and not self._writer.is_busy)
         if stop or (due and (several or not self._writer.is_busy)):
+            self._check(trainer, module)
             self._checkpoints.roll(trainer)
             self._saved_at, self._overdue = time.monotonic(), False
         if stop:

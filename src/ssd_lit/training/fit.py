@@ -23,7 +23,7 @@ from ssd_lit.data.datamodule import TokenData
 from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import Costs, forward_costs
 from ssd_lit.models.language_model import LanguageModel
-from ssd_lit.models.memory import largest_micro_batch
+from ssd_lit.models.memory import blocks_at_once
 from ssd_lit.moe.backends import Activation, choose_backend, fastest_backend
 from ssd_lit.run import Run
 from ssd_lit.support.processes import this_process
@@ -52,7 +52,7 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
     Fitting starts a process for each further device. Raises ValueError if the machine has too few GPUs.
     """
     config, training = run.config, run.config.training
-    meter = ThroughputLogger(switch, costs)
+    meter, non_finite = ThroughputLogger(switch, costs), NonFinite(switch)
     snapshots = [Snapshots(run.folder, training.snapshot_every)] if training.snapshot_every else []
     trainer = Trainer(
         max_epochs=-1,  # only the phase switch ends the training
@@ -72,13 +72,13 @@ def build_trainer(run: Run, switch: PhaseSwitch, costs: Costs, recorder: Recorde
             # ends is validated after the step; there too the switch comes first and saving last.
             switch,
             ActivationMonitor(config.name, training.log_every),
-            NonFinite(switch),
+            non_finite,
             SwitchLossLogger(switch),
             meter,
             Progress(switch, meter),
             *([StageReporter(switch, recorder)] if recorder is not None else []),
             *snapshots,
-            RollingCheckpoint(switch.checkpoints, training),
+            RollingCheckpoint(switch.checkpoints, training, non_finite.check),
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -137,11 +137,11 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
         load_weights(model, read_checkpoint(start.checkpoint))
     objective = build_objective(model.objective_name, run.vocab)
     elsewhere = spent_elsewhere(run)
-    micro_batch_size = _micro_batch_size(run)
+    micro_batch_size = blocks_at_once(config, run.vocab)
     data = TokenData.of_run(
         config, run.tokens, objective.noise_per_token, micro_batch_size=micro_batch_size,
         # Reads on from the data position of the run that this one starts from, in the same order.
-        skipped_steps=elsewhere.steps,
+        first_block=elsewhere.tokens // config.data.sequence_length,
     )  # fmt: skip
     costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
     backend = _backend(config, model, micro_batch_size)
@@ -170,25 +170,6 @@ def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str,
         # The measurements that follow run in this process only.
         torch.distributed.destroy_process_group()
     return switch
-
-
-def _micro_batch_size(run: Run) -> int:
-    """The blocks that a device computes at once: the config's, else the most whose estimated memory it has.
-
-    Raises ValueError if the machine has too few GPUs.
-    """
-    config, training = run.config, run.config.training
-    if not torch.cuda.is_available():
-        return training.micro_batch_size or training.local_batch_size
-    if training.devices > torch.cuda.device_count():
-        raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    if training.micro_batch_size is not None:
-        return training.micro_batch_size
-    memory, whole = torch.cuda.get_device_properties(0).total_memory, training.local_batch_size
-    size = largest_micro_batch(config, run.vocab, memory)
-    if size < whole and this_process().is_first:
-        print(f"{config.name}: {size} of {whole} blocks at once, for {memory / 2**30:.0f} GiB", flush=True)
-    return size
 
 
 def _backend(config: RunConfig, model: LanguageModel, micro_batch_size: int) -> str:

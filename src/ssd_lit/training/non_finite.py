@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 class NonFinite(Callback):
     """Ends a run whose numbers are not finite with a one-line error, and reports updates that were left out.
 
-    Checks the steps at which the host waits for the device anyway: those that are logged, validated or saved. Must run
-    after callbacks that only queue work and before any that sync or save.
+    Checks the steps at which the host waits for the device anyway: those that are logged, validated, saved or compared
+    with others. Must run after callbacks that only queue work and before any that sync or save; who saves at another
+    step calls `check`.
     """
 
     state_key = "NonFinite"
@@ -33,6 +34,8 @@ class NonFinite(Callback):
         self._guard: NonFiniteGuard | None = None
         training = switch.run.config.training
         self._every = [training.log_every, training.checkpoint_every, training.validate_every]
+        self._every += [switch.run.config.switching.check_every]
+        self._checked = -1
         self._every += [training.snapshot_every] if training.snapshot_every else []
         self._counts = LeftOut()
 
@@ -42,8 +45,15 @@ class NonFinite(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        if self._switch.ended_by is None and all(step % every for every in self._every):
+        if self._switch.ended_by is not None or any(step % every == 0 for every in self._every):
+            self.check(trainer, module)
+
+    def check(self, trainer: Trainer, module: Pretraining) -> None:
+        """Raise ValueError, in all processes, if the numbers of the step just done are not finite; once a step."""
+        step = trainer.global_step
+        if step == self._checked:
             return
+        self._checked = step
         before, self._counts = self._counts, module.guard.read()
         if self._counts.row >= module.guard.limit:
             raise ValueError(self._message(_first_non_finite(module, self._counts.step)))

@@ -96,7 +96,10 @@ class PhaseSwitch(Callback):
         similarity = None
         if self.phase.mode == "dense" and step % self.run.config.switching.check_every == 0:
             if _computes(trainer):
-                similarity = self.tracker.update(whole(ffn.gating_weight) for ffn in module.model.ffns)
+                weights = [whole(ffn.gating_weight) for ffn in module.model.ffns]
+                # Of others nothing can be said: `NonFinite` ends the run, later in this step.
+                if all(bool(weight.isfinite().all()) for weight in weights):
+                    similarity = self.tracker.update(weights)
             # One process decides for all, and its clusterings are in the checkpoint.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:

@@ -1,5 +1,6 @@
 """Training the post-hoc routers of a finished model, all other weights frozen."""
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.models.memory import blocks_at_once
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.names import PosthocRouter
 from ssd_lit.paths import checkpoint_path
@@ -46,10 +48,12 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
     model = build_model(config, run.vocab, router=config.moe.posthoc_router, read_weights=False)
     load_beside_routers(model, read_checkpoint(run.checkpoint(before)))
     model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
-    examples = tqdm(
-        _examples(run, model), desc=f"{config.name} router", total=config.moe.router_steps, unit="step", disable=None
+    at_once = blocks_at_once(config, run.vocab)
+    losses = fit_routers(
+        model.ffns, _examples(run, model, at_once), config.moe, pieces=config.training.batch_size // at_once
     )
-    for step, loss in enumerate(fit_routers(model.ffns, examples, config.moe)):
+    steps = tqdm(losses, desc=f"{config.name} router", total=config.moe.router_steps, unit="step", disable=None)
+    for step, loss in enumerate(steps):
         if step % config.training.log_every == 0:
             recorder.log(history[-1].last_step + step, {"router/loss": loss.item()})
     # The frozen model's outputs are finite: only the routers can diverge.
@@ -69,10 +73,13 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
     return record
 
 
-def fit_routers(ffns: Sequence[ExpertFFN], examples: Iterable[Sequence[Example]], moe: MoEConfig) -> Iterator[Tensor]:
+def fit_routers(
+    ffns: Sequence[ExpertFFN], examples: Iterable[Sequence[Example]], moe: MoEConfig, *, pieces: int = 1
+) -> Iterator[Tensor]:
     """Train the routers of some FFNs for `moe.router_steps` steps; yields the loss of every step.
 
-    An element of `examples` is the batch of a step: one `Example` for every FFN.
+    An element of `examples` has one `Example` for every FFN; the batch of a step is so many `pieces` of them, of as
+    many tokens each.
     """
     kind = moe.posthoc_router
     assert kind is not None, "there is no router to train"
@@ -81,14 +88,18 @@ def fit_routers(ffns: Sequence[ExpertFFN], examples: Iterable[Sequence[Example]]
     parameters = [p.requires_grad_() for ffn in ffns for p in ffn.router.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=moe.router_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, moe.router_steps)
-    for _, batch in zip(range(moe.router_steps), examples, strict=False):
-        losses = [router_loss(ffn.router(x), target, kind) for ffn, (x, target) in zip(ffns, batch, strict=True)]
-        loss = torch.stack(losses).mean()
+    following = iter(examples)
+    for _ in range(moe.router_steps):
         optimizer.zero_grad()
-        loss.backward()
+        total = torch.zeros((), device=parameters[0].device)
+        for piece in itertools.islice(following, pieces):
+            losses = [router_loss(ffn.router(x), target, kind) for ffn, (x, target) in zip(ffns, piece, strict=True)]
+            loss = torch.stack(losses).mean() / pieces
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
         schedule.step()
-        yield loss.detach()
+        yield total
 
 
 @torch.no_grad()
@@ -113,8 +124,8 @@ def router_loss(scores: Tensor, contributed: Tensor, kind: PosthocRouter) -> Ten
     return F.cross_entropy(scores.clamp_min(1e-6).log(), contributed)
 
 
-def _examples(run: Run, model: LanguageModel) -> Iterator[list[Example]]:
-    """The examples of every step, without end, from the training split's first batch on.
+def _examples(run: Run, model: LanguageModel, at_once: int) -> Iterator[list[Example]]:
+    """The examples of every step, without end, from the training split's first batch on, of so many blocks at once.
 
     The frozen model computes them in the precision in which it was trained.
     """
@@ -128,7 +139,9 @@ def _examples(run: Run, model: LanguageModel) -> Iterator[list[Example]]:
         batch = {name: x.to(device) for name, x in rows.items()}
         generator = torch.Generator(device).manual_seed(config.seed + step)
         noise = torch.rand(*batch["inputs"].shape, objective.noise_per_token, generator=generator, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-            inputs = ffn_inputs(model, objective(batch, noise))
-            made = [contributions(ffn, x, kind) for ffn, x in zip(model.ffns, inputs, strict=True)]
-        yield [(x.float(), contributed.float()) for x, contributed in zip(inputs, made, strict=True)]
+        posed = objective(batch, noise)
+        for piece in zip(*(value.split(at_once) for value in posed.values()), strict=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+                inputs = ffn_inputs(model, dict(zip(posed, piece, strict=True)))
+                made = [contributions(ffn, x, kind) for ffn, x in zip(model.ffns, inputs, strict=True)]
+            yield [(x.float(), contributed.float()) for x, contributed in zip(inputs, made, strict=True)]

@@ -21,7 +21,9 @@ CHUNK = 2**24
 def unsealed_folder(path: Path) -> Path:
     """A new temporary folder beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    folder.chmod(0o755)
+    return folder
 
 
 def seal(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,6 +12,14 @@ from ssd_lit.models.flops import PEAK_FLOPS, Costs
 from ssd_lit.training.module import Pretraining
 from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase, phase_flops
+
+
+class Point(NamedTuple):
+    """A global step, and what the phase had cost by then."""
+
+    step: int
+    seconds: float
+    flops: float
 
 
 class ThroughputLogger(PhaseCallback):
@@ -26,56 +34,54 @@ class ThroughputLogger(PhaseCallback):
         self._switch = switch
         self._config = switch.run.config
         self._costs = costs
-        self._flops = 0.0
-        """FLOPs of the phase."""
+        self._point = Point(0, 0.0, 0.0)
+        """The last that was logged."""
         self._peak: float | None = None
-        self._since = 0.0
-        """Seconds of the phase at the last logged step."""
-        self._steps = 0
-        """Steps since the last logged one."""
 
     def on_train_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         if module.device.type == "cuda" and self._config.training.precision == "bf16":
             self._peak = PEAK_FLOPS.get(torch.cuda.get_device_name(module.device))
 
     def on_phase_start(self, trainer: Trainer, module: Pretraining, phase: Phase) -> None:
-        self._flops = phase_flops(self._config, phase, self._costs, trainer.global_step)
-        self._since, self._steps = self._switch.elapsed(), 0
+        step = trainer.global_step
+        self._point = Point(step, self._switch.elapsed(), phase_flops(self._config, phase, self._costs, step))
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
-        step, phase, training = trainer.global_step, self._switch.phase, self._config.training
-        step_flops = phase_flops(self._config, phase, self._costs, step, since=step - 1)
-        self._flops += step_flops
-        self._steps += 1
+        step, training = trainer.global_step, self._config.training
         if self._switch.ended_by is None and step % training.log_every:
             return
         loss = module.take_train_loss()
-        now = self._switch.elapsed()
+        before, self._point = self._point, self._now(step)
+        seconds = self._point.seconds - before.seconds
         step_tokens = training.batch_size * self._config.data.sequence_length
-        rate = self._steps * step_tokens / (now - self._since)
-        self._steps, self._since = 0, now
         self.last = {
             "train/loss": loss,
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/tokens_per_second": rate,
-            **self._costs_so_far(trainer.global_step, now),
+            "train/tokens_per_second": (step - before.step) * step_tokens / seconds,
+            **self._costs_by(self._point),
         }
         if self._peak is not None:
-            self.last["train/mfu"] = rate * step_flops / step_tokens / (self._peak * trainer.world_size)
+            done = (self._point.flops - before.flops) / seconds
+            self.last["train/mfu"] = done / (self._peak * trainer.world_size)
         module.record(self.last)
 
     def on_validation_start(self, trainer: Trainer, module: Pretraining) -> None:  # type: ignore[override]
         # At every step with a validation loss, so that it can be drawn over each of them.
-        module.record(self._costs_so_far(trainer.global_step, self._switch.elapsed()))
+        module.record(self._costs_by(self._now(trainer.global_step)))
 
-    def _costs_so_far(self, step: int, elapsed: float) -> dict[str, float]:
-        """What the run has cost, `elapsed` seconds into the phase."""
+    def _now(self, step: int) -> Point:
+        last, phase = self._point, self._switch.phase
+        spent = phase_flops(self._config, phase, self._costs, step, since=last.step)
+        return Point(step, self._switch.elapsed(), last.flops + spent)
+
+    def _costs_by(self, point: Point) -> dict[str, float]:
+        """What the run has cost by a point in the phase."""
         before, config = self._switch.before, self._config
         step_tokens = config.training.batch_size * config.data.sequence_length
         return {
-            "train/tokens": before.tokens + (step - self._switch.phase.first_step) * step_tokens,
-            "train/flops": before.flops + self._flops,
-            "train/seconds": before.seconds + elapsed,
+            "train/tokens": before.tokens + (point.step - self._switch.phase.first_step) * step_tokens,
+            "train/flops": before.flops + point.flops,
+            "train/seconds": before.seconds + point.seconds,
         }
 
 
