@@ -145,8 +145,19 @@ def test_lengths_of_phases_follow_the_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [600, 4600, 100_000])
-def test_half_of_all_steps_are_sparse_by_default(tmp_path: Path, steps: int) -> None:
-    path = tiny_experiment(tmp_path, switching={}, arms={"ssd": {"method": "ssd"}})
+@pytest.mark.parametrize("fraction", [None, 0.3, 0.5, 0.7, 0.85])
+def test_as_many_steps_are_sparse_as_asked_and_half_by_default(
+    tmp_path: Path, steps: int, fraction: float | None
+) -> None:
+    given = {} if fraction is None else {"sparse_fraction": fraction}
+    path = tiny_experiment(tmp_path, switching=given, arms={"ssd": {"method": "ssd"}})
     (run,) = Outlook(load_experiment(path, {"training": {"steps": steps}}), tmp_path).runs.values()
-    assert run.total.sparse_steps == pytest.approx(steps / 2, rel=0.1)
+    assert run.total.sparse_steps == pytest.approx(steps * (fraction or 0.5), rel=0.1)
     assert run.phases[-2].mode == "dense"
+
+
+def test_a_plan_tells_of_a_fraction_that_its_phases_leave_no_room_for(tmp_path: Path, capsys: Captured) -> None:
+    switching = {"sparse_fraction": 0.7, "final_dense_steps": 20, "warmup_max_steps": 8}
+    path = tiny_experiment(tmp_path, switching=switching, arms={"ssd": {"method": "ssd"}})
+    assert main(["plan", str(path), "--steps", "0", "--results", str(tmp_path)]) == 0
+    assert "ssd: switching.sparse_fraction 0.7, but its phases leave room for" in capsys.readouterr().out

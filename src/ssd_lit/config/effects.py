@@ -172,6 +172,16 @@ RULES = (
         "only a moe.posthoc_router predicts what thresholds are of",
     ),
     Rule(
+        ("downstream.glue",),
+        lambda run, _: run.model.family == "bert",
+        "only models of family bert are fine-tuned",
+    ),
+    Rule(
+        ("downstream.blimp", "downstream.harness"),
+        lambda run, _: run.model.family not in ("bert", "t5"),
+        "only models that predict the next token score sentences",
+    ),
+    Rule(
         ("analysis.experts", "analysis.constructions"),
         lambda run, _: run.training.snapshot_every is not None and run.method != "upcycle",
         "there are no snapshots to compare without training.snapshot_every",

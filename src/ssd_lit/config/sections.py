@@ -219,7 +219,9 @@ PHASE_FRACTIONS = {
     "dense_min_steps": 0.01, "dense_max_steps": 0.01, "final_dense_steps": 0.2,
 }  # fmt: skip
 """The lengths of phases that are not given, as fractions of all steps: half of them in eight short sparse phases, the
-last dense one as long as a decay of the learning rate (docs/tutorial.md says what that comes from)."""
+last dense one as long as a decay of the learning rate (docs/tutorial.md says what that comes from). Where more steps are
+to be sparse, the first and the last dense phase are as short as that takes."""
+SPARSE_PHASES = 8
 _BOUNDS = (("warmup_min_steps", "warmup_max_steps"), ("dense_min_steps", "dense_max_steps"))
 
 
@@ -257,7 +259,13 @@ def with_phase_lengths(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
     A floor that is not given is at most its ceiling, and the other way round.
     """
-    lengths = {name: max(1, round(fraction * steps)) for name, fraction in PHASE_FRACTIONS.items()}
+    fractions, sparse = dict(PHASE_FRACTIONS), given.get("sparse_fraction")
+    if isinstance(sparse, float) and sparse > SPARSE_PHASES * fractions["sparse_steps"]:
+        ends = (1 - sparse - (SPARSE_PHASES - 1) * fractions["dense_max_steps"]) / 2
+        fractions["sparse_steps"] = sparse / SPARSE_PHASES
+        fractions |= {key: min(fractions[key], ends) for key in ("warmup_max_steps", "final_dense_steps")}
+        fractions["warmup_min_steps"] = min(fractions["warmup_min_steps"], ends / 2)
+    lengths = {name: max(1, round(fraction * steps)) for name, fraction in fractions.items()}
     for low, high in _BOUNDS:
         if isinstance(given.get(high), int):
             lengths[low] = min(lengths[low], given[high])

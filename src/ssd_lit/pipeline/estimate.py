@@ -32,6 +32,12 @@ def plan(name: str, results: Path, settings: Sequence[str], repeats: int) -> Non
     out.print(f"All runs: {len(outlook.runs)}, {scaled(flops, 'FLOPs')}, first phases that runs share counted once.")
     if any(run.config.method == "ssd" and run.config.switching.switch_points is None for run in outlook.runs.values()):
         out.print("Dense phases of SSD are taken at their ceilings: a pattern that settles sooner ends them sooner.")
+    for arm, runs in _by_arm(outlook).items():
+        wanted, total = runs[0].config.switching.sparse_fraction, runs[0].total
+        adaptive = runs[0].config.method == "ssd" and runs[0].config.switching.switch_points is None
+        if adaptive and total.sparse_steps < (wanted - 0.01) * total.steps:
+            room = percent(total.sparse_steps / total.steps)
+            out.print(f"{escape(arm)}: switching.sparse_fraction {wanted}, but its phases leave room for {room}.")
     if repeats:
         _show_hours(outlook, repeats)
 

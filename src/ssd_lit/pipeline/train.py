@@ -65,9 +65,10 @@ def _train_as_first(
     stages = run.stages[: run.stages.index(last) + 1]
     run = _with_matched_steps(run)
     with exclusive(run.folder, f"train to {last}"), noting_end(run.folder, "train"):
+        first = None if start is None else _first_phase(run, start, stages)
         resume_step = _remove_stale(run)
-        if start is not None and resume_step is None:  # else all is made anew
-            resume_step = _remove_from(run, start, stages)
+        if first is not None and resume_step is None:  # else all is made anew
+            resume_step = _remove_from(run, first)
         _restore_stage_records(run)
         missing = [stage for stage in stages if not run.is_done(stage)]
         training = [stage for stage in missing if stage in run.training_stages]
@@ -228,8 +229,8 @@ def _remove_stale(run: Run) -> int | None:
     return 0
 
 
-def _remove_from(run: Run, start: str, stages: Sequence[str]) -> int:
-    """Remove the results of a stage or a phase and of all after it; returns the step at which it began.
+def _first_phase(run: Run, start: str, stages: Sequence[str]) -> int:
+    """The index of a phase, or of the first of a stage, from which a run is to be done again.
 
     Raises ConfigError if there is no such phase, if it is none of the `stages` that are asked for, or if no checkpoint
     from before it was kept.
@@ -254,7 +255,12 @@ def _remove_from(run: Run, start: str, stages: Sequence[str]) -> int:
             f"--from {start}: no checkpoint from before it was kept; training.keep_phases keeps them, and without it "
             f"allowed: {', '.join(place for place, first in places.items() if first - 1 in saved)}"
         )
-    first_step = phases[index].first_step
+    return index
+
+
+def _remove_from(run: Run, index: int) -> int:
+    """Remove the results of a phase and of all after it; returns the step at which it began."""
+    first_step = run.phases()[index].first_step
     _remove(run, index, first_step)
     return first_step
 
