@@ -219,8 +219,8 @@ PHASE_FRACTIONS = {
     "dense_min_steps": 0.01, "dense_max_steps": 0.01, "final_dense_steps": 0.2,
 }  # fmt: skip
 """The lengths of phases that are not given, as fractions of all steps: half of them in eight short sparse phases, the
-last dense one as long as a decay of the learning rate (docs/tutorial.md says what that comes from). Where more steps are
-to be sparse, the first and the last dense phase are as short as that takes."""
+last dense one as long as a decay of the learning rate (docs/tutorial.md says what that comes from). Where more steps
+are to be sparse, the first and the last dense phase are as short as that takes."""
 SPARSE_PHASES = 8
 _BOUNDS = (("warmup_min_steps", "warmup_max_steps"), ("dense_min_steps", "dense_max_steps"))
 
