@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ssd_lit.models.flops import PEAK_FLOPS, Costs
 from ssd_lit.training.module import Pretraining
+from ssd_lit.training.optim import lr_factor
 from ssd_lit.training.phase_switch import PhaseCallback, PhaseSwitch
 from ssd_lit.training.schedule import Phase, phase_flops
 
@@ -47,7 +48,7 @@ class ThroughputLogger(PhaseCallback):
         self._point = Point(step, self._switch.elapsed(), phase_flops(self._config, phase, self._costs, step))
 
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, *_: Any) -> None:  # type: ignore[override]
-        step, training = trainer.global_step, self._config.training
+        step, training, optim = trainer.global_step, self._config.training, self._config.optim
         if self._switch.ended_by is None and step % training.log_every:
             return
         loss = module.take_train_loss()
@@ -56,7 +57,8 @@ class ThroughputLogger(PhaseCallback):
         step_tokens = training.batch_size * self._config.data.sequence_length
         self.last = {
             "train/loss": loss,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            # The optimizer has that of the next step already.
+            "train/lr": optim.lr * lr_factor(step - 1, config=optim, steps=training.steps),
             "train/tokens_per_second": (step - before.step) * step_tokens / seconds,
             **self._costs_by(self._point),
         }
