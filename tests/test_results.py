@@ -236,10 +236,9 @@ def gaps(file: str) -> list[Column]:
     ]  # fmt: skip
 
 
-def of_training(measure: str = "perplexity", scale: float = 1) -> Column:
-    """A measure of sparse mode in k_of_training-arms.csv with the k of an arm's last sparse step."""
-    ks = {"k4": 4, "k6": 6, "k8": 8, "rising": 8}
-    return lambda arm: measured(OF_K, arm, f"sparse, k {ks[arm]}", measure, scale=scale)
+def of_training(file: str, measure: str = "perplexity", scale: float = 1, **ks: int) -> Column:
+    """A measure of sparse mode with the k of an arm's last sparse step, 4 if not told."""
+    return lambda arm: measured(file, arm, f"sparse, k {ks.get(arm, 4)}", measure, scale=scale)
 
 
 def wikitext2(file: str, ks: Sequence[int]) -> list[Column]:
@@ -260,6 +259,7 @@ LARGE = "h100/gpt1b_time-arms.csv"
 RIVALS, OF_RIVALS = "h100/gpt124m_rivals-arms.csv", "h100/gpt124m_rivals-router_over_k.csv"
 MIXED, OF_MIXED = "h100/interleaved-arms.csv", "h100/interleaved-router_over_k.csv"
 LEVERS, INTERLEAVED, OF_K = "levers-arms.csv", "interleaved-arms.csv", "k_of_training-arms.csv"
+MIXED_END = "mixed_end-arms.csv"
 SHARE = "share.sparse_share_"
 DEFAULT = "default-seeds-summary.csv"
 KS = (6, 8, 12)
@@ -293,8 +293,15 @@ TABLES = {
     "More experts a token": Table(
         ["dense", "k4", "k6", "k8", "rising"],
         [
-            *gaps(OF_K)[:4], of_training(), of_training("over_dense_mode", scale=100),
-            arms(OF_K, "sparse, k 4"),
+            *gaps(OF_K)[:4], of_training(OF_K, k6=6, k8=8, rising=8),
+            of_training(OF_K, "over_dense_mode", 100, k6=6, k8=8, rising=8), arms(OF_K, "sparse, k 4"),
+        ],
+    ),
+    "Sparse steps among the last dense ones": Table(
+        ["dense", "none", "every4", "every2", "every2_k8"],
+        [
+            *gaps(MIXED_END)[:4], of_training(MIXED_END, every2_k8=8),
+            of_training(MIXED_END, "over_dense_mode", 100, every2_k8=8),
         ],
     ),
     "25 M parameters, 151 M tokens": Table(
