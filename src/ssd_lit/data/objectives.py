@@ -20,6 +20,12 @@ IGNORED = -100
 Batch = dict[str, Tensor]
 
 
+def in_pieces(batch: Batch, size: int) -> list[Batch]:
+    """A batch as batches of so many blocks."""
+    pieces = zip(*(value.split(size) for value in batch.values()), strict=True)
+    return [dict(zip(batch, piece, strict=True)) for piece in pieces]
+
+
 class Objective(Protocol):
     """Turns blocks into a model's inputs and targets."""
 

@@ -128,17 +128,10 @@ def largest_micro_batch(config: RunConfig, vocab: VocabInfo, memory: float) -> i
 
 
 def blocks_at_once(config: RunConfig, vocab: VocabInfo) -> int:
-    """The blocks that a device of this machine computes at once: the config's, else the most whose memory it has.
-
-    Raises ValueError if the machine has too few GPUs.
-    """
+    """The blocks that a device of this machine computes at once: the config's, else the most whose memory it has."""
     training = config.training
-    if not torch.cuda.is_available():
+    if training.micro_batch_size is not None or not torch.cuda.is_available():
         return training.micro_batch_size or training.local_batch_size
-    if training.devices > torch.cuda.device_count():
-        raise ValueError(f"training.devices {training.devices}: this machine has {torch.cuda.device_count()} GPUs")
-    if training.micro_batch_size is not None:
-        return training.micro_batch_size
     memory, whole = torch.cuda.get_device_properties(0).total_memory, training.local_batch_size
     size = largest_micro_batch(config, vocab, memory)
     if size < whole and this_process().is_first:

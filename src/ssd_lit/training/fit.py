@@ -128,9 +128,13 @@ def silence_lightning() -> Iterator[None]:
 def train(run: Run, until: str, recorder: Recorder | None, provenance: dict[str, object]) -> PhaseSwitch:
     """Train a run from its latest state to the end of the stage `until`; returns its phase switch.
 
-    All records and checkpoints are on the disk on return. Only the first process needs a recorder.
+    All records and checkpoints are on the disk on return. Only the first process needs a recorder. Raises ValueError if
+    the machine has too few GPUs.
     """
     config, start = run.config, starting_point(run)
+    if torch.cuda.is_available() and config.training.devices > torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"training.devices {config.training.devices}: this machine has {found} GPUs")
     model = build_model(config, run.vocab, read_weights=start.checkpoint is None, draw_weights=start.checkpoint is None)
     if start.checkpoint is not None and not start.step:
         # Before the run's own first step there are only weights to load, no optimiser state.

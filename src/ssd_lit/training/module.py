@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssd_lit.config import RunConfig
-from ssd_lit.data.objectives import IGNORED, Batch, Objective
+from ssd_lit.data.objectives import IGNORED, Batch, Objective, in_pieces
 from ssd_lit.models.language_model import LanguageModel
 from ssd_lit.moe.permutation import whole
 from ssd_lit.training.data_parallel import GradientSums, WholeModels
@@ -100,7 +100,7 @@ class Pretraining(LightningModule):
         return isinstance(self.trainer.strategy, WholeModels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        pieces = self._in_pieces(batch)
+        pieces = in_pieces(batch, self.micro_batch_size)
         parts = len(pieces) * (self.trainer.world_size if self._adds_up else 1)
         self._count_choices(pieces)
         language = losses = torch.zeros((), device=self.device)
@@ -119,10 +119,6 @@ class Pretraining(LightningModule):
         finite = language.isfinite()
         self._train_loss.update(torch.where(finite, language, 0.0), _targets(batch) * finite)
         return {"loss": part, "batch_loss": losses}
-
-    def _in_pieces(self, batch: Batch) -> list[Batch]:
-        pieces = zip(*(value.split(self.micro_batch_size) for value in batch.values()), strict=True)
-        return [dict(zip(batch, piece, strict=True)) for piece in pieces]
 
     def _back(self, loss: Tensor, *, first: bool) -> None:
         """The backward pass of a piece before the last one."""
@@ -168,7 +164,8 @@ class Pretraining(LightningModule):
         """
         batch = self.trainer.datamodule.train_batch(step)  # type: ignore[attr-defined]
         self._set_mode_of_step(step)
-        for piece in self._in_pieces(self._posed({name: x.to(self.device) for name, x in batch.items()}, step)):
+        posed = self._posed({name: x.to(self.device) for name, x in batch.items()}, step)
+        for piece in in_pieces(posed, self.micro_batch_size):
             with torch.compiler.set_stance("force_eager"):
                 total = self._total(*self._losses(piece))
             yield total

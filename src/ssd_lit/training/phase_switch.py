@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from ssd_lit.models.flops import Costs
 from ssd_lit.moe.permutation import whole
@@ -96,10 +98,10 @@ class PhaseSwitch(Callback):
         similarity = None
         if self.phase.mode == "dense" and step % self.run.config.switching.check_every == 0:
             if _computes(trainer):
-                weights = [whole(ffn.gating_weight) for ffn in module.model.ffns]
+                weights = [ffn.gating_weight for ffn in module.model.ffns]
                 # Of others nothing can be said: `NonFinite` ends the run, later in this step.
-                if all(bool(weight.isfinite().all()) for weight in weights):
-                    similarity = self.tracker.update(weights)
+                if whole(get_total_norm(weights, norm_type=torch.inf)).isfinite():
+                    similarity = self.tracker.update(map(whole, weights))
             # One process decides for all, and its clusterings are in the checkpoint.
             similarity = trainer.strategy.broadcast(similarity)
             if similarity is not None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ssd_lit.config import MoEConfig
 from ssd_lit.data.blocks import StepBatchSampler, TokenBlocks
-from ssd_lit.data.objectives import build_objective
+from ssd_lit.data.objectives import build_objective, in_pieces
 from ssd_lit.models.flops import forward_costs
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
@@ -139,9 +139,8 @@ def _examples(run: Run, model: LanguageModel, at_once: int) -> Iterator[list[Exa
         batch = {name: x.to(device) for name, x in rows.items()}
         generator = torch.Generator(device).manual_seed(config.seed + step)
         noise = torch.rand(*batch["inputs"].shape, objective.noise_per_token, generator=generator, device=device)
-        posed = objective(batch, noise)
-        for piece in zip(*(value.split(at_once) for value in posed.values()), strict=True):
+        for piece in in_pieces(objective(batch, noise), at_once):
             with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-                inputs = ffn_inputs(model, dict(zip(posed, piece, strict=True)))
+                inputs = ffn_inputs(model, piece)
                 made = [contributions(ffn, x, kind) for ffn, x in zip(model.ffns, inputs, strict=True)]
             yield [(x.float(), contributed.float()) for x, contributed in zip(inputs, made, strict=True)]
