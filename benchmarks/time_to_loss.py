@@ -6,8 +6,9 @@ One pair for each seed of each other arm. Seconds count from the beginning of a 
 validations and checkpoints included. Dense training's loss is its last validation loss; the other run is there when a
 line between its validations crosses it, if it ever is; its FLOPs there are told too. At the end of each dense phase of
 the other run it is told when dense training had the same loss: step, seconds, FLOPs. A step of a mode is the median
-over windows of `log_every` steps; the beginning of a run and a change of phase are what the window with their first
-step takes beyond its steps. Runs that shared a device say nothing.
+over windows of `log_every` steps; steps of both modes in turn, at the end of a run, are a mode of their own. The
+beginning of a run and a change of phase are what the window with their first step takes beyond its steps. Runs that
+shared a device say nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from machine import RESULTS
 
+from ssd_lit.config import load_run
 from ssd_lit.records import PhaseRecord
 from ssd_lit.support.files import write_json
 
@@ -114,6 +116,8 @@ def timed(run: Path) -> dict[str, Any]:
     clock = {0: began} | {point["step"]: point["time"] / 1000 for point in points if "train/loss" in point["values"]}
     windows = [(a, b, clock[b] - clock[a]) for a, b in itertools.pairwise(sorted(clock))]
     modes = {step: one.mode for one in trained for step in range(one.first_step, one.last_step)}
+    if load_run(run / "config.yaml").switching.final_sparse_every is not None:
+        modes |= dict.fromkeys(range(trained[-1].first_step, trained[-1].last_step), "both in turn")
     step_seconds = {
         mode: statistics.median(s / (b - a) for a, b, s in windows if {modes[i] for i in range(a, b)} == {mode})
         for mode in dict.fromkeys(modes.values())

@@ -251,10 +251,24 @@ def grid(name: str, arm: str) -> Table:
     return Table(arm, [runs(file, "sparse_percent"), flops_of_dense(file), *columns])
 
 
+def medium(name: str, *ssd: str) -> Table:
+    file, routers = f"{name}-arms.csv", f"{name}-router_over_k.csv"
+    return Table(
+        ["dense", *ssd],
+        [
+            *totals(file, "sparse_fraction"),
+            *modes(file, KS),
+            of_threshold(routers, 0.05, "k", 32),
+            of_threshold(routers, 0.05, "perplexity"),
+            *wikitext2(file, (8,)),
+            *(blimp(f"{name}-downstream.csv", mode) for mode in ("dense", "sparse")),
+        ],
+    )
+
+
 MAIN, FRONTIER, BERT = "h100/main-arms.csv", "h100/frontier-arms.csv", "h100/bert-arms.csv"
 SMALL, FINE, T5 = "h100/gpt124m-arms.csv", "h100/gpt124m_fine-arms.csv", "h100/t5-arms.csv"
 TIME, OF_TIME = "h100/gpt124m_time-arms.csv", "h100/gpt124m_time-router_over_k.csv"
-MEDIUM, OF_MEDIUM = "h100/gpt350m_time-arms.csv", "h100/gpt350m_time-router_over_k.csv"
 LARGE = "h100/gpt1b_time-arms.csv"
 RIVALS, OF_RIVALS = "h100/gpt124m_rivals-arms.csv", "h100/gpt124m_rivals-router_over_k.csv"
 MIXED, OF_MIXED = "h100/interleaved-arms.csv", "h100/interleaved-router_over_k.csv"
@@ -268,8 +282,8 @@ ROUTER = "ablations/router-router_over_k.csv"
 
 TABLES = {
     "All models": Table(
-        ["main ssd", "gpt124m ssd", "gpt350m_time ssd", "gpt1b_time ssd", "gpt1b_time ssd_k8", "t5 ssd", "bert ssd",
-         "bert routed"],
+        ["main ssd", "gpt124m ssd", "gpt350m_time ssd", "gpt350m_time_seed1 ssd_k8", "gpt1b_time ssd",
+         "gpt1b_time ssd_k8", "t5 ssd", "bert ssd", "bert routed"],
         [
             None, flops_of_dense_against, over("dense", "over_dense_arm"), over("sparse, k 8", "over_dense_mode"),
             over("sparse, k 8", "over_dense_mode", "posthoc"), None,
@@ -345,12 +359,8 @@ TABLES = {
         [*totals(TIME, "sparse_fraction"), *modes(TIME, (9, 12, 18)), of_threshold(OF_TIME, 0.05, "k", 48),
          of_threshold(OF_TIME, 0.05, "perplexity"), *wikitext2(TIME, (12,))],
     ),
-    "GPT-2 medium, 246 M tokens": Table(
-        ["dense", "ssd", "routed"],
-        [*totals(MEDIUM, "sparse_fraction"), *modes(MEDIUM, KS), of_threshold(OF_MEDIUM, 0.05, "k", 32),
-         of_threshold(OF_MEDIUM, 0.05, "perplexity"), *wikitext2(MEDIUM, (8,)),
-         *(blimp("h100/gpt350m_time-downstream.csv", mode) for mode in ("dense", "sparse"))],
-    ),
+    "GPT-2 medium, 246 M tokens": medium("h100/gpt350m_time", "ssd", "routed"),
+    "GPT-2 medium, 246 M tokens, 2": medium("h100/gpt350m_time_seed1", "ssd_k8", "routed_k8"),
     "Rivals for the same seconds": Table(
         ["dense", "ssd", "routed", "sparse_gate", "smoe_dropout"],
         [runs("h100/gpt124m_rivals-summary.csv", "steps"), arms(RIVALS, None, "seconds"),
