@@ -250,8 +250,8 @@ class SwitchingConfig(Section):
     switch_points: list[Positive] | None = None
     """Instead of all these but check_every: the global steps at which the mode changes, dense to sparse and back."""
     final_sparse_every: Annotated[int, Field(ge=2)] | None = None
-    """Every so many steps of the last dense phase are sparse, with the experts of the last sparse phase, so that sparse
-    mode does not fall behind; null: none is."""
+    """Every so many steps, one of the last dense phase is sparse, with the experts of the last sparse phase, so that
+    sparse mode does not fall behind; none if null. It counts as a dense step, with the FLOPs of a sparse one."""
 
 
 def with_phase_lengths(given: Mapping[str, Any], steps: int) -> dict[str, Any]:
