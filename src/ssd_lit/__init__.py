@@ -40,7 +40,7 @@ def set_mode(
     """Switch a model that `load` gave to another mode, to `top_k` experts a token, or to dynamic k by a threshold.
 
     Nothing is copied. With both None the choice stays what it was. Raises ValueError for a model without experts, or a
-    top_k or threshold that it cannot have.
+    mode, top_k or threshold that it cannot have.
     """
     from ssd_lit.huggingface.folder import set_mode
 
@@ -50,7 +50,7 @@ def set_mode(
 def mean_k(model: "nn.Module") -> float | None:
     """Experts a token with dynamic k, averaged over a model's FFNs and all tokens since `load` or `set_mode`.
 
-    Padding counts as tokens do. None without dynamic k. Raises ValueError for a model without experts.
+    Or since a `Generator` read its last prompts. Padding counts as tokens do. None without dynamic k. Raises ValueError for a model without experts.
     """
     from ssd_lit.huggingface.folder import mean_k
 

@@ -1,6 +1,7 @@
 """Models with experts are trained by Transformers, saved, loaded again and pushed to a hub, and keep their experts."""
 
 import base64
+import errno
 import json
 import threading
 from collections.abc import Iterator
@@ -181,3 +182,39 @@ def test_what_is_pushed_opens_in_both_modes(tmp_path: Path, tokens: torch.Tensor
     assert {"README.md", "experts.json", "experts.safetensors", "model.safetensors", "tokenizer.json"} <= hub.keys()
     same(tmp_path / "pulled", expected, tokens)
     assert hub["README.md"] == (tmp_path / "experts/README.md").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["shards", "state", "full disk"])
+def test_a_folder_outlives_a_save_that_fails(
+    tmp_path: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    model = opened(tmp_path)
+    expected = outputs_in_both_modes(model, tokens)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "experts").iterdir()}
+    model.lm_head.weight.data.mul_(2)
+    options: dict[str, Any] = {"shards": {"max_shard_size": "5 gigs"}, "state": {"state_dict": {}}}.get(how, {})
+    if how == "full disk":
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("ssd_lit.huggingface.experts.save_file", full)
+    with pytest.raises((ValueError, KeyError, OSError)):
+        model.save_pretrained(tmp_path / "experts", **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "experts").iterdir()} == before
+    same(tmp_path / "experts", expected, tokens)
+
+
+def test_shards_of_an_earlier_save_do_not_stay(tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = opened(tmp_path)
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
+    same(tmp_path / "again", outputs_in_both_modes(model, tokens), tokens)
+    model.lm_head.weight.data.mul_(2)
+    expected = outputs_in_both_modes(model, tokens)
+    for size in ("1MB", "20KB"):
+        model.save_pretrained(tmp_path / "again", max_shard_size=size)
+        same(tmp_path / "again", expected, tokens)
+    names = {path.name for path in (tmp_path / "again").glob("*.safetensors")}
+    index = json.loads((tmp_path / "again/model.safetensors.index.json").read_text())
+    assert names == {*index["weight_map"].values(), "experts.safetensors"}

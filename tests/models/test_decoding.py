@@ -1,5 +1,6 @@
 """The step of generation in kernels against Transformers' own, through Triton's interpreter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -117,3 +118,21 @@ def test_models_that_the_kernels_do_not_fit_keep_the_step_of_transformers() -> N
     assert can_step(gpt2)
     narrow = transformers.GPT2Config(vocab_size=97, n_embd=96, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
     assert not can_step(transformers.GPT2LMHeadModel(narrow))
+
+
+@pytest.mark.parametrize("change", [lambda to, value: to.copy_(value), lambda to, value: to.data.copy_(value)])
+def test_the_step_takes_up_changed_weights(change: Callable[[Tensor, Tensor], Any]) -> None:
+    gpt2 = model()
+    set_mode(gpt2, "sparse")
+    step = GPT2Step(
+        gpt2, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long),
+        [(torch.zeros(1, 4, PLACES, 48), torch.zeros(1, 4, PLACES, 48)) for _ in range(2)],
+    )  # fmt: skip
+    for number in range(2):
+        step.refresh()
+        expected = gpt2(torch.zeros(1, 1, dtype=torch.long)).logits[:, 0]
+        torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-4)
+        if number == 0:
+            for block in gpt2.transformer.h:
+                change(block.ln_2.bias, block.ln_2.bias + 3 * torch.randn_like(block.ln_2.bias))
+            assert not torch.allclose(gpt2(torch.zeros(1, 1, dtype=torch.long)).logits[:, 0], expected, atol=0.1)

@@ -141,3 +141,60 @@ def test_more_tokens_than_a_window_are_refused() -> None:
 def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"20 \+ 13 tokens: this model has 32 positions"):
         Generator(sparse_model("gpt2"))(torch.zeros(1, 20, dtype=torch.long), 13)
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    token = torch.zeros(1, 1, dtype=torch.long)
+    for name in ("bert", "t5"):
+        class_name, config, _ = MODELS[name]
+        with pytest.raises(ValueError, match="does not continue text"):
+            Generator(getattr(transformers, class_name)(config))(token, 3)
+    generator = Generator(sparse_model("gpt2"))
+    with pytest.raises(ValueError, match="without tokens"):
+        generator(token[:, :0], 3)
+    generator.start(token, 3)
+    generator.advance(1)
+    with pytest.raises(ValueError, match="2 more tokens: there is space for 1"):
+        generator.advance(2)
+
+
+def test_a_model_in_training_generates_without_dropout_and_stays_in_training() -> None:
+    class_name, config, _ = MODELS["gpt2"]
+    torch.manual_seed(0)
+    drops = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    model = getattr(transformers, class_name)(type(config)(**{**config.to_dict(), **drops})).eval()
+    prompt, generator = torch.tensor([[1, 2, 3]]), Generator(model)
+    expected = generator(prompt, NEW)
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    for _ in range(2):
+        assert torch.equal(generator(prompt, NEW), expected)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_wrapper_around_a_layer_is_heeded_and_stays() -> None:
+    model = sparse_model("gpt2", torch.float32)
+    likeliest = Generator(model)(torch.tensor([[7]]), 1)[0, 1]
+    plain = model.lm_head.forward
+
+    def banning(x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = plain(x).index_fill(-1, likeliest, -torch.inf)
+        return logits
+
+    model.lm_head.forward = banning
+    generator = Generator(model)
+    for length in (2, 5):
+        assert likeliest not in generator(torch.tensor([[7] * length]), NEW)[0, length:]
+    assert model.lm_head.forward is banning
+
+
+def test_a_generator_follows_a_change_of_precision() -> None:
+    model, prompt = sparse_model("gpt2", torch.float32), torch.tensor([[1, 2, 3]])
+    generator = Generator(model)
+    expected = generator(prompt, NEW)
+    half = Generator(copy.deepcopy(model).bfloat16())(prompt, NEW)
+    assert torch.equal(Generator(model.bfloat16())(prompt, NEW), half)
+    assert torch.equal(generator(prompt, NEW), half)
+    model.float()
+    assert generator(prompt, NEW).shape == expected.shape

@@ -139,3 +139,36 @@ def test_the_command_prints_a_text_in_either_mode(tmp_path: Path, capsys: pytest
     assert "top_k 9: allowed are 1 to 8" in capsys.readouterr().err
     assert main([*given, "--top-p", "2"]) == 1
     assert "top_p 2.0: must be above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_a_text_is_read_whole_whatever_lengths_a_tokenizer_was_last_used_with() -> None:
+    model = sparse_model("gpt2")
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="<|endoftext|>")
+    generator = Generator(model, wrapped)
+    expected, tokens = generator("the quick", 6), generator.tokens
+    for how in ({"truncation": True, "max_length": 3, "padding": "max_length"}, {"padding": "max_length"}):
+        wrapped(["a text", "another"], **{"max_length": 20, **how})  # type: ignore[arg-type]
+        left = wrapped.backend_tokenizer.truncation, wrapped.backend_tokenizer.padding
+        assert generator("the quick", 6) == expected
+        assert torch.equal(generator.tokens, tokens)
+        assert (wrapped.backend_tokenizer.truncation, wrapped.backend_tokenizer.padding) == left
+        assert left[1] is not None
+
+
+def test_a_text_that_another_one_interrupts_says_so() -> None:
+    model = sparse_model("gpt2")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    generator = Generator(model, byte_tokenizer())
+    one, other = generator.stream("abc", 8), generator.stream("def", 8)
+    next(one)
+    next(other)
+    with pytest.raises(RuntimeError, match="begun another text"):
+        list(one)
+    assert "".join(generator.stream("abc", 8)) == generator("abc", 8).removeprefix("abc")
+
+
+def test_a_temperature_near_zero_draws_the_likeliest() -> None:
+    logits = 30 * torch.randn(50, 100, generator=torch.Generator().manual_seed(0))
+    for temperature in (1e-3, 1e-38, 1e-300):
+        for top_p in (1.0, 0.5):
+            assert torch.equal(Sampling(temperature, top_p)(logits), logits.argmax(dim=-1))

@@ -1,6 +1,8 @@
+import copy
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssd_lit.moe.backends import BACKENDS, Activation, Experts, choose_backend, fastest_backend
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routers import CenterRouter, build_router
+from ssd_lit.moe.routers import CenterRouter, GateRouter, build_router
 from ssd_lit.moe.routing import Routing
 
 # T, D, E, H, K
@@ -183,8 +185,40 @@ def test_dropout_and_the_mode_flag_are_kept() -> None:
             ffn.set_mode(mode)  # type: ignore[arg-type]
             assert torch.equal(ffn.eval()(x), ffn(x))
             assert not torch.equal(ffn.train()(x), ffn(x))
-    with pytest.raises(ValueError, match="top_k 5: allowed are 1 to 4"):
-        ffn.set_mode("sparse", 5)
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        (("sparse", 5), "top_k 5: allowed are 1 to 4"),
+        (("sparse", 2.0), "top_k 2.0: allowed are 1 to 4"),
+        (("sparse", True), "top_k True: allowed are 1 to 4"),
+        (("Sparse", 1), "mode 'Sparse': allowed are dense, sparse"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused_and_changes_nothing(choice: tuple[Any, Any], told: str) -> None:
+    ffn = ExpertFFN(8, 16, experts=4, top_k=2, router=CenterRouter(8, 4))
+    with pytest.raises(ValueError, match=told):
+        ffn.set_mode(*choice)
+    assert (ffn.mode, ffn.top_k) == ("dense", 2)
+    ffn.set_mode("sparse", np.int64(3))  # type: ignore[arg-type]
+    assert ffn.top_k == 3
+
+
+@pytest.mark.parametrize("backend", ["masked", "loop", "grouped", "decode_cpu"])
+def test_no_tokens_are_no_outputs(backend: str) -> None:
+    ffn = ExpertFFN(8, 16, experts=4, top_k=2, router=CenterRouter(8, 4), backend=backend)
+    ffn.set_mode("sparse")
+    assert ffn(torch.zeros(0, 8)).shape == (0, 8)
+
+
+def test_an_ffn_with_a_gate_is_copied_in_the_middle_of_training() -> None:
+    torch.manual_seed(0)
+    ffn = ExpertFFN(8, 16, experts=4, top_k=2, router=GateRouter(8, 4), backend="loop")
+    ffn.set_mode("sparse")
+    x = torch.randn(6, 8)
+    (ffn(x).sum() + sum(ffn.gate_losses or ())).backward()
+    assert torch.equal(copy.deepcopy(ffn).eval()(x), ffn.eval()(x))
 
 
 def test_kernels_refuse_the_bias_of_a_gate_that_they_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from ssd_lit.moe.activations import ACTIVATIONS
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routers import CenterRouter, expert_centers
+from ssd_lit.moe.routers import CenterRouter, TrainedCenterRouter, expert_centers
 from ssd_lit.moe.statistics import (
     NORM_SHARE,
     active_neurons,
@@ -68,6 +68,21 @@ def test_routing_recall_is_one_for_all_experts_and_for_the_oracle() -> None:
     assert routing_recall(ffn, x) == pytest.approx(1.0)
     ffn.oracle = False
     ffn.set_mode("sparse", 4)
+    assert routing_recall(ffn, x) == pytest.approx(1.0)
+
+
+def test_with_dynamic_k_the_oracle_takes_as_many_experts_of_each_token() -> None:
+    ffn, x = make(), torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    ffn.router = TrainedCenterRouter(8, 4)
+    ffn.router.init_trainable(ffn.gating_weight)
+    ffn.set_mode("sparse", threshold=0.7)
+    chosen = [[e for e in row if e < 4] for row in ffn.route(x).experts.tolist()]
+    assert len({len(row) for row in chosen}) > 1
+    mass = ffn.activation_mass(x).tolist()
+    taken = sum(mass[t][e] for t, row in enumerate(chosen) for e in row)
+    best = sum(sum(sorted(mass[t], reverse=True)[: len(row)]) for t, row in enumerate(chosen))
+    assert routing_recall(ffn, x) == pytest.approx(taken / best)
+    ffn.oracle = True
     assert routing_recall(ffn, x) == pytest.approx(1.0)
 
 

@@ -44,28 +44,23 @@ def save_folder(
 
     Replaces the model's `save_pretrained`, of whose options the others are refused. A `state_dict` has the names of
     the model's own. The tokenizer comes from `source`, the folder that the model was opened from, and so does the card
-    as long as the weights are the same.
+    as long as the weights are the same. All is written beside what the folder holds, and takes its place at the end.
     """
     if not is_main_process:
         return
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
-    # Left from an earlier save, these would be read instead of shards, or with other weights.
-    stale = [folder / name for name in ("experts.json", "model.safetensors", INDEX)]
-    is_source = folder.resolve() == source.resolve()
-    for path in stale:
-        path.unlink(missing_ok=True)
-    kind, ffns = family(model.config.model_type), _ffns(model)
-    save_dense(folder, model, kind, list(ffns.values()), state=state_dict, max_shard_size=max_shard_size)
-    write_experts(folder, list(ffns.values()), experts)
-    if is_source:
-        write_text(folder / CARD, card_of_saved(model, experts))
-        return
-    copy_files(source, folder, [name for name in TOKENIZER_FILES if not (folder / name).exists()])
-    if (source / CARD).is_file() and _same_weights(folder, source):
-        copy_files(source, folder, [CARD])
-    else:
-        write_text(folder / CARD, card_of_saved(model, experts))
+    kind, ffns = family(model.config.model_type), list(_ffns(model).values())
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        new = Path(beside)
+        save_dense(new, model, kind, ffns, state=state_dict, max_shard_size=max_shard_size)
+        write_experts(new, ffns, experts)
+        copy_files(source, new, [name for name in TOKENIZER_FILES if not (folder / name).exists()])
+        if folder.resolve() != source.resolve() and (source / CARD).is_file() and _same_weights(new, source):
+            copy_files(source, new, [CARD])
+        else:
+            write_text(new / CARD, card_of_saved(model, experts))
+        _take_place(new, folder)
 
 
 def push_folder(
@@ -127,6 +122,17 @@ def save_dense(
 def _ffns(model: nn.Module) -> dict[str, ExpertFFN]:
     """The FFNs of a model by the names of their modules, in the family's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertFFN)}
+
+
+def _take_place(new: Path, folder: Path) -> None:
+    """Move the files of a saved model into a folder, in place of those of an earlier one.
+
+    Without experts.json, which goes first and comes last, a folder does not open with experts.
+    """
+    for old in (folder / "experts.json", folder / INDEX, *folder.glob("model*.safetensors")):
+        old.unlink(missing_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == "experts.json"):
+        file.replace(folder / file.name)
 
 
 def _same_weights(folder: Path, other: Path) -> bool:

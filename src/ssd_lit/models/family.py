@@ -164,9 +164,13 @@ class Family:
 
     def _config_of(self, folder: Path) -> Any:
         try:
-            return self.model_class.config_class.from_dict(model_settings(folder))
+            config = self.model_class.config_class.from_dict(model_settings(folder))
         except Exception as error:  # a StrictDataclassError, which no built-in class covers
             raise ValueError(f"{folder}: config.json: {' '.join(str(error).split())}") from None
+        if getattr(config, "chunk_size_feed_forward", 0):
+            # The outputs are the same, but an FFN's inputs are read where all its tokens pass at once.
+            config.chunk_size_feed_forward = 0
+        return config
 
     def _class_of(self, folder: Path) -> Any:
         names = model_settings(folder).get("architectures")

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ssd_lit.models.sampling import Sampling
-from ssd_lit.models.text import stream
+from ssd_lit.models.text import check_causal, stream
 from ssd_lit.moe.backends import Activation
 from ssd_lit.moe.ffn import ExpertFFN
 from ssd_lit.moe.kernels import runs_on
@@ -29,7 +29,10 @@ BLOCKS = 32
 
 @contextmanager
 def row_products(model: nn.Module) -> Iterator[None]:
-    """In this context a model's linear maps and dense FFNs compute single float32 rows in blocks; inference only."""
+    """In this context a model's linear maps and dense FFNs compute single float32 rows in blocks; inference only.
+
+    Those whose `forward` is not their class's, such as offloaded ones, are left alone.
+    """
     changed = []
     for module in model.modules():
         forward = _forward(module)
@@ -69,11 +72,14 @@ def _in_blocks(x: Tensor, w: Tensor) -> bool:
 
 
 def _forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    if isinstance(module, nn.Linear):
+    if "forward" in vars(module):
+        return None
+    # A class of its own, such as an adapter's, has a forward of its own.
+    if type(module) is nn.Linear:
         return partial(linear, w=module.weight, b=module.bias)
-    if isinstance(module, Conv1D):
+    if type(module) is Conv1D:
         return partial(product, w=module.weight, b=module.bias)
-    if isinstance(module, ExpertFFN) and module.mode == "dense":
+    if type(module) is ExpertFFN and module.mode == "dense":
         return partial(_dense, module)
     return None
 
@@ -84,13 +90,27 @@ def _dense(ffn: ExpertFFN, x: Tensor) -> Tensor:
     return product(hidden, ffn.w_out, ffn.b_out)
 
 
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """In this context a model is in evaluation mode; then each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Generator:
     """Continues prompts, with the likeliest tokens unless `sampling` says otherwise.
 
-    `start` reads prompts, `advance` adds tokens, and calling the generator does both. With `compiled`, a step that has
-    no kernels of its own goes through torch.compile first. Graphs are made once for a shape of prompt and a mode, then
-    reused. End-of-text does not stop tokens; with a `tokenizer`, of Transformers or of tokenizers, it takes and gives
-    text, which ends there.
+    `start` reads prompts, `advance` adds tokens, and calling the generator does both, one text or batch after the
+    other. With `compiled`, a step that has no kernels of its own goes through torch.compile first. Graphs are made once
+    for a shape of prompt and a mode, then reused. End-of-text does not stop tokens; with a `tokenizer`, of Transformers
+    or of tokenizers, it takes and gives text, which ends there. The model generates without dropout and is left in
+    training mode if it was; of its generation_config only end-of-text is read.
     """
 
     def __init__(
@@ -101,7 +121,9 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
         compiled: bool = False,
     ):
-        self.model: Any = model.eval()
+        self.model: Any = model
+        self.starts = 0
+        """How often `start` was called."""
         self.tokenizer = tokenizer
         self._choose = sampling
         self._ffns = [module for module in model.modules() if isinstance(module, ExpertFFN)]
@@ -141,16 +163,23 @@ class Generator:
 
     @property
     def mean_k(self) -> float | None:
-        """With dynamic k: experts a token, averaged over FFNs and over the tokens read since the prompts.
+        """With dynamic k: experts a token, averaged over FFNs and over all tokens that the model read since the prompts.
 
-        None without dynamic k, or before `advance`. Waits for the device.
+        It is `ssd_lit.mean_k`, whose count begins anew behind the prompts. None without dynamic k, or before `advance`.
+        Waits for the device.
         """
-        return mean_k(self._ffns) if self._ffns else None
+        return mean_k(self._ffns) if self._ffns and self.starts else None
 
     @torch.inference_mode()
     def start(self, prompt: Tensor, new_tokens: int) -> None:
-        """Read prompts [B, S], find the first token after them and make space for `new_tokens`."""
+        """Read prompts [B, S], find the first token after them and make space for `new_tokens`.
+
+        Raises ValueError if there is nothing to read, or no space, or for a model that does not continue text.
+        """
+        check_causal(self.model)
         length, places = prompt.shape[1], prompt.shape[1] + new_tokens
+        if not length:
+            raise ValueError("a prompt without tokens: there is nothing to continue")
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest is not None and places > longest:
             raise ValueError(f"{length} + {new_tokens} tokens: this model has {longest} positions")
@@ -159,14 +188,14 @@ class Generator:
             raise ValueError(
                 f"{length} + {new_tokens} tokens: more than the window of {window} that this model attends to"
             )
-        self._prepare(prompt, places)
-        self._tokens[:, :length] = prompt
-        if self._kernels is not None:
-            self._kernels.refresh()
-        if self._reading is not None:
-            self._reading.replay()
-        else:
-            self._read(length)
+        self.starts += 1
+        with _without_dropout(self.model):
+            self._prepare(prompt, places)
+            self._tokens[:, :length] = prompt
+            if self._reading is not None:
+                self._reading.replay()
+            else:
+                self._read(length)
         self.rewind(length)
 
     @torch.inference_mode()
@@ -181,13 +210,16 @@ class Generator:
 
     @torch.inference_mode()
     def advance(self, steps: int) -> None:
-        """Add `steps` tokens to each text."""
+        """Add `steps` tokens to each text. Raises ValueError if `start` made no space for so many."""
+        if self._length + steps >= self._tokens.shape[1]:
+            left = self._tokens.shape[1] - self._length - 1
+            raise ValueError(f"{steps} more tokens: there is space for {left}")
         if self._graph is not None:
             for _ in range(steps):
                 self._graph.replay()
             self._length += steps
             return
-        with nullcontext() if self._compiled else row_products(self.model):
+        with _without_dropout(self.model), nullcontext() if self._compiled else row_products(self.model):
             for _ in range(steps):
                 self._length += 1
                 if not self._compiled:
@@ -196,10 +228,13 @@ class Generator:
 
     def _prepare(self, prompt: Tensor, places: int) -> None:
         """Make buffers of fixed addresses, and graphs over them."""
-        key = (prompt.shape, places, tuple((ffn.mode, ffn.top_k, ffn.threshold, ffn.backend) for ffn in self._ffns))
+        first = next(self.model.parameters())
+        where = (prompt.device, first.dtype, first.data_ptr())
+        choices = tuple((ffn.mode, ffn.top_k, ffn.threshold, ffn.backend) for ffn in self._ffns)
+        key = (prompt.shape, places, where, choices)
         if key == self._prepared_for:
             return
-        self._prepared_for = key
+        self._prepared_for = None
         (batch, length), device = prompt.shape, prompt.device
         self._tokens = torch.zeros(batch, places, dtype=torch.long, device=device)
         self._last = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -217,9 +252,12 @@ class Generator:
                 self._kernels = GPT2Step(self.model, self._last, self._position, self._cache.places)
         self._graph = self._captured(self._step) if on_gpu else None
         self._reading = self._captured(lambda: self._read(length)) if on_gpu else None
+        self._prepared_for = key
 
     def _read(self, length: int) -> None:
         """Fill the cache from the first `length` tokens in one forward pass, and add the token after them."""
+        if self._kernels is not None:
+            self._kernels.refresh()
         out = self.model(input_ids=self._tokens[:, :length], use_cache=True, logits_to_keep=1)
         for (keys, values), layer in zip(self._cache.places, out.past_key_values.layers, strict=True):
             keys[:, :, :length] = layer.keys

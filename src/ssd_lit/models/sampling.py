@@ -28,7 +28,10 @@ class Sampling:
         """Logits [B, V] to tokens [B]. Waits for no host, so that a CUDA graph can hold it."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        log_p = (logits.float() / self.temperature).log_softmax(dim=-1)
+        logits = logits.float()
+        # From 0 down, and a temperature that float32 knows: no logit can overflow.
+        below = logits - logits.amax(dim=-1, keepdim=True)
+        log_p = (below / max(self.temperature, torch.finfo(torch.float32).tiny)).log_softmax(dim=-1)
         if self.top_p < 1:
             ordered, order = log_p.sort(dim=-1, descending=True)
             before = ordered.exp().cumsum(dim=-1) - ordered.exp()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class ExpertFFN(nn.Module):
     neuron_ids: Tensor
     """The original place of each neuron; permuted with the neurons."""
     tally: Tensor
-    """[2] int64: experts and tokens computed with dynamic k since `set_mode`."""
+    """[2] int64: experts and tokens computed with dynamic k since `set_mode`, or since a generator read its prompts."""
 
     def __init__(
         self,
@@ -84,6 +85,10 @@ class ExpertFFN(nn.Module):
         # A tensor, so that it counts inside CUDA graphs.
         self.register_buffer("tally", torch.zeros(2, dtype=torch.int64), persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of the last pass, with its gradient's graph, which cannot be copied.
+        return {**vars(self), "gate_losses": None, "choices": None, "load": None}
+
     @property
     def d_ff(self) -> int:
         return self.w_in.shape[0]
@@ -101,9 +106,11 @@ class ExpertFFN(nn.Module):
         """Run densely, or sparsely with `top_k` experts a token, or with dynamic k by a threshold.
 
         With a threshold a token takes every expert whose score is at least this share of its best one's. With neither,
-        the choice stays what it was. Raises ValueError for both, for a number that is not allowed, and for a threshold
-        if the router's scores can be negative.
+        the choice stays what it was. Raises ValueError for both, for a mode or number that is not allowed, and for a
+        threshold if the router's scores can be negative.
         """
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode {mode!r}: allowed are {', '.join(get_args(Mode))}")
         k = self.top_k if top_k is None else top_k
         check_choice(self.experts, top_k, threshold, non_negative=self.router.non_negative)
         if self.threshold is not None or threshold is not None:

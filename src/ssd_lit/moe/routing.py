@@ -1,6 +1,7 @@
 """The choice of experts by their scores: a fixed number, a scheduled one, or all above a threshold."""
 
 import math
+from numbers import Integral
 from typing import NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ class Routing(NamedTuple):
     """The experts of every token."""
 
     experts: Tensor
-    """[T, K], distinct in a row; E fills the places of a token with fewer than K experts (dynamic k: the last ones)."""
+    """[T, K], distinct in a row; E fills the last places of a token with fewer than K experts (dynamic k)."""
     weights: Tensor | None = None
     """[T, K], the factors of the experts' outputs; None adds outputs without weights."""
     ragged: bool = False
@@ -27,7 +28,7 @@ def check_choice(experts: int, top_k: int | None, threshold: float | None, *, no
 
     `non_negative` says whether the router's scores are; of others a share of the best one means nothing.
     """
-    if top_k is not None and not 1 <= top_k <= experts:
+    if top_k is not None and not (_is_whole(top_k) and 1 <= top_k <= experts):
         raise ValueError(f"top_k {top_k}: allowed are 1 to {experts}")
     if threshold is None:
         return
@@ -40,6 +41,10 @@ def check_choice(experts: int, top_k: int | None, threshold: float | None, *, no
             f"threshold {threshold}: a share of the best score, and scores of this router can be negative; allowed "
             f"with the routers {', '.join(get_args(PosthocRouter))}"
         )
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def top_k_experts(scores: Tensor, k: int) -> Tensor:

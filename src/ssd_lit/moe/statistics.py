@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssd_lit.moe.activations import EXACT_ZEROS
 from ssd_lit.moe.ffn import ExpertFFN
-from ssd_lit.moe.routing import Routing, top_k_experts
+from ssd_lit.moe.routing import Routing
 
 NORM_SHARE = 0.95
 """Share of the norm of all contributions that the active neurons of a smooth activation must have."""
@@ -56,7 +56,7 @@ def expert_load(ffn: ExpertFFN, x: Tensor) -> Tensor:
 def mean_k(ffns: Sequence[ExpertFFN]) -> float | None:
     """Experts a token, averaged over all that these FFNs computed with dynamic k since their mode was set.
 
-    None where they computed nothing so. Waits for the device.
+    Or since a `Generator` read its last prompts. None where they computed nothing so. Waits for the device.
     """
     experts, tokens = torch.stack([ffn.tally for ffn in ffns]).sum(dim=0).tolist()
     return experts / tokens if tokens else None
@@ -76,12 +76,13 @@ def load_entropy(load: Tensor) -> float:
 
 @torch.no_grad()
 def routing_recall(ffn: ExpertFFN, x: Tensor) -> float:
-    """Fraction of the oracle's activation mass that the chosen experts hold: x [T, D], top_k experts a token.
+    """Fraction of the oracle's activation mass that the chosen experts hold: x [T, D].
 
-    The oracle takes the K experts of the largest mass; 1 means that the router loses nothing against it.
+    The oracle takes as many experts of each token, those of the largest mass; 1 means that the router loses nothing
+    against it.
     """
-    mass = ffn.activation_mass(x).double()
-    chosen = mass.gather(1, ffn.route(x).experts).sum()
-    best = mass.gather(1, top_k_experts(mass, ffn.top_k)).sum()
+    mass, on = ffn.activation_mass(x).double(), chosen_mask(ffn.route(x), ffn.experts)
+    chosen, largest = (mass * on).sum(), mass.sort(dim=-1, descending=True).values
+    best = (largest * (torch.arange(ffn.experts, device=x.device) < on.sum(dim=-1, keepdim=True))).sum()
     # The same experts in another order may add up to a little more.
     return min(1.0, float(chosen / best.clamp_min(torch.finfo(best.dtype).tiny)))

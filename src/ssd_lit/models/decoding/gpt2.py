@@ -52,7 +52,6 @@ class _Layer:
         self.ffn: ExpertFFN = block.mlp
         self.sparse = self.ffn.mode == "sparse" and not self.ffn.chooses_all
         self.shift, self.offset = (keys.new_zeros(self.ffn.experts, dtype=torch.float32) for _ in range(2))
-        self._versions: list[int] | None = None
 
     def choice(self, products: Tensor) -> Choice:
         """How the experts are found; products [blocks, E] are parts of their scores."""
@@ -66,17 +65,13 @@ class _Layer:
         )  # fmt: skip
 
     def refresh(self) -> None:
-        """The products of the router's directions with the norm's gain and bias, if those were changed."""
+        """The products of the router's directions with the norm's gain and bias."""
         norm, directions = self.block.ln_2, self.ffn.router.expert_vectors()
         if not self.sparse or directions is None:
             return
-        sources = (directions, norm.weight, norm.bias)
-        # Tensors made in inference mode count no versions.
-        versions = None if any(source.is_inference() for source in sources) else [one._version for one in sources]
-        if versions is None or versions != self._versions:
-            self._versions = versions
-            self.shift.copy_(directions.float() @ norm.weight.float())
-            self.offset.copy_(directions.float() @ norm.bias.float())
+        # Always, since not all changes in place raise a tensor's version.
+        self.shift.copy_(directions.float() @ norm.weight.float())
+        self.offset.copy_(directions.float() @ norm.bias.float())
 
 
 class GPT2Step:

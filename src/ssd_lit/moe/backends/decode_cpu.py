@@ -28,7 +28,7 @@ def decode_cpu(x: Tensor, routing: Routing, experts: Experts, activation: Activa
     )  # [E, blocks, D or 1, block]
     assert w_in is not None
     w_out = experts.w_out.view(n_experts, blocks, block, width)
-    sums = []
+    sums = [x.new_zeros(0, width)]
     for t, chosen in enumerate(routing.experts.tolist()):
         row = x[t].expand(blocks, 1, width)
         y = x.new_zeros(blocks, 1, width)
