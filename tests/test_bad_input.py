@@ -218,7 +218,7 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("special tokens that do not fit", Settings({"data.tokenizer": {"vocab_size": 260, "sentinels": 9}}),
      "at least 266"),
     ("no tokenizer", Settings({"data.tokenizer": {"folder": "no/folder"}}),
-     "failed: data.tokenizer: no tokenizer.json in folder 'no/folder'"),
+     "failed: data.tokenizer.folder: no tokenizer.json in 'no/folder'"),
     ("no checkpoint", Settings({"model": {"pretrained": "no/folder"}}), "no config.json in folder 'no/folder'"),
     # Settings: names, seeds, sources.
     ("a name that leaves results/", Settings({"experiment": "../x"}), "given '../x'; string should match pattern"),

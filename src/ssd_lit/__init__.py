@@ -50,7 +50,8 @@ def set_mode(
 def mean_k(model: "nn.Module") -> float | None:
     """Experts a token with dynamic k, averaged over a model's FFNs and all tokens since `load` or `set_mode`.
 
-    Or since a `Generator` read its last prompts. Padding counts as tokens do. None without dynamic k. Raises ValueError for a model without experts.
+    Or since a `Generator` read its last prompts. Padding counts as tokens do. None without dynamic k. Raises ValueError
+    for a model without experts.
     """
     from ssd_lit.huggingface.folder import mean_k
 

@@ -164,3 +164,9 @@ def test_normalise_twice_is_once() -> None:
 def test_missing_split_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.parquet: not found; run the stage"):
         list(read_split(tmp_path, "train"))
+
+
+def test_a_document_longer_than_a_column_holds_is_told(prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssd_lit.data.documents._LONGEST_DOCUMENT", 100)
+    with pytest.raises(ConfigError, match="blank lines end documents"):
+        prepare(["short", "word " * 30])

@@ -69,3 +69,10 @@ def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"extra 'hub': pip install 'ssd-lit\[hub\]'"):
         list(hub_documents(source(tmp_path)))
+
+
+def test_a_split_is_not_asked_of_one_that_was_saved_alone(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    for split in ("test", "train[:1]"):
+        with pytest.raises(ConfigError, match="is one saved split; leave out split"):
+            list(hub_documents(source(tmp_path / "saved", split=split)))

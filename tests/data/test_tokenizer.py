@@ -14,6 +14,7 @@ from ssd_lit.data.encode import encode_documents
 from ssd_lit.data.tokenizer import (
     END_OF_TEXT,
     MASK,
+    check_given,
     end_of_text_id,
     load_tokenizer,
     mask_id,
@@ -300,3 +301,16 @@ def test_a_copy_has_the_roles_of_its_source(tmp_path: Path, kind: str) -> None:
             (theirs / "special_tokens_map.json").write_text(json.dumps(roles))
     train_tokenizer(TokenizerConfig(folder=str(theirs)), tmp_path, ours)
     assert roles_of(ours) == roles_of(theirs)
+
+
+def test_a_folder_is_tried_before_any_text_is_read(tmp_path: Path) -> None:
+    without_end = save_foreign(tmp_path / "a", ["<unk>", "x"])
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.folder: .* has no end-of-text token"):
+        check_given(without_end, {"gpt2"}, 1)
+    plain = save_foreign(tmp_path / "b", ["<unk>", END_OF_TEXT, "<extra_id_0>", "<extra_id_1>"])
+    check_given(plain, {"gpt2", "t5"}, 2)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.folder: .* has no mask token"):
+        check_given(plain, {"gpt2", "bert"}, 2)
+    with pytest.raises(ConfigError, match=r"has 2 tokens <extra_id_N>; model\.family t5 needs 3"):
+        check_given(plain, {"t5"}, 3)
+    check_given(TokenizerConfig(), {"bert", "t5"}, 9)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from ssd_lit.config import GlueConfig, ModelConfig, MoEConfig
 from ssd_lit.data.benchmarks import Pair, PairSet
 from ssd_lit.data.index import VocabInfo
-from ssd_lit.evaluation import blimp, glue
+from ssd_lit.evaluation import blimp, downstream, glue
 from ssd_lit.evaluation.blimp import log_likelihoods, score_on_blimp
 from ssd_lit.evaluation.glue import Classifier, Texts, encode, fine_tune, outputs_for
 from ssd_lit.evaluation.resumable import ResumableResults
@@ -284,6 +284,28 @@ def test_a_stage_that_was_ended_goes_on_with_what_was_not_done(done: Bench, monk
     done.stage("downstream", done.dir("ssd"))
     assert found_in(done, "ssd") == expected
     assert len(tuned) == len(set(tuned)) == 1 + 2 * 2 * 2
+
+
+def test_pieces_of_another_file_are_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both modes are scored on the same sentences, even if the file changes while the stage is stopped."""
+    pairs = [("the river moves the actor", "the the the river"), ("the engine moves", "moves engine the")]
+    file = write_blimp(tmp_path / "BLiMP.zip", {"order": ("syntax", pairs)})
+    bench = Bench(tmp_path, arms={"ssd": {"method": "ssd"}}, downstream={"blimp": {"file": str(file)}})
+    bench.phases("ssd")
+
+    def stopping(model: LanguageModel, *arguments: Any, **settings: Any) -> list[dict[str, Any]]:
+        if model.ffns[0].mode == "sparse":
+            raise KeyboardInterrupt
+        return score_on_blimp(model, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downstream, "score_on_blimp", stopping)
+        with pytest.raises(AssertionError):
+            bench.stage("downstream", bench.dir("ssd"))
+    write_blimp(file, {"order": ("syntax", pairs[:1])})
+    bench.stage("downstream", bench.dir("ssd"))
+    content = read_json_checked(bench.dir("ssd") / "downstream/downstream.json")
+    assert [(one["mode"], one["pairs"]) for one in content["blimp"]["scores"]] == [("dense", 1), ("sparse", 1)]
 
 
 def test_scores_reach_mlflow_and_the_table(done: Bench) -> None:

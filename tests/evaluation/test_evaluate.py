@@ -7,8 +7,10 @@ import torch
 from ssd_lit.data.blocks import TokenBlocks
 from ssd_lit.data.index import load_index
 from ssd_lit.data.tokenizer import load_tokenizer
+from ssd_lit.evaluation.evaluate import _by_layer
 from ssd_lit.evaluation.samples import samples
 from ssd_lit.models.hooks import ffn_inputs
+from ssd_lit.moe.statistics import active_ratio
 from ssd_lit.support.files import read_json
 from ssd_lit.training.checkpoint import final_model
 from tests.conftest import Bench
@@ -153,3 +155,21 @@ def test_a_model_that_does_not_predict_the_next_token_writes_nothing(done: Bench
     model = final_model(run)
     model.objective_name = "masked"
     assert samples(run, model, "validation", ["dense", "sparse"]) == []
+
+
+def test_layers_are_measured_alike_on_all_blocks_however_they_are_batched(done: Bench) -> None:
+    model = final_model(done.open("ssd")).eval()
+    blocks = TokenBlocks(done.data / "tokens", "validation")
+    batches = [
+        {name: torch.stack([blocks[i][name] for i in rows]) for name in blocks[0]} for rows in ([0, 1, 2, 3], [4])
+    ]
+    singles = [{name: x[None] for name, x in blocks[i].items()} for i in range(5)]
+    expected = _by_layer(model, singles, active_ratio, "dense")
+    assert _by_layer(model, batches, active_ratio, "dense") == pytest.approx(expected, rel=1e-5)
+    last = _by_layer(model, singles[4:], active_ratio, "dense")
+    assert expected != pytest.approx(last, rel=1e-3)
+
+
+def test_no_oracle_chooses_among_copies(done: Bench) -> None:
+    assert read_json(done.dir("upcycle") / "evaluation.json")["oracle_curve"] == []
+    assert len(read_json(done.dir("ssd") / "evaluation.json")["oracle_curve"]) == 3

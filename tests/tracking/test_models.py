@@ -18,8 +18,9 @@ import pytest
 from mlflow import MlflowClient
 from tokenizers import Tokenizer
 
+from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import log_likelihoods
-from ssd_lit.pipeline.serving import _load_pyfunc
+from ssd_lit.pipeline.serving import ServedModel, _load_pyfunc
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.delivery import send_runs
 from ssd_lit.tracking.store import connect, tracking_uri
@@ -180,3 +181,42 @@ def test_a_model_whose_run_was_trained_anew_is_refused(trained: Bench, tmp_path:
     place.write_text(json.dumps({**read_json(place), "weights": "of earlier"}))
     with pytest.raises(ValueError, match="was trained anew since this model was logged"):
         _load_pyfunc(str(place))
+
+
+def test_texts_with_special_words_padding_or_nothing_are_scored_as_they_are(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, arms={"dense": {"method": "dense"}})
+    bench.phases("dense")
+    run = bench.open("dense")
+    strange = ["", "the <|endoftext|> law", "the river moves the actor 3."]
+    plain = load_tokenizer(run.tokenizer)
+    ids = [encoding.ids[:16] for encoding in plain.encode_batch(strange, add_special_tokens=False)]
+    sums = log_likelihoods(final_model(run).eval(), ids[1:], run.vocab.eos_id)
+    expected = [-total / len(tokens) for total, tokens in zip(sums, ids[1:], strict=True)]
+    padded = Tokenizer.from_file(str(run.tokenizer / "tokenizer.json"))
+    padded.enable_padding(length=24)
+    padded.enable_truncation(3)
+    padded.save(str(run.tokenizer / "tokenizer.json"))
+    found = ServedModel(run, "dense").predict(pd.DataFrame({"text": strange}))
+    assert found["tokens"].tolist() == [0, *map(len, ids[1:])]
+    assert found["loss"].isna().tolist() == [True, False, False]
+    assert found["loss"].tolist()[1:] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_measured_again_is_the_latest_even_if_it_was_measured_before(trained: Bench, uri: str) -> None:
+    client, config = MlflowClient(), trained.results.parent / "tiny.yaml"
+    before = read_json(trained.dir("ssd") / "evaluation.json")["blocks"]
+    for blocks in (1, before, before):
+        trained.stage("configs", config, f"evaluation.blocks={blocks}", "--results", trained.results)
+        trained.stage("evaluate", trained.dir("ssd"))
+        trained.stage("send", trained.dir("ssd"))
+        found = read_json(trained.dir("ssd") / "evaluation.json")
+        (experiment,) = [one for one in client.search_experiments() if one.name == "tiny"]
+        (run,) = (one for one in client.search_runs([experiment.experiment_id]) if one.info.run_name == "ssd-seed0")
+        history = sorted(client.get_metric_history(run.info.run_id, "eval/over_k/loss"), key=lambda p: p.timestamp)
+        assert {p.step: p.value for p in history} == {p["top_k"]: p["loss"] for p in found["curve"]}
+        for model in client.search_logged_models([experiment.experiment_id]):
+            name = f"loss_{model.params['mode']}"
+            latest = {m.key: m.value for m in sorted(model.metrics, key=lambda m: m.timestamp)}
+            assert latest[f"eval/{name}"] == found[name]
+    # The third time added nothing.
+    assert len(history) == 3 * len(found["curve"])

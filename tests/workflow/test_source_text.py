@@ -2,10 +2,12 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from ssd_lit.cli import main
 from tests.conftest import Bench
 from tests.workflow.running import snakemake
 
@@ -82,3 +84,26 @@ def test_changed_text_that_cannot_be_read_is_told_while_planning(done: Bench) ->
     (done.results.parent / "text.txt").write_text(" \n")
     with pytest.raises(AssertionError, match=r"ssd_lit: data\.sources: no text in"):
         planned(done)
+
+
+def test_another_tokenizer_in_the_folder_that_was_named_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "first").mkdir()
+    first = Bench(tmp_path / "first", arms={"dense": {"method": "dense"}})
+    folder = tmp_path / "theirs"
+    shutil.copytree(first.data / "tokenizer", folder)
+    data = {
+        "name": "grammar", "sources": [{"kind": "files", "paths": [str(tmp_path / "first/text.txt")]}],
+        "validation_fraction": 0.1, "test_fraction": 0.1, "tokenizer": {"folder": str(folder)}, "sequence_length": 16,
+    }  # fmt: skip
+    done = Bench(tmp_path, arms={"dense": {"method": "dense"}}, data=data)
+    assert planned(done) == set()
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text + " ")
+    assert planned(done) == DATA_STAGES - {"prepare"}
+    capsys.readouterr()
+    assert main(["verify", str(done.results / "tiny")]) == 1
+    assert "holds another tokenizer now" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    assert planned(done) == set()

@@ -20,6 +20,7 @@ rule prepare:
 rule tokenizer:
     input:
         rules.prepare.output,
+        stale=lambda wildcards: PLAN.stale_tokenizer(),
     output:
         directory(DATA / "tokenizer"),
     log:

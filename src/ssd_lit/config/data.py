@@ -107,6 +107,11 @@ class DataConfig(Section):
                 raise ValueError(f"held_out.{name}: is the name of a split; give another")
         return self
 
+    @property
+    def spans(self) -> int:
+        """Spans that span corruption cuts out of a block: 15 % of its tokens, three a span."""
+        return max(1, round(round(0.15 * self.sequence_length) / 3))
+
     def digest(self) -> str:
         """Eight hexadecimal digits that change whenever anything of this section does."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:8]

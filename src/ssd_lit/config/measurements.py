@@ -14,7 +14,7 @@ class EvaluationConfig(Section):
     """What is measured on the final model."""
 
     blocks: Positive = 512
-    """Validation blocks scored (all, if there are fewer)."""
+    """Validation blocks scored (all, if there are fewer); of a held-out text as many, from its beginning."""
     top_k_curve: list[Positive] = Field(default=[1, 2, 4, 6, 8, 12, 16], min_length=1)
     """Values of k at which sparse mode is scored; those above `experts` are left out."""
     thresholds: list[Fraction] = []

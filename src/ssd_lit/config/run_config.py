@@ -127,11 +127,15 @@ class RunConfig(Section):
 
     def _check_objective(self) -> None:
         tokenizer, family = self.data.tokenizer, self.model.family
+        if family == "t5" and self.data.sequence_length < 2:
+            raise ValueError(
+                f"model.family t5: needs data.sequence_length of at least 2; given {self.data.sequence_length}"
+            )
         if tokenizer.folder is not None:
             return
         if family == "bert" and not tokenizer.mask_token:
             raise ValueError("model.family bert: needs data.tokenizer.mask_token: true")
-        spans = max(1, round(round(0.15 * self.data.sequence_length) / 3))
+        spans = self.data.spans
         if family == "t5" and tokenizer.sentinels < spans:
             raise ValueError(
                 f"model.family t5: blocks of {self.data.sequence_length} tokens lose {spans} spans, "

@@ -33,6 +33,8 @@ Progress = Callable[[str], None]
 
 _BUCKETS = 128  # open at once: some systems allow 256 files
 _RECORD = struct.Struct("<16sI")
+_LONGEST_DOCUMENT = 2**31 - 2
+"""Bytes of text in a column of Parquet."""
 _ROW_GROUP_BYTES = 1_000_000
 _REPORT_BYTES = 50_000_000
 # Not U+0085 (next line): in practice it is the ellipsis of a Windows-1252 page read as Latin-1.
@@ -162,6 +164,11 @@ def _spill(config: DataConfig, work: Path, progress: Progress) -> _FirstPass:
                 if not content:
                     first.empty += 1
                     continue
+                if len(content) > _LONGEST_DOCUMENT:
+                    raise ConfigError(
+                        f"data {config.name!r}: a document of {len(content) / 1e9:.1f} GB; allowed are "
+                        f"{_LONGEST_DOCUMENT / 1e9:.1f}, and in a .txt file blank lines end documents"
+                    )
                 counts["documents"] += 1
                 counts["bytes"] += len(content)
                 digest = hashlib.blake2b(content, digest_size=16).digest()
@@ -269,6 +276,8 @@ def _check_splits(config: DataConfig, splits: dict[str, dict[str, Any]]) -> None
     for name, split in splits.items():
         if not split["documents"]:
             remedy = "give more text" if name == "train" else f"give more text or raise {name}_fraction"
+            if total == 1:
+                remedy += "; in a .txt file blank lines end documents"
             raise ConfigError(f"data {config.name!r}: none of {total} documents falls in the {name} split; {remedy}")
 
 

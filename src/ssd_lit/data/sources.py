@@ -9,7 +9,7 @@ from typing import Any
 
 from ssd_lit.config import ConfigError, DataConfig, FilesSource, HubSource, PackageSource, Source
 from ssd_lit.data.packages import PACKAGES, check_package, package_documents
-from ssd_lit.data.readers import FORMATS, check_format, has_format, read_documents, text_of
+from ssd_lit.data.readers import FORMATS, check_format, has_format, read_documents, read_text, text_of
 from ssd_lit.support.files import sha256
 
 
@@ -44,6 +44,8 @@ def _rows(source: HubSource) -> Any:
             rows = splits[source.split]
         elif (folder / "state.json").is_file():
             rows = datasets.load_from_disk(folder)
+            if source.split not in (HubSource.model_fields["split"].default, str(rows.split)):
+                raise ConfigError(f"data set {source.dataset!r}: is one saved split; leave out split {source.split!r}")
         else:
             rows = datasets.load_dataset(
                 source.dataset, source.subset, split=source.split, streaming=source.streaming, revision=source.revision
@@ -88,10 +90,28 @@ def check_sources(data: DataConfig) -> None:
                 check_hub()
     folder = data.tokenizer.folder
     if folder is not None and not (Path(folder) / "tokenizer.json").is_file():
-        raise ConfigError(f"data.tokenizer: no tokenizer.json in folder {folder!r}")
-    for name, path in data.held_out.items():
-        if not Path(path).is_file():
-            raise ConfigError(f"data.held_out.{name}: no file {path!r}")
+        raise ConfigError(f"data.tokenizer.folder: no tokenizer.json in {folder!r}")
+    _check_held_out(data)
+
+
+def _check_held_out(data: DataConfig) -> None:
+    """Read the held-out texts, and look for them among the sources."""
+    sources = [source for source in data.sources if isinstance(source, FilesSource)]
+    read = {path.resolve() for source in sources for path in files_of(source)} if data.held_out else set()
+    for name, file in data.held_out.items():
+        path = Path(file)
+        if not path.is_file():
+            raise ConfigError(f"data.held_out.{name}: no file {file!r}")
+        if path.resolve() in read:
+            raise ConfigError(
+                f"data.held_out.{name}: {file} is one of the files of data.sources, and would be trained on"
+            )
+        try:
+            text = read_text(path)
+        except ConfigError as error:
+            raise ConfigError(f"data.held_out.{name}: {error}") from None
+        if not text.strip():
+            raise ConfigError(f"data.held_out.{name}: no text in {file}")
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -159,7 +179,13 @@ def files_of(source: FilesSource) -> list[Path]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    """Paths that a pattern matches. A pattern that is the path of a folder matches all files of known formats in it."""
+    """Paths that a pattern matches. A pattern that is the path of a folder matches all files of known formats in it.
+
+    One that is the path of a file matches it alone, whatever brackets its name has.
+    """
+    if os.path.isfile(pattern):  # noqa: PTH113  # Path.is_file raises an error for a name that is too long
+        yield pattern
+        return
     if not os.path.isdir(pattern):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
         yield from matching_paths(pattern)
         return

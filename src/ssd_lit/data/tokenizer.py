@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,37 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
     roles = {**OWN_ROLES, "mask_token": MASK} if config.mask_token else OWN_ROLES
     _write_config(out_dir, roles, sentinels)
     _write_digests(out_dir)
+
+
+def check_given(config: TokenizerConfig, families: Collection[str], spans: int) -> None:
+    """Raise ConfigError if the tokenizer of config.folder cannot be taken, or lacks what those families need.
+
+    `spans` are those that span corruption cuts out of a block.
+    """
+    if config.folder is None:
+        return
+    folder = Path(config.folder)
+    tokenizer, roles = _given(folder)
+    if "bert" in families and "mask_token" not in roles:
+        raise ConfigError(f"data.tokenizer.folder: {folder} has no mask token, which model.family bert needs")
+    sentinels = len(_sentinels(tokenizer.get_vocab(with_added_tokens=True)))
+    if "t5" in families and sentinels < spans:
+        raise ConfigError(
+            f"data.tokenizer.folder: {folder} has {sentinels} tokens <extra_id_N>; model.family t5 needs {spans} for "
+            "blocks of data.sequence_length"
+        )
+
+
+def is_other_tokenizer(config: TokenizerConfig, directory: Path) -> bool:
+    """Whether config.folder holds another tokenizer now than the one that was copied to `directory`.
+
+    A missing folder does not count: it is not needed any more.
+    """
+    path, digests = Path(config.folder or "") / "tokenizer.json", directory / DIGESTS
+    if config.folder is None or not path.is_file() or not digests.is_file():
+        return False
+    copied: str = read_json_checked(digests)["tokenizer.json"]
+    return sha256(path) != copied
 
 
 def check_tokenizer(directory: Path) -> None:
@@ -156,11 +187,12 @@ def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str
             return
 
 
-def _copy(folder: Path, documents_dir: Path, out_dir: Path) -> None:
+def _given(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer of a folder, and its special tokens by role. Raises ConfigError if it has no end-of-text token."""
     try:
         tokenizer = load_tokenizer(folder)
     except ValueError as error:
-        raise ConfigError(f"tokenizer.folder: {error}") from None
+        raise ConfigError(f"data.tokenizer.folder: {error}") from None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     named = _roles(folder)
     # Without settings the tokenizer may be GPT-2's or one of this package.
@@ -168,9 +200,15 @@ def _copy(folder: Path, documents_dir: Path, out_dir: Path) -> None:
     roles = {role: token for role, token in {**defaults, **named}.items() if token in vocabulary}
     if "eos_token" not in roles:
         raise ConfigError(
-            f"tokenizer.folder: {folder} has no end-of-text token; "
+            f"data.tokenizer.folder: {folder} has no end-of-text token; "
             f"name one as eos_token in its tokenizer_config.json, or have {END_OF_TEXT} in the vocabulary"
         )
+    return tokenizer, roles
+
+
+def _copy(folder: Path, documents_dir: Path, out_dir: Path) -> None:
+    tokenizer, roles = _given(folder)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     _check_coverage(tokenizer, folder, documents_dir)
     with whole_file(out_dir / "tokenizer.json") as part:
         shutil.copyfile(folder / "tokenizer.json", part)
@@ -187,8 +225,8 @@ def _check_coverage(tokenizer: Tokenizer, folder: Path, documents_dir: Path) -> 
     lost = coverage.first_lost(texts for split in splits for texts in read_split(documents_dir, split))
     if lost is not None:
         raise ConfigError(
-            f"tokenizer.folder: {folder} has nothing for the character {lost!r} (U+{ord(lost):04X}) of the text, and "
-            "would drop it; give a tokenizer that has it, or bytes, or an unk token"
+            f"data.tokenizer.folder: {folder} has nothing for the character {lost!r} (U+{ord(lost):04X}) of the text, "
+            "and would drop it; give a tokenizer that has it, or bytes, or an unk token"
         )
 
 

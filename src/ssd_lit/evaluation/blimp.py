@@ -49,7 +49,8 @@ def log_likelihoods(
 ) -> list[float]:
     """The sum of the log-probabilities of each sentence's tokens after an end-of-text token, in nats and fp32.
 
-    Sentences of similar length share a batch, padded on the right, which a causal model does not attend to.
+    Sentences of similar length share a batch, padded on the right, which a causal model does not attend to. One without
+    tokens has 0.
     """
     device = model.ffns[0].w_in.device
     sums = [0.0] * len(sentences)
@@ -69,9 +70,9 @@ def log_likelihoods(
 
 
 def _batches(sentences: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The numbers of all sentences in batches, from the shortest sentence to the longest."""
+    """The numbers of all sentences that have tokens in batches, from the shortest sentence to the longest."""
     batches: list[list[int]] = []
-    for row in sorted(range(len(sentences)), key=lambda index: len(sentences[index])):
+    for row in sorted(filter(sentences.__getitem__, range(len(sentences))), key=lambda index: len(sentences[index])):
         # The longest of a batch is the last to come.
         if not batches or (len(batches[-1]) + 1) * len(sentences[row]) > TOKENS:
             batches.append([])

@@ -16,6 +16,7 @@ from ssd_lit.evaluation.resumable import ResumableResults
 from ssd_lit.models.family import family
 from ssd_lit.moe.names import Mode
 from ssd_lit.run import Run
+from ssd_lit.support.files import sha256
 from ssd_lit.training.checkpoint import final_model
 
 
@@ -97,8 +98,20 @@ def _why_not(benchmark: str, config: RunConfig) -> str | None:
 
 def _inputs(run: Run, settings: DownstreamConfig) -> dict[str, Any]:
     """All inputs of a partial result except its task and seed."""
+    paths = [
+        settings.glue.folder if settings.glue else None,
+        settings.blimp.file if settings.blimp else None,
+        settings.harness.folder if settings.harness else None,
+    ]
     return {
+        "files": {path: _digests(Path(path)) for path in paths if path is not None},
         "weights": run.final().weights,
         "moe": run.config.moe.model_dump(mode="json"),
         "downstream": settings.model_dump(mode="json", exclude={"glue": {"tasks", "seeds"}}),
     }
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """The digest of a file, or of each file of a folder by its place in it."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): sha256(file) for file in files}

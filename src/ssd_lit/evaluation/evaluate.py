@@ -32,8 +32,8 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     Losses are nats a target. `active_ratio` and `active_neurons` (a token and layer, of d_ff) are those of dense
     mode. `curve` is the loss over k with the run's own router, `oracle_curve` with routing by the true activation
     mass, `threshold_curve` with dynamic k (`experts_above`). `held_out` has the losses on each held-out text, `samples`
-    what the model writes. A model that was never MoEfied has no sparse mode, and one whose experts are copies no dense
-    mode: those values are null and those curves empty.
+    what the model writes. A model that was never MoEfied has no sparse mode, and one whose experts are copies, which
+    are weighed, neither dense mode nor oracle: those values are null and those curves empty.
     """
     config, tokens_dir = run.config, run.tokens
     model = final_model(run)
@@ -53,7 +53,8 @@ def evaluate_run(run: Run, settings: EvaluationConfig) -> dict[str, Any]:
     ks = sorted({top_k, *(k for k in settings.top_k_curve if k <= config.moe.experts)}) if has_sparse else []
     dense = _loss(model, batches, "dense") if has_dense else None
     curve = {k: _sparse_loss(model, batches, k, dense) for k in tqdm(ks, desc="top-k curve", disable=None)}
-    oracle = {k: _oracle_loss(model, batches, k, dense) for k in tqdm(ks, desc="oracle curve", disable=None)}
+    of_oracle = [] if config.method == "upcycle" else ks
+    oracle = {k: _oracle_loss(model, batches, k, dense) for k in tqdm(of_oracle, desc="oracle curve", disable=None)}
     ratios = _by_layer(model, batches, active_ratio, "dense") if has_dense else None
     held_out = {
         name: _held_out(model, batches_of(name), has_dense, ks)
@@ -117,7 +118,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
             "top_k": [point["top_k"] for point in over_k],
             "loss": [point["loss"] for point in over_k],
             "perplexity": [perplexity(point["loss"]) for point in over_k],
-            "loss_oracle": [point["loss"] for point in oracle],
+            **({"loss_oracle": [point["loss"] for point in oracle]} if oracle else {}),
         },
         "routing_recall": {
             "layer": list(range(len(content["routing_recall"] or []))),
@@ -185,11 +186,12 @@ def _by_layer(
     mode: Mode,
     k: int | None = None,
 ) -> list[float]:
-    """A measure of every layer, averaged over the first WATCHED batches."""
+    """A measure of every layer, averaged over the blocks of the first WATCHED batches."""
     model.set_mode(mode, k)
-    values = [
-        [measure(ffn, x) for ffn, x in zip(model.ffns, ffn_inputs(model, batch), strict=True)]
-        for batch in batches[:WATCHED]
-    ]
-    means: list[float] = torch.tensor(values).mean(dim=0).tolist()
+    watched = batches[:WATCHED]
+    values = torch.tensor(
+        [[measure(ffn, x) for ffn, x in zip(model.ffns, ffn_inputs(model, batch), strict=True)] for batch in watched]
+    )
+    blocks = torch.tensor([len(batch["inputs"]) for batch in watched], dtype=values.dtype)
+    means: list[float] = (blocks @ values / blocks.sum()).tolist()
     return means

@@ -5,4 +5,4 @@ import math
 
 def perplexity(loss: float) -> float:
     """e to the loss in nats; infinite where a float cannot hold it, as for a model that learnt nothing."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)

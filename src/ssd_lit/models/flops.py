@@ -18,6 +18,7 @@ from ssd_lit.data.objectives import build_objective
 from ssd_lit.models.family import family
 from ssd_lit.models.hooks import ffn_inputs
 from ssd_lit.models.language_model import LanguageModel
+from ssd_lit.moe.routers import build_router
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -39,6 +40,8 @@ class Costs:
     """All FFNs in full, as before MoEfication or upcycling."""
     scores: float
     """Scoring all experts with a router of one matrix."""
+    predicted: float = 0.0
+    """Scoring them with the post-hoc router, if there is one."""
 
     def dense(self) -> float:
         """Forward and backward pass in dense mode."""
@@ -48,6 +51,10 @@ class Costs:
         """Forward and backward pass with k experts a token, slices of the FFN or copies of all of it."""
         experts = k if upcycled else k / moe.experts
         return 3 * (self.rest + experts * self.ffn) + (3 if moe.router == "gate" else 1) * self.scores
+
+    def router_training(self) -> float:
+        """A forward pass in dense mode, and forward and backward pass of the post-hoc routers."""
+        return self.rest + self.ffn + 3 * self.predicted
 
 
 @cache
@@ -64,7 +71,10 @@ def forward_costs(model: ModelConfig, moe: MoEConfig, vocab: VocabInfo, sequence
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             fake(batch)
         tokens = [len(x) for x in ffn_inputs(fake, batch)]
+        kind = moe.posthoc_router
+        router = None if kind is None else build_router(kind, model.d_model, moe.experts, moe.router_hidden)
     weights = [sum(p.numel() for p in ffn.neuron_parameters() if p.ndim == 2) for ffn in fake.ffns]
     ffn = sum(2.0 * t * w for t, w in zip(tokens, weights, strict=True))
     scores = sum(2.0 * t * model.d_model * moe.experts for t in tokens)
-    return Costs(counter.get_total_flops() - ffn, ffn, scores)
+    of_router = 0 if router is None else sum(p.numel() for p in router.parameters() if p.ndim == 2)
+    return Costs(counter.get_total_flops() - ffn, ffn, scores, sum(2.0 * t * of_router for t in tokens))

@@ -163,7 +163,7 @@ class Generator:
 
     @property
     def mean_k(self) -> float | None:
-        """With dynamic k: experts a token, averaged over FFNs and over all tokens that the model read since the prompts.
+        """With dynamic k: experts a token, averaged over FFNs and all tokens that the model read since the prompts.
 
         It is `ssd_lit.mean_k`, whose count begins anew behind the prompts. None without dynamic k, or before `advance`.
         Waits for the device.

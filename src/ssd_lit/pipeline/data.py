@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_lit.config import find_experiment, load_data, load_experiment, parse_changes
+from ssd_lit.config import Experiment, find_experiment, load_data, load_experiment, parse_changes
 from ssd_lit.paths import data_dir, write_configs
 from ssd_lit.support.files import write_text
 from ssd_lit.support.locks import exclusive
@@ -13,15 +13,24 @@ from ssd_lit.support.locks import exclusive
 def configs(experiment: str, results: Path, settings: Sequence[str] = ()) -> str:
     """Check an experiment, changed by settings such as training.steps=100, and write its resolved configs."""
     from ssd_lit.data.benchmarks import check_downstream
-    from ssd_lit.data.sources import check_sources
 
     checked = load_experiment(find_experiment(experiment), parse_changes(settings))
     if not (data_dir(results, checked.data) / "tokens" / "index.json").exists():
-        check_sources(checked.data)
+        check_data(checked)
     if checked.downstream is not None:
         check_downstream(checked.downstream)
     runs = write_configs(checked, results)
     return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
+
+
+def check_data(experiment: Experiment) -> None:
+    """Raise ConfigError for texts or a tokenizer that will fail. For use before there are tokens."""
+    from ssd_lit.data.sources import check_sources
+    from ssd_lit.data.tokenizer import check_given
+
+    check_sources(experiment.data)
+    families = {config.model.family for config in experiment.runs()}
+    check_given(experiment.data.tokenizer, families, experiment.data.spans)
 
 
 def schema(out: Path, page: Path) -> str:

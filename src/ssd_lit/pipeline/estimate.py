@@ -19,12 +19,12 @@ def plan(name: str, results: Path, settings: Sequence[str], repeats: int) -> Non
 
     Writes nothing. Raises ConfigError for a mistake in the experiment.
     """
-    from ssd_lit.data.sources import check_sources
+    from ssd_lit.pipeline.data import check_data
 
     experiment = load_experiment(find_experiment(name), parse_changes(settings))
     outlook = Outlook(experiment, results)
     if outlook.train_tokens is None or not outlook.train_tokens[1]:
-        check_sources(experiment.data)
+        check_data(experiment)
     out = console()
     _show_costs(outlook)
     out.print(_text(outlook))

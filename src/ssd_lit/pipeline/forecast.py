@@ -86,8 +86,7 @@ class Outlook:
         while (phase := next_phase(config, history)) is not None:
             steps = phase.max_steps
             if phase.mode == "router":
-                # Forward passes of the model; the routers themselves are small.
-                flops = config.moe.router_steps * config.training.batch_size * costs.dense() / 3
+                flops = config.moe.router_steps * config.training.batch_size * costs.router_training()
             else:
                 flops = phase_flops(config, phase, costs, phase.first_step + steps)
             spent = Totals(steps, steps if phase.mode == "sparse" else 0, steps * step_tokens, flops)

@@ -15,8 +15,10 @@ from typing import Any
 from ssd_lit.config import ConfigError, Experiment, find_experiment, load_experiment, read_changes
 from ssd_lit.config.section import unknown_key
 from ssd_lit.data.benchmarks import check_downstream
-from ssd_lit.data.sources import check_sources, is_other_text
+from ssd_lit.data.sources import is_other_text
+from ssd_lit.data.tokenizer import is_other_tokenizer
 from ssd_lit.paths import config_files, data_dir, run_dir, stage_path
+from ssd_lit.pipeline.data import check_data
 from ssd_lit.pipeline.resources import Resources, of_job
 from ssd_lit.run import Run
 from ssd_lit.stages import MEASUREMENTS, training_stages
@@ -59,7 +61,7 @@ class Plan:
         self.here = results / experiment.experiment
         self.data = data_dir(results, experiment.data)
         if not (self.data / "tokens" / "index.json").exists() or self._is_other_text:
-            check_sources(experiment.data)
+            check_data(experiment)
         if experiment.downstream is not None:
             check_downstream(experiment.downstream)
         self.configs = {run.name: run for run in experiment.runs()}
@@ -131,6 +133,14 @@ class Plan:
     def stale_documents(self) -> list[Path]:
         """A file newer than any result, if local text is not what the documents were read from any more; else none."""
         return [_newer_than_all()] if self._is_other_text else []
+
+    def stale_tokenizer(self) -> list[Path]:
+        """A file newer than any result, if the tokenizer's folder holds another one now than was copied; else none."""
+        try:
+            is_other = is_other_tokenizer(self.experiment.data.tokenizer, self.data / "tokenizer")
+        except ValueError:
+            is_other = True
+        return [_newer_than_all()] if is_other else []
 
     def stale_tables(self) -> list[Path]:
         """A file newer than any result, if the tables are of other settings or a measurement is missing; else none.

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 
 from ssd_lit.data.objectives import build_objective
+from ssd_lit.data.tokenizer import load_tokenizer
 from ssd_lit.evaluation.blimp import log_likelihoods
 from ssd_lit.evaluation.metrics import perplexity
 from ssd_lit.models.generation import Generator
@@ -29,7 +29,7 @@ class ServedModel:
     def __init__(self, run: Run, mode: Mode):
         self._model = final_model(run).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._objective = build_objective(self._model.objective_name, run.vocab)
-        self._tokenizer = Tokenizer.from_file(str(run.tokenizer / "tokenizer.json"))
+        self._tokenizer = load_tokenizer(run.tokenizer)
         self._config, self._eos, self._mode = run.config, run.vocab.eos_id, mode
         backbone = self._model.backbone
         self._generator: Generator | None = None

@@ -9,7 +9,7 @@ from ssd_lit.config import RunConfig, load_data, load_resolved, load_run
 from ssd_lit.data.documents import read_split
 from ssd_lit.data.index import load_index
 from ssd_lit.data.sources import described_files
-from ssd_lit.data.tokenizer import check_tokenizer
+from ssd_lit.data.tokenizer import check_tokenizer, is_other_tokenizer
 from ssd_lit.paths import data_dir, phase_dir, results_of, run_dir, snapshots
 from ssd_lit.records import PhaseRecord
 from ssd_lit.report.tables import check_summary
@@ -59,7 +59,7 @@ def _data_checks(data: Path) -> Iterator[Check]:
     yield "data config.yaml", lambda: load_data(data / "config.yaml").name
     yield "data sources", lambda: _sources(data / "documents")
     yield "data documents", lambda: _documents(data / "documents")
-    yield "data tokenizer", lambda: _tokenizer(data / "tokenizer")
+    yield "data tokenizer", lambda: _tokenizer(data)
     yield "data tokens", lambda: _tokens(data / "tokens")
 
 
@@ -118,8 +118,11 @@ def _documents(documents: Path) -> str:
     return f"{sum(card['documents'] for card in splits.values()):,}"
 
 
-def _tokenizer(folder: Path) -> str:
-    check_tokenizer(folder)
+def _tokenizer(data: Path) -> str:
+    check_tokenizer(data / "tokenizer")
+    config = load_data(data / "config.yaml").tokenizer
+    if is_other_tokenizer(config, data / "tokenizer"):
+        raise ValueError(f"{config.folder}: holds another tokenizer now than these tokens were made with")
     return "unchanged"
 
 

@@ -112,6 +112,7 @@ def _router(arm: Arm, cells: list[str]) -> tuple[str, Any]:
 def _held_out(table: HeldOutTable) -> dict[str, Any]:
     return {
         "name": table.name,
+        "blocks": table.blocks,
         "headings": ["dense mode", *(f"k = {k}" for k in table.ks)],
         "groups": [(arm.label, [((), cells)]) for arm, cells in table.rows],
     }

@@ -28,6 +28,8 @@ class HeldOut:
     loss_dense: float | None
     curve: tuple[tuple[int, float], ...]
     """(k, loss in sparse mode with k experts)."""
+    blocks: int
+    """How many were scored, from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Evaluation:
                 blocks=content["blocks"],
                 split=content["split"],
                 held_out={
-                    name: HeldOut(scored["loss_dense"], _over_k(scored["curve"]))
+                    name: HeldOut(scored["loss_dense"], _over_k(scored["curve"]), scored["blocks"])
                     for name, scored in content["held_out"].items()
                 },
                 samples=tuple(content.get("samples", ())),

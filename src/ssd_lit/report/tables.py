@@ -108,6 +108,8 @@ def _losses(arm: Arm) -> Iterator[tuple[str, str, list[float | None]]]:
         yield text, "dense", [scored.loss_on(text) for scored in evaluations]
         for k in sorted({k for scored in evaluations for k in scored.ks_on(text)}):
             yield text, f"sparse, k {k}", [scored.loss_on(text, k) for scored in evaluations]
+    if arm.runs[0].config.method == "upcycle":  # results of earlier versions have an oracle's, which means nothing
+        return
     for k in sorted({k for scored in evaluations for k, _ in scored.oracle_curve}):
         yield split, f"oracle, k {k}", [dict(scored.oracle_curve).get(k) for scored in evaluations]
 
@@ -139,6 +141,8 @@ class HeldOutTable(NamedTuple):
     """Perplexity on a text that no run was trained on."""
 
     name: str
+    blocks: int
+    """How many were scored, from the text's beginning."""
     ks: list[int]
     """Numbers of experts for which there is a column."""
     rows: list[tuple[Arm, list[str]]]
@@ -156,7 +160,8 @@ def _held_out(text: str, arms: Sequence[Arm]) -> HeldOutTable:
     def scored(arm: Arm, k: int | None) -> str:
         return cell(arm.over(lambda run: perplexity_of(run.evaluation.loss_on(text, k))))
 
-    return HeldOutTable(text, ks, [(arm, [scored(arm, k) for k in (None, *ks)]) for arm in arms])
+    blocks = arms[0].runs[0].evaluation.held_out[text].blocks
+    return HeldOutTable(text, blocks, ks, [(arm, [scored(arm, k) for k in (None, *ks)]) for arm in arms])
 
 
 class Sample(NamedTuple):

@@ -319,12 +319,13 @@ def _log_outcome(client: "MlflowClient", run: "MlflowRun", ending: Mapping[str, 
 
 
 def _log_curves(client: "MlflowClient", run_id: str, ending: Mapping[str, Any]) -> None:
-    """Log the curves of a stage, except points that are known: a repeated stage adds none."""
+    """Log the curves of a stage, except points that are the latest at their place: a repeated stage adds none."""
     from mlflow.entities import Metric
 
     for name, curve in ending.get("curves", {}).items():
-        known = {(point.step, point.value) for point in client.get_metric_history(run_id, shown_as(name))}
-        points = [Metric(shown_as(name), y, ending["time"], x) for x, y in curve if (x, y) not in known]
+        history = client.get_metric_history(run_id, shown_as(name))
+        latest = {point.step: point.value for point in sorted(history, key=lambda point: point.timestamp)}
+        points = [Metric(shown_as(name), y, ending["time"], x) for x, y in curve if latest.get(x) != y]
         if points:
             client.log_batch(run_id, metrics=points)
 

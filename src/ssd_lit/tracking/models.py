@@ -117,11 +117,11 @@ def _link(client: "MlflowClient", run_id: str, model: "LoggedModel", mode: str, 
     known = run.outputs.model_outputs if run.outputs else []
     if model.model_id not in {output.model_id for output in known}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-    logged = {(metric.key, metric.value) for metric in model.metrics or []}
+    latest = {metric.key: metric.value for metric in sorted(model.metrics or [], key=lambda metric: metric.timestamp)}
     metrics = [
         Metric(shown_as(name), value, ending["time"], step, model_id=model.model_id)
         for name, value in ending["metrics"].items()
-        if name.endswith(f"_{mode}") and (shown_as(name), value) not in logged
+        if name.endswith(f"_{mode}") and latest.get(shown_as(name)) != value
     ]
     if metrics:
         client.log_batch(run_id, metrics=metrics)

@@ -62,10 +62,8 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
     write_checkpoint(checkpoint_path(run.folder, "route"), {"state_dict": weights_of(model.cpu())})
 
     costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
-    blocks = config.moe.router_steps * config.training.batch_size
-    tokens = blocks * config.data.sequence_length
-    routers = sum(2.0 * p.numel() for ffn in model.ffns for p in ffn.router.parameters() if p.ndim == 2)
-    spent = Totals(flops=blocks * costs.dense() / 3 + 3 * tokens * routers, seconds=time.perf_counter() - began)
+    flops = config.moe.router_steps * config.training.batch_size * costs.router_training()
+    spent = Totals(flops=flops, seconds=time.perf_counter() - began)
     record = phase.record(config, history, history[-1].total, spent, "router trained", [])
     record = replace(record, inputs=run.made_from(), provenance=timed(provenance, time.time() - spent.seconds))
     record.write(run.folder)
