@@ -129,7 +129,8 @@ def _take_place(new: Path, folder: Path) -> None:
 
     Without experts.json, which goes first and comes last, a folder does not open with experts.
     """
-    for old in (folder / "experts.json", folder / INDEX, *folder.glob("model*.safetensors")):
+    weights = (folder / "model.safetensors", folder / INDEX, *folder.glob("model-*-of-*.safetensors"))
+    for old in (folder / "experts.json", *weights):
         old.unlink(missing_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == "experts.json"):
         file.replace(folder / file.name)
