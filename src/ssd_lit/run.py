@@ -117,8 +117,14 @@ class Run:
         return StageRecord.read(path)
 
     def final(self) -> StageRecord:
-        """The record of the stage that made the final model. Raises ValueError if it is not done."""
-        return self.stage(self.training_stages[-1])
+        """The record of the stage that made the final model.
+
+        Raises ValueError if it is not done, or was done with other settings, tokens or weights to start from.
+        """
+        record = self.stage(self.training_stages[-1])
+        if record.inputs != self.made_from():
+            raise ValueError(f"{self.folder}: was trained with other settings or data; `ssd-lit train` trains it anew")
+        return record
 
     @property
     def has_experts(self) -> bool:
@@ -162,5 +168,5 @@ class Run:
         if not result.exists() or not stage_path(self.folder, self.training_stages[-1]).exists():
             return False
         # Weights of other settings may lie there still.
-        of_these = self.final().inputs == self.made_from()
+        of_these = self.stage(self.training_stages[-1]).inputs == self.made_from()
         return of_these and read_json_checked(result).get("inputs") == self.measured_from(measurement)

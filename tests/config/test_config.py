@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 
 from ssd_lit.cli import main
 from ssd_lit.config import ConfigError, Experiment, dump, load_experiment, load_run, parse_changes, read_changes
+from ssd_lit.config.loading import change_run
 from ssd_lit.config.yaml_file import read_layers
 from ssd_lit.paths import write_configs
 from ssd_lit.pipeline.plan import experiment_of
@@ -233,3 +234,88 @@ def test_a_mistake_in_what_snakemake_is_given_is_told(config: dict[str, object],
     with pytest.raises(ConfigError) as told:
         experiment_of(config)
     assert message in str(told.value)
+
+
+def experiment(folder: Path, **changes: object) -> Path:
+    """An experiment of a small model and text, with its own arms."""
+    quick = ROOT / "configs/quick.yaml"
+    arms = yaml.safe_load(quick.read_text(encoding="utf-8"))["arms"]
+    base = {"base": str(quick), "arms": dict.fromkeys(arms)}
+    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", **changes}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("activation", "gelu"), ("heads", 1), ("d_ff", 64), ("layers", 1), ("family", "llama")]
+)
+def test_an_arm_that_starts_from_anothers_weights_has_its_model(tmp_path: Path, key: str, value: object) -> None:
+    dense = {"method": "dense"}
+    for method in ("posthoc", "sparse", "upcycle"):
+        more = {"moe": {"router": "gate", "top_k": 2}} if method == "upcycle" else {}
+        child = {"method": method, "parent_arm": "dense", **more}
+        same = experiment(tmp_path, arms={"dense": dense, "child": {**child, "model": {"dropout": 0.1}}})
+        assert len(load_experiment(same).runs()) == 2
+        other = experiment(tmp_path, arms={"dense": dense, "child": {**child, "model": {key: value}}})
+        with pytest.raises(ConfigError, match=rf"arms\.child\.model\.{key}: given {value!r}; arm dense, whose weights"):
+            load_experiment(other)
+
+
+def test_a_nested_section_of_an_arm_is_laid_over_the_experiments(tmp_path: Path) -> None:
+    moe = {"experts": 8, "top_k": 4, "k_schedule": {"kind": "linear", "start": 1, "end": 4}}
+    sparse: dict[str, object] = {"method": "sparse"}
+    found = []
+    for arms, changes in (
+        ({"a": {**sparse, "moe": {"k_schedule": {"all_every": 4}}}}, {}),
+        ({"a": sparse}, {"arms": {"a": {"moe": {"k_schedule": {"all_every": 4}}}}}),
+        ({"a": {**sparse, "grid": {"moe.k_schedule.all_every": [4]}}}, {}),
+        ({"a": {**sparse, "grid": {"moe": [{"k_schedule": {"all_every": 4}}]}}}, {}),
+    ):
+        (run,) = load_experiment(experiment(tmp_path, moe=moe, arms=arms), changes).runs()
+        found.append(run.moe.k_schedule.model_dump())
+    assert found == [{"kind": "linear", "start": 1, "end": 4, "stairs": 4, "all_every": 4}] * 4
+
+
+def test_a_base_may_drop_what_the_base_before_it_has(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("arms: {a: {method: dense}, b: {method: dense}}", encoding="utf-8")
+    (tmp_path / "drop.yaml").write_text("arms: {b: null}", encoding="utf-8")
+    (tmp_path / "top.yaml").write_text("base: [one.yaml, drop.yaml]", encoding="utf-8")
+    assert read_layers(tmp_path / "top.yaml")[0] == {"arms": {"a": {"method": "dense"}}}
+    (tmp_path / "top.yaml").write_text("base: [drop.yaml, one.yaml]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"base: drop\.yaml: arms\.b: nothing to drop"):
+        read_layers(tmp_path / "top.yaml")
+
+
+def test_an_arm_may_have_the_name_of_an_old_setting_but_not_that_of_a_cell(tmp_path: Path) -> None:
+    dense = {"method": "dense"}
+    matched = {"method": "dense", "match_flops_of_arm": "match_flops"}
+    runs = load_experiment(experiment(tmp_path, arms={"match_flops": dense, "m": matched})).runs()
+    assert [run.arm for run in runs] == ["match_flops", "m"]
+    arms = {"ssd": {"method": "ssd", "grid": {"moe.top_k": [1, 2]}}, "ssd.top_k_2": {"method": "ssd"}}
+    with pytest.raises(ConfigError, match=r"'ssd\.top_k_2' is also the name of another arm"):
+        load_experiment(experiment(tmp_path, arms=arms))
+
+
+@pytest.mark.parametrize("changes", [{"training": {"steps": 2000}}, {"switching": {"sparse_fraction": 0.7}}])
+def test_lengths_of_phases_follow_the_steps_of_one_run_too(
+    tmp_path: Path, changes: dict[str, dict[str, object]]
+) -> None:
+    content = {"training": {"steps": 400, "batch_size": 4}, "switching": {"tau": 0.5, "check_every": 7}}
+    path = experiment(tmp_path, **content, arms={"ssd": {"method": "ssd"}})
+    (expected,) = load_experiment(path, changes).runs()
+    assert change_run(load_experiment(path).runs()[0], changes, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("moe", "key"),
+    [
+        ({"top_k": 1}, "moe.top_k"),
+        ({"k_schedule": {"kind": "linear"}}, "moe.k_schedule.start"),
+        ({"k_schedule": {"end": 1}}, "moe.k_schedule.end"),
+    ],
+)
+def test_a_learned_router_never_chooses_one_expert_alone(tmp_path: Path, moe: dict[str, object], key: str) -> None:
+    path = experiment(tmp_path, arms={"gate": {"method": "sparse", "moe": {"router": "gate", "top_k": 2, **moe}}})
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} 1: a learned router"):
+        load_experiment(path)

@@ -164,6 +164,7 @@ def test_the_digest_is_of_what_decides_a_runs_numbers(tmp_path: Path) -> None:
     assert len(set(before.values())) == len(ARMS)
     for same in (
         {"arms": {"ssd": {"label": "Ours"}}}, {"training": {"devices": 2}}, {"training": {"checkpoint_every": 7}},
+        {"training": {"keep_phases": True}}, {"training": {"non_finite": "skip", "non_finite_limit": 3}},
     ):  # fmt: skip
         assert digests(**same) == before
     # A changed setting is told from the one before by the arms that read it, and by no others.

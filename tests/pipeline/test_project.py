@@ -165,3 +165,11 @@ def test_a_plan_tells_of_a_fraction_that_its_phases_leave_no_room_for(tmp_path: 
     path = tiny_experiment(tmp_path, switching=switching, arms={"ssd": {"method": "ssd"}})
     assert main(["plan", str(path), "--steps", "0", "--results", str(tmp_path)]) == 0
     assert "ssd: switching.sparse_fraction 0.7, but its phases leave room for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["2024-05-01", "2024", "on", "null", "1e5", "data", "mlruns", "Plain"])
+def test_a_project_may_have_any_name(tmp_path: Path, name: str) -> None:
+    assert main(["init", str(tmp_path / name)]) == 0
+    (tmp_path / name / "text/a.txt").write_text("some text")
+    experiment = load_experiment(tmp_path / name / "experiment.yaml")
+    assert experiment.experiment.replace("_experiment", "") == name.lower().replace("-", "_")

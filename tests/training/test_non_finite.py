@@ -190,3 +190,30 @@ def test_a_jump_of_the_loss_at_a_switch_is_logged_and_a_large_one_told(
     assert [step for step, _ in jumps] == [step for step, _ in expected]
     assert [jump for _, jump in jumps] == pytest.approx([jump for _, jump in expected], abs=1e-5)
     assert "ssd-seed0 02-sparse: the loss jumped from" in caplog.text
+
+
+def test_what_a_message_advises_goes_on_from_the_last_good_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], break_steps: Any
+) -> None:
+    bench = Bench(tmp_path, training=TRAINING, arms=DENSE)
+    break_steps({BAD}, lambda x: x * torch.inf)
+    assert "set training.non_finite: skip" in train(bench, capsys)
+    before = read_metrics(bench.dir("dense") / "metrics.jsonl")["train/loss"]
+    bench.stage("train", bench.dir("dense"), "training.non_finite=skip", "--until", "dense")
+    after = read_metrics(bench.dir("dense") / "metrics.jsonl")["train/loss"]
+    assert len(before) > 2
+    # Points of before stand: it did not begin anew.
+    assert after[: len(before)] == before
+    assert read_metrics(bench.dir("dense") / "metrics.jsonl")["train/updates_left_out"][-1] == (40, 1)
+
+
+def test_a_loss_that_is_left_out_beside_a_switch_hides_no_jump(tmp_path: Path, break_steps: Any) -> None:
+    training = {**TRAINING, "non_finite": "skip"}
+    bench = Bench(
+        tmp_path, training=training, arms={"ssd": {"method": "ssd", "switching": {"switch_points": [12, 28]}}}
+    )
+    break_steps({11, 14}, lambda x: x * torch.inf)
+    bench.phases("ssd")
+    jumps = read_metrics(bench.dir("ssd") / "metrics.jsonl")["switch/loss_jump"]
+    assert len(jumps) == 2
+    assert all(math.isfinite(jump) for _, jump in jumps)

@@ -506,3 +506,72 @@ def test_a_deterministic_training_gives_the_same_bits_on_several_threads(tmp_pat
         assert main(["train", str(bench.dir("dense")), "--until", "dense"]) == 0
         found.append(weights(bench.checkpoint("dense")))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+ROUTED = {"router_steps": 3, "posthoc_router": "centers"}
+
+
+def test_the_record_of_a_router_is_restored_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {
+        "ssd": {"method": "ssd", "moe": ROUTED},
+        "posthoc": {"method": "posthoc", "parent_arm": "ssd", "moe": ROUTED},
+    }
+    bench = Bench(tmp_path, arms=arms)
+    for arm in arms:
+        bench.phases(arm)
+        kept = {path: path.read_bytes() for path in bench.dir(arm).glob("checkpoints/*.ckpt")}
+        (bench.dir(arm) / "stages/route.json").unlink()
+        capsys.readouterr()
+        bench.phases(arm)
+        assert "route: done already; its record is restored" in capsys.readouterr().out
+        assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_experts_that_were_trained_stay_together_behind_a_router_too(tmp_path: Path) -> None:
+    arms = {
+        "ssd": {"method": "ssd"}, "routed": {"method": "ssd", "moe": ROUTED},
+        "one": {"method": "posthoc", "parent_arm": "ssd"}, "other": {"method": "posthoc", "parent_arm": "routed"},
+    }  # fmt: skip
+    bench = Bench(tmp_path, arms=arms)
+    for arm in ("routed", "ssd", "other", "one"):  # the first has the others' first phase
+        bench.phases(arm)
+    one, other = (torch.load(bench.checkpoint(arm), weights_only=True)["state_dict"] for arm in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_call_that_is_refused_changes_no_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(tmp_path, arms={"dense": {"method": "dense"}, "ssd": {"method": "ssd"}})
+    for arm in ("dense", "ssd"):
+        bench.phases(arm)
+        before = (bench.dir(arm) / "config.yaml").read_bytes()
+        for more, told in (
+            (("--until", "nothing"), "has no such stage"),
+            (("--from", "nothing"), "has not reached it"),
+        ):
+            assert main(["train", str(bench.dir(arm)), "optim.lr=0.001", *more]) == 1
+            assert told in capsys.readouterr().err
+            assert (bench.dir(arm) / "config.yaml").read_bytes() == before
+    # With other settings all is made anew, wherever it is to begin.
+    bench.stage("train", bench.dir("ssd"), "optim.lr=0.001", "--from", "sparse_phases", "--until", "sparse_phases")
+    assert bench.open("ssd").config.optim.lr == 0.001
+    assert bench.open("ssd").is_done("sparse_phases")
+
+
+def test_what_was_trained_with_other_settings_is_neither_exported_nor_measured_nor_built_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"dense": {"method": "dense"}, "posthoc": {"method": "posthoc", "parent_arm": "dense"}}
+    bench = Bench(tmp_path, arms=arms)
+    bench.phases("dense")
+    bench.stage("evaluate", bench.dir("dense"))
+    measured = (bench.dir("dense") / "evaluation.json").read_bytes()
+    bench.stage("configs", tmp_path / "tiny.yaml", "model.activation=gelu", "--results", bench.results)
+    for call in (
+        ("export", bench.dir("dense"), "--out", tmp_path / "out"), ("evaluate", bench.dir("dense")),
+        ("train", bench.dir("posthoc")),
+    ):  # fmt: skip
+        assert main(list(map(str, call))) == 1
+        assert "dense-seed0: was trained with other settings or data; `ssd-lit train`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert (bench.dir("dense") / "evaluation.json").read_bytes() == measured

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -12,7 +13,8 @@ from ssd_lit.config.data import DataConfig
 from ssd_lit.config.measurements import AnalysisConfig, DownstreamConfig, EvaluationConfig
 from ssd_lit.config.run_config import RUN_SECTIONS, Arm, RunConfig
 from ssd_lit.config.section import Name, Section, Seed, checked
-from ssd_lit.config.yaml_file import ConfigError, shown
+from ssd_lit.config.sections import ModelConfig
+from ssd_lit.config.yaml_file import ConfigError, laid_over, shown
 
 MOST_RUNS = 10_000
 KEPT_NAMES = frozenset({"data", "mlflow.db", "mlruns", "mlartifacts"})
@@ -61,8 +63,14 @@ class Experiment(Section):
 
     def runs(self) -> list[RunConfig]:
         """Every run, arm by arm, seed by seed; raises ConfigError at the first mistake of an arm."""
-        arms = {name: one for key in self.arms for name, one in cells(key, self.arms[key]).items()}
+        arms: dict[str, tuple[Arm, dict[str, Any]]] = {}
+        for key in self.arms:
+            found = cells(key, self.arms[key])
+            if twice := sorted(found.keys() & arms.keys()):
+                raise ConfigError(f"arms.{key}: {twice[0]!r} is also the name of another arm, or of a cell of its grid")
+            arms |= found
         runs = [self._resolve(name, arm, values, seed) for name, (arm, values) in arms.items() for seed in self.seeds]
+        _check_parents(runs)
         first: dict[str, str] = {}
         for index, run in enumerate(runs):
             if run.method == "ssd":
@@ -79,7 +87,7 @@ class Experiment(Section):
     def _resolve(self, name: str, arm: Arm, values: dict[str, Any], seed: int) -> RunConfig:
         self._check_other_arms(name, arm)
         sections = {
-            key: {**copy.deepcopy(getattr(self, key)), **copy.deepcopy(getattr(arm, key))} for key in RUN_SECTIONS
+            key: laid_over(copy.deepcopy(getattr(self, key)), copy.deepcopy(getattr(arm, key))) for key in RUN_SECTIONS
         }
         if arm.method == "sparse" and arm.parent_arm is None and sections["model"].get("pretrained") is None:
             # The experiment's own choice is meant for the arms that have a pattern to group by.
@@ -118,16 +126,32 @@ class Experiment(Section):
             raise ConfigError(f"arms.{name}.match_flops_of_arm: given {arm.match_flops_of_arm!r}; allowed: {matched}")
 
 
+def _check_parents(runs: Sequence[RunConfig]) -> None:
+    """Raise ConfigError for a run that starts from a run of another model."""
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        if run.parent_run is None:
+            continue
+        parent = by_name[run.parent_run].model
+        for key in ModelConfig.model_fields.keys() - {"dropout", "pretrained"}:
+            own, its = getattr(run.model, key), getattr(parent, key)
+            if own != its:
+                raise ConfigError(
+                    f"arms.{run.arm}.model.{key}: given {shown(own)}; arm {run.parent_arm}, whose weights it starts "
+                    f"from, has {shown(its)}"
+                )
+
+
 def cells(name: str, arm: Arm) -> dict[str, tuple[Arm, dict[str, Any]]]:
     """An arm, or one for every combination of its grid's values: name to arm and the settings that tell it apart."""
     found = {}
     for combination in itertools.product(*arm.grid.values()):
-        content, values = arm.model_dump(exclude={"grid"}), {}
+        content = arm.model_dump(exclude={"grid"})
+        values: dict[str, Any] = {}
         for key, value in zip(arm.grid, combination, strict=True):
-            section, changes = _changes(name, key, value)
-            content[section] = {**content[section], **changes}
-            leading = next(iter(changes))
-            values[f"{section}.{leading}"] = changes[leading]
+            section, changes, leading = _changes(name, key, value)
+            content[section] = laid_over(content[section], changes)
+            values |= leading
         told = [f"{key.rpartition('.')[2]} {value}" for key, value in values.items()]
         cell = ".".join([name, *(re.sub(r"[^a-z0-9_.]+", "_", one.lower()) for one in told)])
         if values:
@@ -138,14 +162,18 @@ def cells(name: str, arm: Arm) -> dict[str, tuple[Arm, dict[str, Any]]]:
     return found
 
 
-def _changes(name: str, key: str, value: Any) -> tuple[str, dict[str, Any]]:
-    """The section that one value of a grid changes, and the changes."""
+def _changes(name: str, key: str, value: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The section that one value of a grid changes, the changes, and the setting of them that names the cell."""
     section, _, setting = key.partition(".")
     if section in RUN_SECTIONS:
         if setting:
-            return section, {setting: value}
+            changes = value
+            for part in reversed(setting.split(".")):
+                changes = {part: changes}
+            return section, changes, {key: value}
         if isinstance(value, dict) and value:
-            return section, value
+            leading = next(iter(value))
+            return section, value, {f"{section}.{leading}": value[leading]}
     raise ConfigError(
         f"arms.{name}.grid: given {shown(key)}: {shown(value)}; expected a dotted key such as moe.top_k, "
         "or a section with mappings of its keys"

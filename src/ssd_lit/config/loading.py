@@ -14,6 +14,7 @@ from ssd_lit.config.measurements import AnalysisConfig, DownstreamConfig, Evalua
 from ssd_lit.config.renamed import with_new_names
 from ssd_lit.config.run_config import RUN_SECTIONS, RunConfig
 from ssd_lit.config.section import Section, T, checked
+from ssd_lit.config.sections import PHASE_FRACTIONS, with_phase_lengths
 from ssd_lit.config.vocabulary import check_checkpoint
 from ssd_lit.config.yaml_file import ConfigError, laid_over, parse_yaml, read_layers, read_yaml, shown, typed_scalars
 from ssd_lit.support.files import check_checksum, with_checksum
@@ -155,7 +156,7 @@ def change_run(run: RunConfig, changes: Mapping[str, Any], analysis: AnalysisCon
     told = [f"{section}.{key}" for section, keys in own.items() if isinstance(keys, Mapping) for key in keys]
     if cell := [key for key in told if key in run.grid]:
         raise ConfigError(f"{cell[0]}: tells this run from others of its grid; change the grid, with `ssd-lit configs`")
-    content = laid_over(run.model_dump(), own)
+    content = laid_over(_without_own_lengths(run, own), own)
     pretrained = content["model"]["pretrained"] if isinstance(own.get("model"), Mapping) else None
     if pretrained is not None:
         # The shape is that of the checkpoint, which has to be read once more.
@@ -167,6 +168,19 @@ def change_run(run: RunConfig, changes: Mapping[str, Any], analysis: AnalysisCon
     if changed.shares_warmup is not None and changed.warmup() != run.warmup():
         changed = changed.model_copy(update={"shares_warmup": None})
     return changed
+
+
+def _without_own_lengths(run: RunConfig, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings; if its steps change, or how many are sparse, without the lengths of phases that follow them."""
+    content = run.model_dump()
+    told = {f"{section}.{key}" for section, keys in own.items() if isinstance(keys, Mapping) for key in keys}
+    if not told & {"training.steps", "switching.sparse_fraction"}:
+        return content
+    lengths = with_phase_lengths({"sparse_fraction": run.switching.sparse_fraction}, run.training.steps)
+    for key in PHASE_FRACTIONS:
+        if content["switching"][key] == lengths[key]:
+            del content["switching"][key]
+    return content
 
 
 def _is_dump(path: Path) -> bool:

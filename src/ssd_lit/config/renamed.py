@@ -26,10 +26,14 @@ def current_router(name: str) -> str:
     return {**VALUES["router"], **VALUES["posthoc_router"]}.get(name, name)
 
 
+FREE = (("arms",), ("data", "held_out"))
+"""Places whose keys are names that a config chooses."""
+
+
 def with_new_names(content: dict[str, Any]) -> dict[str, Any]:
     """Settings, at any depth, under the names that they have now; warns of every old one, once."""
     seen: dict[str, str] = {}
-    renamed: dict[str, Any] = _renamed(content, seen)
+    renamed: dict[str, Any] = _renamed(content, seen, ())
     for old, new in seen.items():
         logging.getLogger(__name__).warning(
             "%s: called %s now; the old name will be refused in the next release", old, new
@@ -37,19 +41,19 @@ def with_new_names(content: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _renamed(value: Any, seen: dict[str, str]) -> Any:
+def _renamed(value: Any, seen: dict[str, str], where: tuple[str, ...]) -> Any:
     if isinstance(value, list):
-        return [_renamed(one, seen) for one in value]
+        return [_renamed(one, seen, where) for one in value]
     if not isinstance(value, dict):
         return value
     found = {}
     for old, below in value.items():
         # Keys of a grid are dotted: moe.posthoc_router.
         section, dot, key = str(old).rpartition(".")
-        new = section + dot + KEYS[key] if key in KEYS else old
+        new = section + dot + KEYS[key] if key in KEYS and where not in FREE else old
         if new != old:
             seen[old] = new
-        found[new] = _renamed_values(KEYS.get(key, key), _renamed(below, seen), seen)
+        found[new] = _renamed_values(KEYS.get(key, key), _renamed(below, seen, (*where, str(old))), seen)
     return found
 
 

@@ -113,8 +113,11 @@ class RunConfig(Section):
         moe, method = self.moe, self.method
         if moe.router == "gate" and method in ("ssd", "posthoc"):
             raise ValueError(f"moe.router 'gate': not with method {method}; allowed: center, random")
-        if moe.router == "gate" and moe.top_k == 1:
-            raise ValueError("moe.top_k 1: a learned router weighs the chosen by a softmax; allowed: 2 and more")
+        schedule = moe.k_schedule
+        ks = {"moe.top_k": moe.top_k, "moe.k_schedule.end": schedule.end}
+        ks |= {} if schedule.kind == "constant" else {"moe.k_schedule.start": schedule.start}
+        if moe.router == "gate" and (key := next((key for key, k in ks.items() if k == 1), None)):
+            raise ValueError(f"{key} 1: a learned router weighs the chosen by a softmax; allowed: 2 and more")
         if moe.router == "center" and method == "upcycle":
             raise ValueError("moe.router 'center': copies of one FFN share one centre; allowed: gate, random")
         if moe.posthoc_router is not None and method not in ("ssd", "posthoc"):

@@ -210,8 +210,9 @@ class TrainingConfig(Section):
 PLACEMENT = ("devices", "nodes", "micro_batch_size", "activation_checkpointing")
 """Keys of the section training that say how the work is spread: a run goes on with others, but for rounding and for the
 noise of masks and dropout, which every process draws for its own part. Not `shard`: its checkpoints are others."""
-KEEPING = ("checkpoint_every", "checkpoint_minutes", "workers")
-"""Keys of the section training that decide no number of a run: how often it is saved, and who reads its batches."""
+KEEPING = ("checkpoint_every", "checkpoint_minutes", "keep_phases", "workers", "non_finite", "non_finite_limit")
+"""Keys of the section training that decide no number of what is trained already: how often it is saved, who reads its
+batches, and what is done about a number that is not finite."""
 
 
 PHASE_FRACTIONS = {
@@ -247,7 +248,7 @@ class SwitchingConfig(Section):
     """Ceiling of such a dense phase; 1 % of training.steps if left out."""
     final_dense_steps: Positive
     """Dense steps kept for the end; 20 % of training.steps if left out."""
-    switch_points: list[Positive] | None = None
+    switch_points: Annotated[list[Positive], Field(min_length=1)] | None = None
     """Instead of all these but check_every: the global steps at which the mode changes, dense to sparse and back."""
     final_sparse_every: Annotated[int, Field(ge=2)] | None = None
     """Every so many steps, one of the last dense phase is sparse, with the experts of the last sparse phase, so that

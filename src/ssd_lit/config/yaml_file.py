@@ -67,8 +67,12 @@ def typed_scalars(value: Any) -> Any:
         raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
 
 
-def read_layers(path: Path, users: Sequence[Path] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_layers(
+    path: Path, users: Sequence[Path] = (), below: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The mapping in a YAML file laid over those of the files that its key `base` names, and the file's own mapping.
+
+    All of them are laid over `below`, what bases before it have said.
 
     `base` is a path or a list of paths, relative to the file, or else to the configs that ship; later ones are laid
     over earlier ones. Settings with names of earlier versions get their present names. Raises ConfigError for a base
@@ -79,7 +83,7 @@ def read_layers(path: Path, users: Sequence[Path] = ()) -> tuple[dict[str, Any],
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"base: given {shown(bases)}; expected a path or a list of paths")
-    merged: dict[str, Any] = {}
+    merged = dict(below or {})
     for base in bases:
         file = _real(path.parent / base)
         if not file.exists() and (CONFIGS / base).is_file():
@@ -88,7 +92,7 @@ def read_layers(path: Path, users: Sequence[Path] = ()) -> tuple[dict[str, Any],
             raise ConfigError(f"base: {base} builds on itself")
         try:
             # What a base drops may be of the base before it.
-            merged = laid_over(merged, read_layers(file, (_real(path), *users))[0])
+            merged, _ = read_layers(file, (_real(path), *users), merged)
         except ConfigError as error:
             raise ConfigError(f"base: {base}: {error}") from None
     own = with_new_names(content)

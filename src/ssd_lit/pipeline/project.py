@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ssd_lit.config import ConfigError
-from ssd_lit.config.yaml_file import read_layers
+from ssd_lit.config.experiment import KEPT_NAMES
+from ssd_lit.config.yaml_file import parse_yaml, read_layers
 from ssd_lit.support.devices import count_gpus
 from ssd_lit.support.files import write_text
 from ssd_lit.support.shipped import CONFIGS, WORKFLOW
@@ -58,12 +59,14 @@ def init(folder: Path, text: Sequence[Path], size: SizeName | None) -> str:
             check_format(path)
     size = size or ("gpu" if count_gpus() else "cpu")
     name = re.sub(r"[^a-z0-9_.]+", "_", folder.resolve().name.lower()).strip("_.")[:60] or "experiment"
+    name += "_experiment" if name in KEPT_NAMES else ""
+    named = name if parse_yaml(name) == name else json.dumps(name)
     template = jinja2.Template((TEMPLATES / "experiment.yaml.j2").read_text("utf-8"), keep_trailing_newline=True)
     # A file's path is a pattern there, a folder's is not.
     paths = [str(path.resolve()) if path.is_dir() else glob.escape(str(path.resolve())) for path in text] or ["text"]
     write_text(
         folder / "experiment.yaml",
-        template.render(name=name, paths=json.dumps(paths, ensure_ascii=False), size=SIZES[size]),
+        template.render(name=named, paths=json.dumps(paths, ensure_ascii=False), size=SIZES[size]),
     )
     for file, target in (("Snakefile", "Snakefile"), ("Makefile", "Makefile"), ("gitignore", ".gitignore")):
         write_text(folder / target, (TEMPLATES / file).read_text("utf-8"))

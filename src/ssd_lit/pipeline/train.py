@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ssd_lit.config import ConfigError, change_run, dump, load_analysis, load_run, parse_changes
+from ssd_lit.config import ConfigError, RunConfig, change_run, dump, load_analysis, load_run, parse_changes
 from ssd_lit.paths import checkpoint_path, phase_dir, snapshot_path, snapshots, stage_path
 from ssd_lit.pipeline.measure import measure
 from ssd_lit.pipeline.resources import on_all_devices
@@ -56,16 +56,18 @@ def _train_as_first(
     threads: int | None,
 ) -> str:
     """Complete a run in the process that keeps its records."""
-    if settings:
-        _change_config(folder, settings)
     run = Run.open(folder)
+    if settings:
+        run = replace(run, config=_changed_config(folder, settings))
     last = until or run.stages[-1]
     if last not in run.stages:
         raise ConfigError(f"--until {last}: run {run.config.name} has no such stage; allowed: {', '.join(run.stages)}")
-    stages = run.stages[: run.stages.index(last) + 1]
+    stages, config = run.stages[: run.stages.index(last) + 1], run.config
     run = _with_matched_steps(run)
     with exclusive(run.folder, f"train to {last}"), noting_end(run.folder, "train"):
         first = None if start is None else _first_phase(run, start, stages)
+        if settings:  # not before all that was asked for is known to be possible
+            write_if_changed(run.folder / "config.yaml", dump(config))
         resume_step = _remove_stale(run)
         if first is not None and resume_step is None:  # else all is made anew
             resume_step = _remove_from(run, first)
@@ -127,25 +129,24 @@ def take_machine(run: Run, threads: int | None, processes: int = 1) -> None:
     torch.set_num_threads(max(1, (threads or training.threads) // processes))
 
 
-def _change_config(folder: Path, settings: Sequence[str]) -> None:
-    """Write other settings into a run's config.yaml.
+def _changed_config(folder: Path, settings: Sequence[str]) -> RunConfig:
+    """A run's config with other settings.
 
     Raises ConfigError for settings that are wrong, or that would change the first phase that other runs take over.
     """
-    with exclusive(folder, "settings"):
-        run, asked = load_run(folder / "config.yaml"), folder / "analysis.yaml"
-        try:
-            changed = change_run(run, parse_changes(settings), load_analysis(asked) if asked.exists() else None)
-        except ConfigError as error:
-            raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
-        if changed.warmup() != run.warmup():
-            for other in sorted(folder.absolute().parent.glob("*/config.yaml")):
-                if load_run(other).shares_warmup == run.name:
-                    raise ConfigError(
-                        f"{folder / 'config.yaml'}: {other.parent.name} takes over this run's first phase, which these "
-                        "settings change; change them for the whole experiment, with `ssd-lit configs`"
-                    )
-        write_if_changed(folder / "config.yaml", dump(changed))
+    run, asked = load_run(folder / "config.yaml"), folder / "analysis.yaml"
+    try:
+        changed = change_run(run, parse_changes(settings), load_analysis(asked) if asked.exists() else None)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
+    if changed.warmup() != run.warmup():
+        for other in sorted(folder.absolute().parent.glob("*/config.yaml")):
+            if load_run(other).shares_warmup == run.name:
+                raise ConfigError(
+                    f"{folder / 'config.yaml'}: {other.parent.name} takes over this run's first phase, which these "
+                    "settings change; change them for the whole experiment, with `ssd-lit configs`"
+                )
+    return changed
 
 
 def _train(run: Run, missing: list[str], resume_step: int | None, others: Others) -> None:
@@ -247,6 +248,8 @@ def _first_phase(run: Run, start: str, stages: Sequence[str]) -> int:
     index = places[start]
     if stage_of(config.method, index, phases[index].mode) not in stages:
         raise ConfigError(f"--from {start}: comes after --until {stages[-1]}")
+    if any(record.inputs != run.made_from() for record in phases):
+        return index  # all of them are made anew
     done = [stage for stage in run.training_stages if run.is_done(stage) and run.has_checkpoint(stage)]
     saved = [-1, *(run.stage(stage).phase for stage in done)]  # phases with a checkpoint of their end
     saved += [r.index for r in phases if (phase_dir(run.folder, r.index, r.mode) / "weights.ckpt").exists()]
@@ -292,8 +295,8 @@ def _restore_stage_records(run: Run) -> None:
         from ssd_lit.training.checkpoint import SWITCH_STATE, read_checkpoint
 
         last = records[-1]
-        state = read_checkpoint(path, mapped=True)["callbacks"][SWITCH_STATE]
-        if (state["inputs"], state["phase"]) == (run.made_from(), last.index + 1):
+        state = read_checkpoint(path, mapped=True).get("callbacks", {}).get(SWITCH_STATE)
+        if state is not None and (state["inputs"], state["phase"]) == (run.made_from(), last.index + 1):
             close_stage(run.folder, stage, last)
             print(f"{stage}: done already; its record is restored", flush=True)
 

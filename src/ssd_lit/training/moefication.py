@@ -137,7 +137,10 @@ def moefy_checkpoint(run: Run, start: Start, provenance: dict[str, object]) -> P
         checkpoint = read_checkpoint(start.checkpoint)
     elif config.parent_run is not None:
         other = run.other(config.parent_run)
-        checkpoint = read_checkpoint(other.checkpoint(other.final().stage))
+        # Where a router was trained behind it, its checkpoint says no more which experts were.
+        ends = [stage for stage in reversed(other.training_stages) if stage != "route"]
+        end = next((stage for stage in ends if other.checkpoint(stage).exists()), other.final().stage)
+        checkpoint = read_checkpoint(other.checkpoint(end))
     tracker = PatternTracker(config.moe.experts, seed=config.seed)
     similarity: Checks = []
     if config.method == "upcycle":

@@ -24,7 +24,14 @@ from ssd_lit.paths import checkpoint_path
 from ssd_lit.records import PhaseRecord, Totals, close_stage
 from ssd_lit.run import Run
 from ssd_lit.support.provenance import timed
-from ssd_lit.training.checkpoint import build_model, load_beside_routers, read_checkpoint, weights_of, write_checkpoint
+from ssd_lit.training.checkpoint import (
+    SWITCH_STATE,
+    build_model,
+    load_beside_routers,
+    read_checkpoint,
+    weights_of,
+    write_checkpoint,
+)
 from ssd_lit.training.schedule import next_phase
 
 if TYPE_CHECKING:
@@ -59,7 +66,8 @@ def train_routers(run: Run, recorder: "Recorder", provenance: dict[str, object])
     # The frozen model's outputs are finite: only the routers can diverge.
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{config.name} {phase.name}: the routers' weights are not finite; lower moe.router_lr")
-    write_checkpoint(checkpoint_path(run.folder, "route"), {"state_dict": weights_of(model.cpu())})
+    state = {SWITCH_STATE: {"inputs": run.made_from(), "phase": phase.index + 1}}
+    write_checkpoint(checkpoint_path(run.folder, "route"), {"state_dict": weights_of(model.cpu()), "callbacks": state})
 
     costs = forward_costs(config.model, config.moe, run.vocab, config.data.sequence_length)
     flops = config.moe.router_steps * config.training.batch_size * costs.router_training()

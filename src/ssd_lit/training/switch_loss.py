@@ -48,7 +48,8 @@ class SwitchLossLogger(PhaseCallback):
     def on_train_batch_end(self, trainer: Trainer, module: Pretraining, outputs: Any, *_: Any) -> None:  # type: ignore[override]
         loss: Tensor = outputs["batch_loss"]
         self._losses = self._losses.to(loss.device)
-        self._losses[trainer.global_step % STEPS] = loss
+        # Of a step that is left out there is no loss to compare.
+        self._losses[trainer.global_step % STEPS] = torch.where(loss.isfinite(), loss, torch.nan)
         phase, ends = self._switch.phase, self._switch.ended_by is not None
         done = trainer.global_step - phase.first_step
         if self._before is None or not (done == STEPS or (ends and done < STEPS)):
