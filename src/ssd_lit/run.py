@@ -64,14 +64,12 @@ class Run:
     def made_from(self) -> Inputs:
         """Digests of all inputs of the run's weights: its config, its tokens and the weights that it starts from.
 
-        The latter are of a shared warm-up or of the parent run's final model; None for initial weights of its own. If
-        the run matches another's FLOPs, also the other's final weights. Raises ValueError if another run that it needs
-        is not done.
+        The latter are of the parent run's final model; None for initial weights of its own, also where another run
+        trains the first phase for both: that is the same, whoever does it. If the run matches another's FLOPs, also the
+        other's final weights. Raises ValueError if another run that it needs is not done.
         """
         config, start = self.config, None
-        if config.shares_warmup is not None:
-            start = self.other(config.shares_warmup).stage("warmup").weights
-        elif config.parent_run is not None:
+        if config.parent_run is not None:
             start = self.other(config.parent_run).final().weights
         inputs: Inputs = {"config": digest_of(config), "tokens": self.tokens_digest, "start": start}
         if config.matches is not None:

@@ -1,5 +1,7 @@
 """What each method promises, on real runs of a tiny model."""
 
+import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,17 @@ import torch
 from torch import Tensor
 
 from ssd_lit.cli import main
+from ssd_lit.config import load_experiment
 from ssd_lit.data.index import VocabInfo, load_index
 from ssd_lit.data.objectives import Batch
 from ssd_lit.models.flops import forward_costs
+from ssd_lit.paths import run_dir
 from ssd_lit.records import read_chain
 from ssd_lit.support.files import read_json
 from ssd_lit.tracking.metrics_log import read_metrics
 from ssd_lit.training.checkpoint import ROUTER
 from ssd_lit.training.module import Pretraining
-from tests.conftest import Bench
+from tests.conftest import Bench, tiny_experiment
 
 pytestmark = pytest.mark.whole_run
 
@@ -326,3 +330,32 @@ def test_snapshots_are_the_weights_at_their_steps(tmp_path: Path) -> None:
     last = torch.load(found[-1], weights_only=True)["state_dict"]
     expected = weights(bench, "dense")
     assert all(torch.equal(expected[name], last[name]) for name in expected)
+
+
+def test_who_trains_a_first_phase_for_several_decides_nothing(tmp_path: Path) -> None:
+    """An arm may be dropped, or another one put before those that are done."""
+    arms = {"a": {"method": "ssd"}, "b": {"method": "ssd", "moe": {"top_k": 1}}}
+    bench = Bench(tmp_path, arms=arms)
+    for arm in arms:
+        bench.phases(arm)
+    before = {arm: bench.checkpoint(arm).read_bytes() for arm in arms}
+    first = {"0new": {"method": "ssd", "moe": {"top_k": 4}}}
+    for changed in ({**first, **arms}, arms, {"b": arms["b"]}):
+        config = tiny_experiment(tmp_path, arms=changed)
+        bench.stage("configs", config, "--results", bench.results)
+        for arm in changed.keys() - first.keys():
+            assert all(bench.open(arm).is_done(stage) for stage in bench.open(arm).training_stages)
+            bench.phases(arm)
+            assert bench.checkpoint(arm).read_bytes() == before[arm]
+    # What is not done yet takes over the first phase from whoever has it.
+    config = tiny_experiment(tmp_path, arms={**first, **arms})
+    bench.stage("configs", config, "--results", bench.results)
+    owner, *_ = load_experiment(config).runs()
+    assert bench.open("b").config.shares_warmup == owner.name
+    bench.stage("train", run_dir(bench.results, owner), "--until", "warmup")
+    for folder in ("stages", "phases", "checkpoints"):
+        shutil.rmtree(bench.dir("b") / folder)
+    bench.phases("b")
+    expected = torch.load(io.BytesIO(before["b"]), weights_only=True)["state_dict"]
+    found = weights(bench, "b")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

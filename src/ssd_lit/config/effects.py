@@ -220,11 +220,12 @@ def check_effects_in_run(run: RunConfig, given: Mapping[str, Any], analysis: Ana
 def digest_of(run: RunConfig) -> str:
     """SHA-256 of all settings that decide a run's weights and curves, but for rounding.
 
-    Not of what it does not read, of its name in figures, of how its work is spread, or of how often it is saved. What
-    is null leaves no trace: results stand when there is a new setting that is off.
+    Not of what it does not read, of its name in figures, of which run trains a first phase that several have, of how
+    its work is spread, or of how often it is saved. What is null leaves no trace: results stand when there is a new
+    setting that is off.
     """
     unread = {key for rule in RULES if not rule.is_read(run, None) for key in rule.keys}
-    left_out = {"label", *unread, *(f"training.{key}" for key in (*PLACEMENT, *KEEPING))}
+    left_out = {"label", "shares_warmup", *unread, *(f"training.{key}" for key in (*PLACEMENT, *KEEPING))}
     read = {
         ".".join(path): value
         for path, value in _leaves(run.model_dump(mode="json", exclude_none=True))
