@@ -208,6 +208,8 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
      "training.steps 50: must exceed switching.warmup_max_steps"),
     ("budget below LR warm-up", Settings({"training.steps": 9}),
      "optim.warmup_steps 10: must be below training.steps 9"),
+    ("budget below warm-up and decay", Settings({"optim": {"warmup_steps": 9, "schedule": "wsd", "decay_fraction": 1}}),
+     "steps after optim.warmup_steps 9 are more than training.steps"),
     ("no switch points", Settings({"switching.switch_points": []}),
      "switch_points: given []; list should have at least 1 item"),
     ("odd switch points", Settings({"switching.switch_points": [10]}), "switch_points [10]: expected an even number"),

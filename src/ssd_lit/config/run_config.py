@@ -89,6 +89,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps}: must be below training.steps {self.training.steps}"
             )
+        decay = round(self.optim.decay_fraction * self.training.steps) if self.optim.schedule == "wsd" else 0
+        if self.optim.warmup_steps + decay > self.training.steps:
+            raise ValueError(
+                f"optim.decay_fraction {self.optim.decay_fraction}: {decay} steps after optim.warmup_steps "
+                f"{self.optim.warmup_steps} are more than training.steps {self.training.steps}"
+            )
         self._check_batches()
         self._check_experts()
         self._check_objective()
