@@ -274,6 +274,9 @@ BAD: list[tuple[str, Settings | File | Text | Command, str]] = [
     ("a grid of no values", Settings({"arms.ssd.grid": {"moe.top_k": []}}), "arms.ssd.grid.moe.top_k: no values"),
     ("a grid's wrong value", Settings({"arms.ssd.grid": {"moe.top_k": [1, 99]}}),
      "arms.ssd.top_k_99.moe: top_k 99 is more"),
+    ("a grid of long names", Settings({"arms.ssd.grid": {
+        "switching.final_dense_steps": [7], "switching.sparse_fraction": [0.3], "switching.warmup_max_steps": [11]}}),
+     "arms.ssd.grid: a combination would be called 'ssd.final_dense_steps_7.sparse_fraction_0.3.warmup_max_steps_11'"),
     ("a grid of equals", Settings({"arms.ssd.grid": {"moe.top_k": [1, 1]}}),
      "two combinations are both called 'ssd.top_k_1'"),
     ("a grid without end", Settings({"arms.ssd.grid": ENDLESS}), "make 9,000,003 runs; allowed: 10,000"),

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from ssd_lit.config.data import DataConfig
 from ssd_lit.config.measurements import AnalysisConfig, DownstreamConfig, EvaluationConfig
 from ssd_lit.config.run_config import RUN_SECTIONS, Arm, RunConfig
-from ssd_lit.config.section import Name, Section, Seed, checked
+from ssd_lit.config.section import LONGEST_NAME, Name, Section, Seed, checked
 from ssd_lit.config.sections import ModelConfig
 from ssd_lit.config.yaml_file import ConfigError, laid_over, shown
 
@@ -156,6 +156,11 @@ def cells(name: str, arm: Arm) -> dict[str, tuple[Arm, dict[str, Any]]]:
         cell = ".".join([name, *(re.sub(r"[^a-z0-9_.]+", "_", one.lower()) for one in told)])
         if values:
             content["label"] = ", ".join([arm.label or name, *told])
+        if len(cell) > LONGEST_NAME and values:
+            raise ConfigError(
+                f"arms.{name}.grid: a combination would be called {cell!r}; names have {LONGEST_NAME} letters at most: "
+                "vary fewer settings in one grid, or shorten the arm's name"
+            )
         if cell in found:
             raise ConfigError(f"arms.{name}.grid: two combinations are both called {cell!r}")
         found[cell] = Arm.model_validate(content), values

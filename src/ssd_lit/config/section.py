@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ssd_lit.config.yaml_file import ConfigError, dotted, shown
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=60)]
+LONGEST_NAME = 60
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$", max_length=LONGEST_NAME)]
 Positive = Annotated[int, Field(gt=0, le=1_000_000_000)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Method = Literal["dense", "ssd", "sparse", "upcycle", "posthoc"]
