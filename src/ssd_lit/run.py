@@ -61,6 +61,10 @@ class Run:
 
     # Its inputs.
 
+    @cached_property
+    def config_digest(self) -> str:
+        return digest_of(self.config)
+
     def made_from(self) -> Inputs:
         """Digests of all inputs of the run's weights: its config, its tokens and the weights that it starts from.
 
@@ -71,7 +75,7 @@ class Run:
         config, start = self.config, None
         if config.parent_run is not None:
             start = self.other(config.parent_run).final().weights
-        inputs: Inputs = {"config": digest_of(config), "tokens": self.tokens_digest, "start": start}
+        inputs: Inputs = {"config": self.config_digest, "tokens": self.tokens_digest, "start": start}
         if config.matches is not None:
             inputs["matched"] = self.other(config.matches).final().weights
         return inputs

@@ -304,13 +304,15 @@ def test_a_copy_has_the_roles_of_its_source(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_folder_is_tried_before_any_text_is_read(tmp_path: Path) -> None:
-    without_end = save_foreign(tmp_path / "a", ["<unk>", "x"])
+    save_foreign(tmp_path / "a", ["<unk>", "x"])
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.folder: .* has no end-of-text token"):
-        check_given(without_end, {"gpt2"}, 1)
-    plain = save_foreign(tmp_path / "b", ["<unk>", END_OF_TEXT, "<extra_id_0>", "<extra_id_1>"])
+        check_given(tmp_path / "a", {"gpt2"}, 1)
+    save_foreign(tmp_path / "b", ["<unk>", END_OF_TEXT, "<extra_id_0>", "<extra_id_1>"])
+    plain = tmp_path / "b"
     check_given(plain, {"gpt2", "t5"}, 2)
     with pytest.raises(ConfigError, match=r"data\.tokenizer\.folder: .* has no mask token"):
         check_given(plain, {"gpt2", "bert"}, 2)
     with pytest.raises(ConfigError, match=r"has 2 tokens <extra_id_N>; model\.family t5 needs 3"):
         check_given(plain, {"t5"}, 3)
-    check_given(TokenizerConfig(), {"bert", "t5"}, 9)
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json in"):
+        check_given(tmp_path / "gone", {"gpt2"}, 1)

@@ -133,9 +133,9 @@ def _check_parents(runs: Sequence[RunConfig]) -> None:
         if run.parent_run is None:
             continue
         parent = by_name[run.parent_run].model
-        for key in ModelConfig.model_fields.keys() - {"dropout", "pretrained"}:
+        for key in ModelConfig.model_fields:
             own, its = getattr(run.model, key), getattr(parent, key)
-            if own != its:
+            if own != its and key not in ("dropout", "pretrained"):
                 raise ConfigError(
                     f"arms.{run.arm}.model.{key}: given {shown(own)}; arm {run.parent_arm}, whose weights it starts "
                     f"from, has {shown(its)}"

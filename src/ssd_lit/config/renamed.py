@@ -27,7 +27,7 @@ def current_router(name: str) -> str:
 
 
 FREE = (("arms",), ("data", "held_out"))
-"""Places whose keys are names that a config chooses."""
+"""Places whose keys are names that a config chooses, dotted ones of grids apart."""
 
 
 def with_new_names(content: dict[str, Any]) -> dict[str, Any]:

@@ -85,22 +85,24 @@ class RunConfig(Section):
                 f"model.d_ff {self.model.d_ff} is not divisible by moe.experts {self.moe.experts}; "
                 f"allowed: {allowed_experts(self.model.d_ff)}"
             )
-        if self.optim.warmup_steps >= self.training.steps:
-            raise ValueError(
-                f"optim.warmup_steps {self.optim.warmup_steps}: must be below training.steps {self.training.steps}"
-            )
-        decay = round(self.optim.decay_fraction * self.training.steps) if self.optim.schedule == "wsd" else 0
-        if self.optim.warmup_steps + decay > self.training.steps:
-            raise ValueError(
-                f"optim.decay_fraction {self.optim.decay_fraction}: {decay} steps after optim.warmup_steps "
-                f"{self.optim.warmup_steps} are more than training.steps {self.training.steps}"
-            )
+        self._check_learning_rate()
         self._check_batches()
         self._check_experts()
         self._check_objective()
         if self.method == "ssd":
             self._check_switching()
         return self
+
+    def _check_learning_rate(self) -> None:
+        optim, steps = self.optim, self.training.steps
+        if optim.warmup_steps >= steps:
+            raise ValueError(f"optim.warmup_steps {optim.warmup_steps}: must be below training.steps {steps}")
+        decay = round(optim.decay_fraction * steps) if optim.schedule == "wsd" else 0
+        if optim.warmup_steps + decay > steps:
+            raise ValueError(
+                f"optim.decay_fraction {optim.decay_fraction}: {decay} steps after optim.warmup_steps "
+                f"{optim.warmup_steps} are more than training.steps {steps}"
+            )
 
     def _check_batches(self) -> None:
         training = self.training

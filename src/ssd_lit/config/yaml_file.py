@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ssd_lit.config.renamed import with_new_names
+from ssd_lit.config.renamed import FREE, with_new_names
 from ssd_lit.support.shipped import CONFIGS
 
 MOST_BYTES = 1_000_000
@@ -123,7 +123,7 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any], where: tuple[s
 
 def _has_free_names(where: tuple[str, ...]) -> bool:
     """Whether the keys of a mapping are names that a config chooses."""
-    return where in (("arms",), ("data", "held_out")) or (len(where) == 3 and where[::2] == ("arms", "grid"))
+    return where in FREE or (len(where) == 3 and where[::2] == ("arms", "grid"))
 
 
 def shown(value: Any) -> str:

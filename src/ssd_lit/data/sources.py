@@ -88,9 +88,6 @@ def check_sources(data: DataConfig) -> None:
                 _check_files(source)
             case HubSource():
                 check_hub()
-    folder = data.tokenizer.folder
-    if folder is not None and not (Path(folder) / "tokenizer.json").is_file():
-        raise ConfigError(f"data.tokenizer.folder: no tokenizer.json in {folder!r}")
     _check_held_out(data)
 
 

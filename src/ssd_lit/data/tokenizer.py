@@ -62,14 +62,11 @@ def train_tokenizer(config: TokenizerConfig, documents_dir: Path, out_dir: Path)
     _write_digests(out_dir)
 
 
-def check_given(config: TokenizerConfig, families: Collection[str], spans: int) -> None:
-    """Raise ConfigError if the tokenizer of config.folder cannot be taken, or lacks what those families need.
+def check_given(folder: Path, families: Collection[str], spans: int) -> None:
+    """Raise ConfigError if the tokenizer of a folder cannot be taken, or lacks what those families need.
 
     `spans` are those that span corruption cuts out of a block.
     """
-    if config.folder is None:
-        return
-    folder = Path(config.folder)
     tokenizer, roles = _given(folder)
     if "bert" in families and "mask_token" not in roles:
         raise ConfigError(f"data.tokenizer.folder: {folder} has no mask token, which model.family bert needs")
@@ -188,7 +185,12 @@ def _first_megabytes(documents_dir: Path, megabytes: float) -> Iterator[list[str
 
 
 def _given(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer of a folder, and its special tokens by role. Raises ConfigError if it has no end-of-text token."""
+    """The tokenizer of a folder, and its special tokens by role.
+
+    Raises ConfigError if there is none, or if it has no end-of-text token.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"data.tokenizer.folder: no tokenizer.json in {str(folder)!r}")
     try:
         tokenizer = load_tokenizer(folder)
     except ValueError as error:

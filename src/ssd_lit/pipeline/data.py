@@ -29,8 +29,9 @@ def check_data(experiment: Experiment) -> None:
     from ssd_lit.data.tokenizer import check_given
 
     check_sources(experiment.data)
-    families = {config.model.family for config in experiment.runs()}
-    check_given(experiment.data.tokenizer, families, experiment.data.spans)
+    if experiment.data.tokenizer.folder is not None:
+        families = {config.model.family for config in experiment.runs()}
+        check_given(Path(experiment.data.tokenizer.folder), families, experiment.data.spans)
 
 
 def schema(out: Path, page: Path) -> str:
